@@ -1,0 +1,330 @@
+"""Text to token blocks: sources with weights, a leak guard, and an order that is a pure function.
+
+A block is `seq_len` token ids of one source. Blocks are stored once, in `blocks.parquet`, with the ids of the
+documents they come from; `manifest.json` is written last and holds the fingerprint. What training sees is a list of
+block ids with repeats (a source smaller than its share repeats), and `order(seed, epoch)` shuffles that list, so
+block i of an epoch depends on nothing but (seed, epoch, i).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsekd import files, sources
+from sparsekd.errors import DataError, UsageError
+from sparsekd.recipe import Corpus as CorpusRecipe
+from sparsekd.recipe import Source, Text
+
+GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
+_SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
+_VALIDATION_EVERY = 10  # one document in ten is for validation, until there are enough blocks
+
+
+class Block(NamedTuple):
+    tokens: np.ndarray  # int32
+    source: str
+    documents: list[str]
+
+
+@dataclass
+class SourceReport:
+    """What became of one source."""
+
+    documents: int = 0
+    blocks: int = 0  # distinct training blocks
+    drawn: int = 0  # training blocks in one epoch, repeats included
+    leaked_sequences: int = 0  # 13-word sequences shared with evaluation text
+    dropped_documents: int = 0  # documents dropped because of them
+
+
+@dataclass
+class Corpus:
+    """Blocks by id, and which of them are for training and for validation."""
+
+    blocks: list[Block]
+    train_ids: np.ndarray  # int64, with repeats
+    validation_ids: np.ndarray
+    texts: dict[str, str]  # evaluation texts by name
+    fingerprint: str
+    reports: dict[str, SourceReport] = field(default_factory=dict)
+
+    def tokens(self, ids: Iterable[int]) -> list[np.ndarray]:
+        return [self.blocks[i].tokens for i in ids]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Block ids of an epoch in training order: a permutation of `train_ids` that (seed, epoch) decides."""
+        generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        return self.train_ids[generator.permutation(len(self.train_ids))]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that training sees in one epoch."""
+        return sum(len(self.blocks[i].tokens) for i in self.train_ids)
+
+
+def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: int) -> Corpus:
+    """Reads the sources, keeps evaluation text out, and cuts the rest into blocks.
+
+    Raises `DataError` for a missing, empty or unreadable source and for one shorter than a block.
+    """
+    evaluation = {name: read_text(text, recipe) for name, text in texts.items()}
+    guard = Guard(evaluation.values())
+    total_weight = sum(source.weight for source in recipe.sources.values())
+    blocks: list[Block] = []
+    train: list[int] = []
+    validation: list[int] = []
+    reports = {}
+    for number, (name, source) in enumerate(recipe.sources.items()):
+        share = source.weight / total_weight
+        wanted = max(1, round(recipe.num_blocks * share))
+        wanted_validation = max(1, round(recipe.num_validation_blocks * share))
+        report = reports[name] = SourceReport()
+        rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + number]))
+        documents = _kept(name, source, recipe, guard, report)
+        learned, held = _split_blocks(name, documents, tokenizer, recipe, wanted, wanted_validation, rng)
+        if not learned:
+            raise DataError(
+                f"corpus.sources.{name}: not enough text for one block of {recipe.seq_len} tokens and a validation "
+                f"block ({report.documents} documents, {report.dropped_documents} dropped by the leak guard): "
+                "give it more text or a smaller corpus.seq_len"
+            )
+        report.blocks, report.drawn = len(learned), wanted
+        first = len(blocks)
+        blocks.extend(learned)
+        train.extend(first + i % len(learned) for i in range(wanted))
+        validation.extend(range(len(blocks), len(blocks) + len(held)))
+        blocks.extend(held)
+    corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports)
+    corpus.fingerprint = _fingerprint(corpus)
+    return corpus
+
+
+def blocks_from_texts(texts: Iterable[str], tokenizer: Any, seq_len: int = 256) -> np.ndarray:
+    """Packs texts into an int64 array of shape (number of whole blocks, seq_len); the simple way in for a library user.
+
+    Raises `DataError` when the texts are shorter than one block.
+    """
+    packed = [block.tokens for block in _pack("texts", ((str(i), t) for i, t in enumerate(texts)), tokenizer, seq_len)]
+    if not packed:
+        raise DataError(f"the texts are shorter than one block of {seq_len} tokens")
+    return np.stack(packed).astype(np.int64)
+
+
+# ---- evaluation text and the leak guard
+
+
+def read_text(text: Text, recipe: CorpusRecipe) -> str:
+    """An evaluation text as one string: documents are joined by an empty line."""
+    if text.holdout_of is not None:
+        source = recipe.sources[text.holdout_of]
+        held = _documents(text.holdout_of, source, recipe, held_out=True)
+        return "\n\n".join(document for _, document in held)
+    assert text.path is not None
+    path = sources.resolve(text.path, recipe.root)
+    if path.suffix != ".txt":
+        rows = sources.read(Source(path=text.path, text=text.text), recipe.root)
+        return "\n\n".join(document for _, document in rows)
+    content = sources.read_txt(path)
+    if text.rows_joined_by is None:
+        return content
+    rows = content.split("\n")[:-1] if content.endswith("\n") else content.split("\n")
+    # as the Hub's WikiText rows are: a line keeps its newline, a blank one is empty
+    return text.rows_joined_by.join(row + "\n" if row.strip() else "" for row in rows)
+
+
+class Guard:
+    """The 13-word sequences of all evaluation texts, case and punctuation aside."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._sequences = {sequence for text in texts for sequence in _sequences(text)}
+
+    def overlaps(self, text: str) -> int:
+        """How many of the text's 13-word sequences also stand in an evaluation text."""
+        return sum(sequence in self._sequences for sequence in _sequences(text)) if self._sequences else 0
+
+
+def _sequences(text: str) -> Iterator[str]:
+    words = re.findall(r"\w+", text.lower())
+    return (" ".join(words[i : i + GUARD_WORDS]) for i in range(len(words) - GUARD_WORDS + 1))
+
+
+# ---- documents to blocks
+
+
+def _documents(
+    name: str, source: Source, recipe: CorpusRecipe, held_out: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents for training, or of the last ones that are held out for evaluation."""
+    documents = sources.read(source, recipe.root)
+    if source.holdout:
+        listed = list(documents)
+        cut = len(listed) - round(len(listed) * source.holdout)
+        if cut == len(listed) or cut == 0:
+            raise DataError(
+                f"corpus.sources.{name}: {len(listed)} documents are too few for a holdout of {source.holdout}"
+            )
+        documents = iter(listed[cut:] if held_out else listed[:cut])
+    return documents
+
+
+def _kept(
+    name: str, source: Source, recipe: CorpusRecipe, guard: Guard, report: SourceReport
+) -> Iterator[tuple[str, str]]:
+    for identifier, text in _documents(name, source, recipe):
+        report.documents += 1
+        overlaps = guard.overlaps(text)
+        if overlaps:
+            report.leaked_sequences += overlaps
+            report.dropped_documents += 1
+        else:
+            yield identifier, text
+
+
+def _split_blocks(
+    name: str,
+    documents: Iterator[tuple[str, str]],
+    tokenizer: Any,
+    recipe: CorpusRecipe,
+    wanted: int,
+    wanted_validation: int,
+    rng: np.random.Generator,
+) -> tuple[list[Block], list[Block]]:
+    """Training and validation blocks from different documents, each a random choice of what the source offers."""
+    for_validation: list[tuple[str, str]] = []
+
+    def for_training() -> Iterator[tuple[str, str]]:
+        for number, document in enumerate(documents):
+            if number % _VALIDATION_EVERY == 0:
+                for_validation.append(document)
+            else:
+                yield document
+
+    cut = _pack if recipe.pack else _one_each
+    learned = _choose(cut(name, for_training(), tokenizer, recipe.seq_len), wanted, rng)
+    held = _choose(cut(name, iter(for_validation), tokenizer, recipe.seq_len), wanted_validation, rng)
+    if not held and len(learned) > 1:  # no validation document fills a block: give up training blocks instead
+        count = min(wanted_validation, len(learned) - 1)
+        learned, held = learned[:-count], learned[-count:]
+    return (learned, held) if held else ([], [])
+
+
+def _pack(
+    name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int
+) -> Iterator[Block]:
+    """Joins documents, an end-of-text token between them, and cuts the stream into whole blocks."""
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    identifiers: list[str] = []
+    for identifier, text in documents:
+        tokens.extend(encode(tokenizer, text) + separator)
+        identifiers.append(identifier)
+        start = 0
+        while len(tokens) - start >= seq_len:
+            yield Block(np.array(tokens[start : start + seq_len], np.int32), name, identifiers)
+            start += seq_len
+            identifiers = [identifier]
+        del tokens[:start]
+        if not tokens:
+            identifiers = []
+
+
+def _one_each(
+    name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int
+) -> Iterator[Block]:
+    """A block for each document, cut at `seq_len`; documents of fewer than 8 tokens teach nothing and are skipped."""
+    for identifier, text in documents:
+        tokens = encode(tokenizer, text)[:seq_len]
+        if len(tokens) >= 8:
+            yield Block(np.array(tokens, np.int32), name, [identifier])
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of plain text: no special token is added, and one that is spelled out in the text stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def _choose(blocks: Iterator[Block], count: int, rng: np.random.Generator) -> list[Block]:
+    """`count` blocks drawn at random through a buffer, so that an endless source is read only as far as needed."""
+    chosen: list[Block] = []
+    buffer: list[Block] = []
+    for block in blocks:
+        buffer.append(block)
+        if len(buffer) > _SHUFFLE_BUFFER:
+            chosen.append(buffer.pop(int(rng.integers(len(buffer)))))
+            if len(chosen) == count:
+                return chosen
+    picks = rng.permutation(len(buffer))[: count - len(chosen)]
+    return chosen + [buffer[i] for i in picks]
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for block in corpus.blocks:
+        digest.update(f"{block.source} {len(block.tokens)};".encode())
+        digest.update(np.ascontiguousarray(block.tokens, "<i4").data)
+    digest.update(np.ascontiguousarray(corpus.train_ids, "<i8").data)
+    digest.update(np.ascontiguousarray(corpus.validation_ids, "<i8").data)
+    for name, text in sorted(corpus.texts.items()):
+        digest.update(f"{name};{text}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- on disk
+
+
+def save(corpus: Corpus, folder: Path) -> None:
+    """Writes the corpus; the manifest, last, makes it whole."""
+    table = pa.table(
+        {
+            "block_id": pa.array(range(len(corpus.blocks)), pa.int64()),
+            "source": pa.array([block.source for block in corpus.blocks]),
+            "documents": pa.array([block.documents for block in corpus.blocks], pa.list_(pa.string())),
+            "tokens": pa.array([block.tokens for block in corpus.blocks], pa.list_(pa.int32())),
+        }
+    )
+    with files.atomic_path(folder / "blocks.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    for name, text in corpus.texts.items():
+        files.write_text(text_path(folder, name), text)
+    manifest = {
+        "fingerprint": corpus.fingerprint,
+        "train_ids": corpus.train_ids.tolist(),
+        "validation_ids": corpus.validation_ids.tolist(),
+        "texts": sorted(corpus.texts),
+        "sources": {name: vars(report) for name, report in corpus.reports.items()},
+    }
+    files.write_json(folder / "manifest.json", manifest)
+
+
+def text_path(folder: Path, name: str) -> Path:
+    """Where an evaluation text lies; raises `UsageError` for a name that is not a plain file name."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UsageError(f"evaluate.texts.{name}: expected a name of letters, digits, '.', '_' and '-'")
+    return folder / f"text-{name}.txt"
+
+
+def load(folder: Path) -> Corpus:
+    """Reads a saved corpus; raises `DataError` when a file is missing or its content is not what was written."""
+    manifest = files.read_json(folder / "manifest.json")
+    try:
+        table = pq.read_table(folder / "blocks.parquet", page_checksum_verification=True)
+        rows = zip(*(table[name].to_pylist() for name in ("tokens", "source", "documents")), strict=True)
+        blocks = [Block(np.array(tokens, np.int32), source, documents) for tokens, source, documents in rows]
+        texts = {name: text_path(folder, name).read_text(encoding="utf-8") for name in manifest["texts"]}
+        reports = {name: SourceReport(**values) for name, values in manifest["sources"].items()}
+        train, validation = np.array(manifest["train_ids"]), np.array(manifest["validation_ids"])
+        corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"corpus {folder} is damaged: {error}; make it again with --fresh") from error
+    if _fingerprint(corpus) != corpus.fingerprint:
+        raise DataError(f"corpus {folder} is damaged: its content does not match its fingerprint; use --fresh")
+    return corpus

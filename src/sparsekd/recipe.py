@@ -1,0 +1,370 @@
+"""What a recipe file may say: one frozen dataclass a stage, in the order of the flow, and the presets.
+
+A recipe is YAML read with `safe_load` and coerced by the declared types, so `learning_rate: 1e-4`, which YAML reads
+as a string, becomes a float. An unknown key is an error that names the nearest known one. Values are checked here,
+once; code after that trusts them. No torch in this file: `sparsekd --help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sparsekd.errors import UsageError
+
+EMBEDDED_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model to make smaller."""
+
+    name: str = EMBEDDED_MODEL  # a local folder, a Hub id, a .gguf file, or smollm2-135m
+    revision: str | None = None  # commit, tag or branch of a Hub id
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16: of the teacher's pass and of the evaluation
+    trust_remote_code: bool = False  # run Python code that comes with the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where text comes from: exactly one of `path`, `embedded`, `hub`."""
+
+    path: str | None = None  # .txt, .jsonl or .parquet, relative to corpus.root
+    embedded: Literal["wikipedia", "python"] | None = None  # text that installed packages carry
+    hub: str | None = None  # a Hub data set, read as a stream
+    config: str | None = None  # configuration of the Hub data set
+    revision: str | None = None  # commit, tag or branch of the Hub data set
+    text: str = "text"  # column that holds the text, or a template such as "{question}\n{answer}"
+    split: str = r"\n\s*\n"  # .txt: regular expression between two documents; hub: name of the split
+    weight: float = 1.0  # share of the training blocks, relative to the other sources
+    holdout: float = 0.0  # fraction of the documents, the last ones, kept for evaluation only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text to evaluate on: the held-out part of a corpus source, or a file of its own."""
+
+    holdout_of: str | None = None  # name of a corpus source with a holdout
+    path: str | None = None  # .txt, .jsonl or .parquet, relative to corpus.root
+    text: str = "text"  # as in a source
+    rows_joined_by: str | None = None  # .txt: join its lines by this, as is customary for WikiText; none: as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text to token blocks."""
+
+    root: str | None = None  # folder that relative paths start from; none: the current one
+    sources: dict[str, Source] = field(default_factory=dict)
+    seq_len: int = 256  # tokens in a block
+    num_blocks: int = 100  # blocks that training sees in one epoch
+    num_validation_blocks: int = 16  # blocks of other documents, to choose the best weights by
+    pack: bool = True  # join documents until a block is full; false: a document a block, cut at seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The teacher's next-token distributions."""
+
+    top_k: int = 32  # likeliest tokens kept for a position
+    blocks_per_shard: int = 64  # blocks in one file; a killed run loses at most one unfinished file
+    batch_size: int = 4  # blocks in one forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    """The structural step."""
+
+    reduction: float = 0.15  # fraction of the MLP parameters removed
+    method: Literal["whitened", "svd"] = "whitened"
+    num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
+    batch_size: int = 4  # blocks in one forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """The training that restores what the structural step broke."""
+
+    epochs: int = 1  # passes over the corpus
+    learning_rate: float = 3e-4
+    alpha: float = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
+    temperature: float = 2.0  # softening of the teacher in the probability domain
+    batch_size: int = 4  # blocks in one optimizer step
+    micro_batch_size: int = 4  # blocks in one forward and backward pass
+    warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    validations: int = 4  # times the validation loss is measured, evenly over the steps
+    checkpoint_minutes: float = 5.0  # time between two checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Perplexity of the dense, the compressed and the distilled model."""
+
+    texts: dict[str, Text] = field(default_factory=dict)
+    context: int = 512  # tokens in a window
+    stride: int = 256  # tokens between the starts of two windows
+    max_tokens: int | None = None  # of each text; none: all of it
+    batch_size: int = 2  # windows in one forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    seed: int = 42
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    model: Model = field(default_factory=Model)
+    corpus: Corpus = field(default_factory=Corpus)
+    cache: Cache = field(default_factory=Cache)
+    compress: Compress = field(default_factory=Compress)
+    distill: Distill = field(default_factory=Distill)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+# The text that comes with installed packages, a small budget: what `sparsekd run MODEL` does without a recipe.
+DEMO: dict[str, Any] = {
+    "corpus": {
+        "sources": {
+            "wikipedia": {"embedded": "wikipedia", "weight": 0.8, "holdout": 0.2},
+            "python": {"embedded": "python", "weight": 0.2, "holdout": 0.05},
+        },
+        "num_blocks": 100,
+        "num_validation_blocks": 10,
+    },
+    "evaluate": {
+        "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},
+        "max_tokens": 4096,
+    },
+}
+
+# The paper's calibration corpus (section IV-C) from the Hub: 50,000 samples of four domains.
+PAPER: dict[str, Any] = {
+    "corpus": {
+        "sources": {
+            "c4": {"hub": "allenai/c4", "config": "en", "split": "train", "weight": 0.30},
+            "wikitext": {
+                "hub": "Salesforce/wikitext",
+                "config": "wikitext-2-raw-v1",
+                "split": "train",
+                "weight": 0.25,
+            },
+            "gsm8k": {
+                "hub": "openai/gsm8k",
+                "config": "main",
+                "split": "train",
+                "text": "{question}\n{answer}",
+                "weight": 0.25,
+            },
+            "code": {
+                "hub": "codeparrot/codeparrot-clean",
+                "split": "train",
+                "text": "content",
+                "weight": 0.20,
+            },
+        },
+        "seq_len": 512,
+        "num_blocks": 50_000,
+        "num_validation_blocks": 128,
+        "pack": False,
+    },
+    "distill": {"epochs": 2, "batch_size": 16, "validations": 20},
+}
+
+PRESETS = {"demo": DEMO, "paper": PAPER}
+
+
+def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe file (.yaml), a preset, or makes the demo recipe for a model; then applies `a.b=value` overrides.
+
+    A recipe file may start from a preset with `preset: paper`. Raises `UsageError` naming the key and the nearest
+    known one, the value and what was expected, or the file.
+    """
+    where = "recipe"
+    if target.endswith((".yaml", ".yml")):
+        where = target
+        values = _read_yaml(Path(target))
+    elif target in PRESETS:
+        values = {"preset": target}
+    else:
+        values = {"preset": "demo", "model": {"name": target}}
+    preset = values.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"{where}: unknown preset {preset!r}: known are {', '.join(PRESETS)}")
+        values = merge(PRESETS[preset], values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {override}: expected name=value, for example --set distill.epochs=2")
+        values = merge(values, _nested(key.strip().split("."), _parse_yaml(text, f"--set {key}")))
+    recipe = typing.cast(Recipe, _build(Recipe, values, where, ""))
+    check(recipe)
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected sections such as `corpus:` and `distill:`, found {type(values).__name__}")
+    return values
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section; neither argument is modified.
+
+    `sources` and `texts` are replaced whole when `changes` comes from a file that lists its own.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _build(kind: Any, value: Any, where: str, name: str) -> Any:
+    """Coerces `value` to the declared type `kind`; `name` is the dotted place for the message."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: {name or 'top level'} must be a section, found {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+                hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(hints)}"
+                raise UsageError(f"{where}: unknown key {_dotted(name, key)!r}: {hint}")
+        return kind(**{key: _build(hints[key], item, where, _dotted(name, key)) for key, item in value.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(arguments[0], value, where, name)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: {name} must be a section, found {value!r}")
+        return {
+            str(key): _build(arguments[1], item, where, _dotted(name, key))
+            for key, item in value.items()
+            if item is not None  # `--set corpus.sources.python=null` takes a source out
+        }
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{where}: {name} is {value!r}: expected one of {', '.join(map(str, arguments))}")
+        return value
+    return _scalar(kind, value, where, name)
+
+
+def _dotted(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
+    try:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"{where}: {name} is {value!r}: expected {kind.__name__}")
+
+
+def check(recipe: Recipe) -> None:
+    """Raises `UsageError` for a value outside its range; names it, its value and the range."""
+    corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
+    ranges = [
+        ("compress.reduction", recipe.compress.reduction, "(0, 0.95]", 0 < recipe.compress.reduction <= 0.95),
+        ("compress.num_tokens", recipe.compress.num_tokens, ">= 1", recipe.compress.num_tokens >= 1),
+        ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
+        ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
+        ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
+        ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= recipe.cache.top_k <= 256),
+        ("cache.blocks_per_shard", recipe.cache.blocks_per_shard, ">= 1", recipe.cache.blocks_per_shard >= 1),
+        ("distill.epochs", distill.epochs, ">= 1", distill.epochs >= 1),
+        ("distill.learning_rate", distill.learning_rate, "(0, 1]", 0 < distill.learning_rate <= 1),
+        ("distill.alpha", distill.alpha, "[0, 1]", 0 <= distill.alpha <= 1),
+        ("distill.temperature", distill.temperature, "[0.1, 100]", 0.1 <= distill.temperature <= 100),
+        ("distill.warmup_ratio", distill.warmup_ratio, "[0, 1]", 0 <= distill.warmup_ratio <= 1),
+        ("distill.weight_decay", distill.weight_decay, "[0, 1]", 0 <= distill.weight_decay <= 1),
+        ("distill.max_grad_norm", distill.max_grad_norm, "> 0", distill.max_grad_norm > 0),
+        ("distill.validations", distill.validations, ">= 1", distill.validations >= 1),
+        ("evaluate.context", evaluate.context, ">= 2", evaluate.context >= 2),
+        ("evaluate.stride", evaluate.stride, "1 to evaluate.context", 1 <= evaluate.stride <= evaluate.context),
+        ("evaluate.max_tokens", evaluate.max_tokens, ">= 2", (evaluate.max_tokens or 2) >= 2),
+    ]
+    for section in ("cache", "compress", "distill", "evaluate"):
+        size = getattr(recipe, section).batch_size
+        ranges.append((f"{section}.batch_size", size, ">= 1", size >= 1))
+    micro = distill.micro_batch_size
+    ranges.append(
+        (
+            "distill.micro_batch_size",
+            micro,
+            f"a divisor of distill.batch_size ({distill.batch_size})",
+            micro >= 1 and distill.batch_size % micro == 0,
+        )
+    )
+    for name, source in corpus.sources.items():
+        ranges.append((f"corpus.sources.{name}.weight", source.weight, "> 0", source.weight > 0))
+        ranges.append((f"corpus.sources.{name}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
+    for name, value, expected, holds in ranges:
+        if not holds:
+            raise UsageError(f"{name} is {value}: expected {expected}")
+    _check_places(recipe)
+
+
+def _check_places(recipe: Recipe) -> None:
+    if not recipe.corpus.sources:
+        raise UsageError("corpus.sources is empty: name at least one, for example {wiki: {path: wiki.txt}}")
+    for name, source in recipe.corpus.sources.items():
+        given = [key for key in ("path", "embedded", "hub") if getattr(source, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise UsageError(f"corpus.sources.{name}: expected exactly one of path, embedded, hub; found {found}")
+        if source.hub is not None and source.holdout:
+            raise UsageError(f"corpus.sources.{name}: a stream has no last documents: holdout works for files only")
+    for name, text in recipe.evaluate.texts.items():
+        if (text.path is None) == (text.holdout_of is None):
+            raise UsageError(f"evaluate.texts.{name}: expected exactly one of path, holdout_of")
+        if text.holdout_of is None:
+            continue
+        source = recipe.corpus.sources.get(text.holdout_of)
+        if source is None or not source.holdout:
+            raise UsageError(
+                f"evaluate.texts.{name}: corpus.sources has no {text.holdout_of!r} with a holdout above 0"
+            )
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A recipe, or a section of one, as plain JSON-able values."""
+    return dataclasses.asdict(value)
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a YAML file that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,176 @@
+"""Where documents come from: local files, Hub data sets, and text that installed packages carry.
+
+`read` gives (id, text) pairs in a fixed order. An id names the source file and the row, article or function.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import json
+import re
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.recipe import Source
+
+_WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+def read(source: Source, root: str | None = None) -> Iterator[tuple[str, str]]:
+    """(id, text) of each document that is not blank.
+
+    Raises `DataError` for a file that is missing, empty or not what its name says, `ResourceError` for a package that
+    is not installed, `UsageError` for a kind of file that is not known.
+    """
+    if source.embedded == "wikipedia":
+        documents = _wikipedia()
+    elif source.embedded == "python":
+        documents = _python_functions()
+    elif source.hub is not None:
+        documents = _hub(source)
+    else:
+        assert source.path is not None
+        documents = _file(resolve(source.path, root), source)
+    kept = ((identifier, text) for identifier, text in documents if text.strip())
+    first = next(kept, None)
+    if first is None:
+        raise DataError(f"{source.path or source.hub or source.embedded}: no text in it")
+    return itertools.chain([first], kept)
+
+
+def resolve(path: str, root: str | None) -> Path:
+    """A recipe's path: relative ones start from `corpus.root`; raises `DataError` when there is no such file."""
+    resolved = Path(root or ".").expanduser() / Path(path).expanduser()
+    if not resolved.is_file():
+        hint = "" if root else "; relative paths start from corpus.root"
+        raise DataError(f"{resolved}: no such file{hint}")
+    return resolved
+
+
+def _file(path: Path, source: Source) -> Iterator[tuple[str, str]]:
+    if path.suffix == ".txt":
+        try:
+            split = re.compile(source.split)
+        except re.error as error:
+            raise UsageError(f"{path}: split {source.split!r} is not a regular expression: {error}") from None
+        rows: Iterator[str] = (piece for piece in split.split(read_txt(path)) if piece is not None)
+    elif path.suffix == ".jsonl":
+        rows = (_column(row, source.text, f"{path}:{number}") for number, row in _jsonl(path))
+    elif path.suffix == ".parquet":
+        rows = _parquet(path, source.text)
+    else:
+        raise UsageError(f"{path}: expected a .txt, .jsonl or .parquet file")
+    return ((f"{path.name}:{number}", text) for number, text in enumerate(rows))
+
+
+def read_txt(path: Path) -> str:
+    """A UTF-8 text file as it is; raises `DataError` when it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}: convert it first") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as lines:  # bytes: some texts contain Unicode line separators, which are not row ends
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not a JSON object: {error}") from None
+
+
+def _parquet(path: Path, template: str) -> Iterator[str]:
+    try:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield _column(row, template, str(path))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet: {error}") from None
+
+
+def _column(row: Any, template: str, where: str) -> str:
+    """The text of a row: one column, or a template in which {name} stands for a column."""
+    names = re.findall(r"\{(\w+)\}", template) or [template]
+    for name in names:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"{where}: no text column {name!r} (found: {found}); set `text` of the source")
+    if names == [template]:
+        return row[template]
+    return re.sub(r"\{(\w+)\}", lambda match: row[match[1]], template)
+
+
+def _hub(source: Source) -> Iterator[tuple[str, str]]:
+    """A Hub data set as a stream: nothing is downloaded beyond what is read."""
+    try:
+        import datasets
+    except ImportError:
+        raise ResourceError('Hub data sets need a package: pip install "sparsekd[data]"') from None
+    assert source.hub is not None
+    split = source.split if source.split != Source.split else "train"
+    try:
+        stream = datasets.load_dataset(
+            source.hub, source.config, split=split, revision=source.revision, streaming=True
+        )
+        for number, row in enumerate(stream):
+            yield f"{source.hub}:{split}:{number}", _column(row, source.text, f"{source.hub} row {number}")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data set {source.hub} cannot be read: {reason}") from error
+
+
+def _wikipedia() -> Iterator[tuple[str, str]]:
+    """About a hundred articles of the Wikipedia dump that gensim ships for its tests, markup removed."""
+    spec = importlib.util.find_spec("gensim")
+    if spec is None or spec.origin is None:
+        raise ResourceError('the embedded Wikipedia articles come with gensim: pip install "sparsekd[demo]"')
+    path = Path(spec.origin).parent / _WIKIPEDIA
+    if not path.exists():
+        raise ResourceError(f"{path} is missing: pip install gensim==4.4.0, whose wheel carries it")
+    import bz2
+
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    with bz2.open(path, "rb") as dump:
+        for title, text, page in extract_pages(dump, filter_namespaces=("0",)):
+            article = _plain(filter_wiki(text))
+            if len(article) > 500:  # shorter ones are redirects
+                yield f"wikipedia:{page}:{title}", f"{title}\n\n{article}"
+
+
+def _plain(article: str) -> str:
+    """The prose of an article: of what `filter_wiki` leaves, the lines that are neither lists, tables nor captions."""
+    lines = (line.strip() for line in article.splitlines())
+    prose = (line for line in lines if len(line) >= 60 and not line.startswith(("*", "|", "!", ":", ";", "#", "{")))
+    return "\n\n".join(prose).replace("'''", "").replace("''", "")
+
+
+def _python_functions() -> Iterator[tuple[str, str]]:
+    """Functions of the running Python's standard library of 10 to 80 lines, in the order of their files."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
+        if path.parent.name in {"test", "idlelib", "site-packages", "lib2to3"}:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+            lines = text.splitlines()
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and 10 <= (node.end_lineno or 0) - node.lineno <= 80:
+                function = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+                yield f"python:{path.relative_to(library)}:{node.name}", function
