@@ -38,3 +38,9 @@ class Stopped(SparseKDError):  # noqa: N818 - not a fault: the user or the sched
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class QualityError(SparseKDError):
+    """The run is complete, but its result is worse than what it started from."""
+
+    exit_code = 5

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, UsageError
-from sparsekd.layers import LowRankLinear
+from sparsekd.layers import FORMATS, CompressedLinear
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
@@ -221,6 +221,29 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def source_hash(name: str) -> str | None:
+    """sha256 over the files of a local model; None for a Hub id, whose revision is its identity."""
+    place = locate(name)
+    folder = Path(place.source)
+    if place.gguf:
+        return files.file_sha256(folder / place.options["gguf_file"])
+    if not folder.is_dir():
+        return None
+    kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+    listed = sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    return files.fingerprint({path.name: files.file_sha256(path) for path in listed})
+
+
+def checkpoint_dtype(name: str, revision: str | None = None) -> torch.dtype:
+    """The number format that a model's weights are stored in; float32 for GGUF, which is unpacked to it."""
+    place = locate(name)
+    if place.gguf:
+        return torch.float32
+    raw, _ = PreTrainedConfig.get_config_dict(place.source, revision=revision)
+    stored = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides the tokenizer's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -285,7 +308,7 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, LowRankLinear))
+    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
@@ -316,9 +339,10 @@ def compressed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
+        layer_class = FORMATS[config.sparsekd["format"]]
         for name, rank in config.sparsekd["ranks"].items():
             dense = self.get_submodule(name)
-            replace_module(self, name, LowRankLinear(*shape(dense), rank, dense.bias is not None))
+            replace_module(self, name, layer_class(*shape(dense), rank, dense.bias is not None))
 
     return type(f"SparseKD{base.__name__}", (base,), {"config_class": config_class, "__init__": __init__})
 

@@ -84,6 +84,7 @@ class Compress:
 
     reduction: float = 0.15  # fraction of the MLP parameters removed
     method: Literal["whitened", "svd"] = "whitened"
+    format: Literal["pivot", "lowrank"] = "pivot"  # r(m+n) - r^2 weights a matrix, or r(m+n)
     num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
 

@@ -5,6 +5,7 @@ Shape letters: B blocks, L positions, V vocabulary, K kept tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,22 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, CODEC, Cache, Targets, Writer, bytes_per_token
-from sparsekd.models import weights_hash
+from sparsekd.models import tokenizer_hash, weights_hash
 
 _CHUNK = 128  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 
 
 def identity(
-    model: PreTrainedModel, tokenizer_hash: str, corpus_fingerprint: str, top_k: int
+    model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, top_k: int
 ) -> dict[str, Any]:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     return {
         "teacher": weights_hash(model),
-        "tokenizer": tokenizer_hash,
+        "tokenizer": tokenizer,
         "corpus": corpus_fingerprint,
         "top_k": top_k,
         "codec": CODEC,
@@ -72,14 +73,14 @@ def fill(
     folder: Path,
     blocks: dict[int, np.ndarray],
     *,
-    tokenizer_hash: str,
+    tokenizer: str,
     corpus_fingerprint: str,
     top_k: int = 32,
     blocks_per_shard: int = 64,
     batch_size: int = 4,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> Cache:
-    """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result.
+    """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; `tokenizer` is its hash.
 
     Killed at any moment and called again, it continues after the last whole shard. `on_tokens` hears of progress.
     Raises `ResourceError` when the disk is too small and `DataError` when the model's output is not finite.
@@ -88,7 +89,7 @@ def fill(
     top_k = min(top_k, vocab_size - 1)
     num_tokens = sum(len(tokens) for tokens in blocks.values())
     files.require_space(folder, num_tokens * bytes_per_token(top_k, vocab_size), "the teacher cache")
-    writer = Writer(folder, identity(model, tokenizer_hash, corpus_fingerprint, top_k), vocab_size)
+    writer = Writer(folder, identity(model, tokenizer, corpus_fingerprint, top_k), vocab_size)
     order = sorted(blocks, key=lambda block_id: (len(blocks[block_id]), block_id))
     for number, start in enumerate(range(0, len(order), blocks_per_shard)):
         shard = order[start : start + blocks_per_shard]
@@ -97,6 +98,27 @@ def fill(
             writer.add(number, shard, tokens, _forward(model, tokens, top_k, batch_size, on_tokens))
     writer.finish()
     return Cache(folder)
+
+
+def cache_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Int[Tensor, "N L"],
+    folder: str | Path,
+    *,
+    top_k: int = 32,
+) -> Cache:
+    """Caches `model`'s next-token distributions on `blocks` (token ids) in `folder`; row i becomes block i."""
+    by_id = {i: row.astype(np.int32) for i, row in enumerate(blocks.numpy())}
+    made_from = hashlib.sha256(blocks.numpy().astype("<i4").tobytes()).hexdigest()[:16]
+    return fill(
+        model,
+        Path(folder),
+        by_id,
+        tokenizer=tokenizer_hash(tokenizer),
+        corpus_fingerprint=made_from,
+        top_k=top_k,
+    )
 
 
 def _forward(

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.compress import lowrank, statistics
+from sparsekd.compression import lowrank, statistics
 from sparsekd.errors import DataError, UsageError
-from sparsekd.layers import LowRankLinear, num_weights, rank_for
+from sparsekd.layers import FORMATS, CompressedLinear, num_weights, rank_for
 from sparsekd.models import (
     MLP,
     dense_weight,
@@ -85,15 +85,16 @@ def compress(
     *,
     reduction: float = 0.15,
     method: str = "whitened",
+    layer_format: str = "pivot",
 ) -> PreTrainedModel:
     """Makes the MLPs of `model` low-rank, in place, and returns it: an ordinary model with fewer weights.
 
     `reduction` is the fraction of the MLP parameters to remove, in (0, 0.95]. `blocks` are token ids to take the
-    statistics from, as one tensor or as batches; `svd` needs none. Raises `UsageError` for a value out of range, a
+    statistics from, as one tensor or as batches; `svd` needs none. `layer_format` is `pivot` or `lowrank`. Raises `UsageError` for a value out of range, a
     model without an MLP or one that is compressed already, `DataError` for weights or activations that are not
     finite; the model is then unchanged.
     """
-    truncate(model, blocks, reduction=reduction, method=method)
+    truncate(model, blocks, reduction=reduction, method=method, layer_format=layer_format)
     return model
 
 
@@ -103,15 +104,18 @@ def truncate(
     *,
     reduction: float,
     method: str,
+    layer_format: str,
 ) -> Plan:
     """What `compress` does, returning the plan with the damage that was predicted for each matrix."""
     if not 0 < reduction <= 0.95:
         raise UsageError(f"reduction is {reduction}: expected a fraction of the MLP parameters in (0, 0.95]")
     if method not in METHODS:
         raise UsageError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
+    if layer_format not in FORMATS:
+        raise UsageError(f"format is {layer_format!r}: expected one of {', '.join(FORMATS)}")
     if is_compressed(model):
         raise UsageError("the model is compressed already: start from the dense one")
-    before = plan(model, reduction)
+    before = plan(model, reduction, layer_format)
     for matrix in before.matrices:
         if not torch.isfinite(dense_weight(model.get_submodule(matrix.name))).all():
             raise DataError(f"the weight of {matrix.name} is not finite: the model is damaged")
@@ -124,37 +128,39 @@ def truncate(
     layers, errors = {}, {}
     for mlp in find_mlps(model):
         for name in mlp.matrices:
-            layers[name], errors[name] = _factorize(model, mlp, name, ranks[name], grams)
+            layers[name], errors[name] = _factorize(model, mlp, name, ranks[name], layer_format, grams)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     ranks = {name: layer.rank for name, layer in layers.items()}
-    mark_compressed(model, {"format": "lowrank", "method": method, "reduction": reduction, "ranks": ranks})
-    done = [_with_error(matrix, ranks[matrix.name], errors[matrix.name]) for matrix in before.matrices]
+    mark_compressed(model, {"format": layer_format, "method": method, "reduction": reduction, "ranks": ranks})
+    done = [_with_error(matrix, ranks[matrix.name], errors[matrix.name], layer_format) for matrix in before.matrices]
     return Plan(done, before.model_parameters_before)
 
 
-def plan(model: PreTrainedModel, reduction: float) -> Plan:
+def plan(model: PreTrainedModel, reduction: float, layer_format: str) -> Plan:
     """Uniform ranks: every matrix loses the same fraction of its weights. Works on a model without weights too."""
     matrices = []
     for mlp in find_mlps(model):
         for name in mlp.matrices:
             module = model.get_submodule(name)
-            matrices.append(_matrix_plan(name, module, rank_for(*shape(module), reduction)))
+            matrices.append(_matrix_plan(name, module, rank_for(*shape(module), reduction, layer_format), layer_format))
     return Plan(matrices, num_parameters(model))
 
 
-def _matrix_plan(name: str, module: nn.Module, rank: int) -> MatrixPlan:
+def _matrix_plan(name: str, module: nn.Module, rank: int, layer_format: str) -> MatrixPlan:
     inputs, outputs = shape(module)
     bias = outputs if getattr(module, "bias", None) is not None else 0
-    after = num_weights(inputs, outputs, rank) + bias
+    after = num_weights(inputs, outputs, rank, layer_format) + bias
     return MatrixPlan(name, inputs, outputs, rank, inputs * outputs + bias, after)
 
 
-def _with_error(matrix: MatrixPlan, rank: int, error: float) -> MatrixPlan:
+def _with_error(matrix: MatrixPlan, rank: int, error: float, layer_format: str) -> MatrixPlan:
     """The plan of a matrix after the fact; its rank may be lower where the matrix itself has fewer directions."""
-    fewer = num_weights(matrix.in_features, matrix.out_features, matrix.rank - rank)
-    values = asdict(matrix) | {"rank": rank, "parameters_after": matrix.parameters_after - fewer}
-    return MatrixPlan(**(values | {"relative_error": error}))
+    planned, found = (
+        num_weights(matrix.in_features, matrix.out_features, r, layer_format) for r in (matrix.rank, rank)
+    )
+    after = matrix.parameters_after - planned + found
+    return MatrixPlan(**(asdict(matrix) | {"rank": rank, "parameters_after": after, "relative_error": error}))
 
 
 def _factorize(
@@ -162,8 +168,9 @@ def _factorize(
     mlp: MLP,
     name: str,
     rank: int,
+    layer_format: str,
     grams: dict[MLP, tuple[statistics.Gram, statistics.Gram]] | None,
-) -> tuple[LowRankLinear, float]:
+) -> tuple[CompressedLinear, float]:
     module = model.get_submodule(name)
     weight = dense_weight(module).detach()
     if grams is None:
@@ -174,5 +181,5 @@ def _factorize(
         projection = lowrank.from_input_gram(weight, grams[mlp][0].mean().to(weight.device))
     up, down = projection.factors(weight, rank)
     bias = getattr(module, "bias", None)
-    layer = LowRankLinear.from_factors(up, down, None if bias is None else bias.detach())
+    layer = FORMATS[layer_format].from_factors(up, down, None if bias is None else bias.detach())
     return layer.to(weight.device), projection.relative_error(rank)

@@ -160,7 +160,7 @@ def train(
         for micro in range(0, len(ids), options.micro_batch_size):
             part = loss_of(data, ids[micro : micro + options.micro_batch_size], options, denominator)
             part.total.backward()
-            loss, kd, ce = loss + float(part.total), kd + float(part.kd), ce + float(part.ce)
+            loss, kd, ce = loss + float(part.total.detach()), kd + float(part.kd), ce + float(part.ce)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), options.max_grad_norm))
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise DataError(

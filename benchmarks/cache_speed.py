@@ -1,0 +1,56 @@
+"""Tokens a second of the cache stage against the bare forward pass on the same blocks, in turns.
+
+    python benchmarks/cache_speed.py
+
+The bare pass is `model(input_ids).logits` and nothing else. The cache stage is the whole of it: forward pass,
+distributions, encoding, Parquet shards on disk. Bar: at least 0.9.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from _record import record, summary
+
+import sparsekd
+from sparsekd import corpus, teacher
+from sparsekd.recipe import load_recipe
+
+ROUNDS, BATCH = 5, 4
+
+
+def main() -> None:
+    model, tokenizer = sparsekd.load()
+    recipe = load_recipe("demo", ("corpus.num_blocks=16", "corpus.num_validation_blocks=2"))
+    built = corpus.build(recipe.corpus, {}, tokenizer, seed=42)
+    blocks = {number: block.tokens for number, block in enumerate(built.blocks[:16])}
+    tokens = torch.from_numpy(np.stack(list(blocks.values())).astype(np.int64))
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in tokens.split(BATCH):
+                _ = model(input_ids=batch, use_cache=False).logits
+
+    def cache() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            made_from = {"tokenizer": "benchmark", "corpus_fingerprint": "benchmark"}
+            teacher.fill(model, Path(folder), blocks, batch_size=BATCH, **made_from)
+
+    bare()
+    speeds: dict[str, list[float]] = {"bare": [], "cache": []}
+    for _ in range(ROUNDS):
+        for name, function in (("bare", bare), ("cache", cache)):
+            start = time.perf_counter()
+            function()
+            speeds[name].append(tokens.numel() / (time.perf_counter() - start))
+    ratios = [c / b for c, b in zip(speeds["cache"], speeds["bare"], strict=True)]
+    figures = {f"{name}_tokens_per_second": summary(values) for name, values in speeds.items()}
+    record("cache_speed", figures | {"ratio": summary(ratios), "tokens": tokens.numel(), "rounds": ROUNDS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The command line: parse, call one function, print. Heavy imports live inside the verbs.
+
+Results go to stdout, as text or with `--json` as one object; progress and messages go to stderr.
+Exit codes: 0 ok, 1 our bug, 2 usage, 3 data, 4 resource, 5 the result is worse than before, 130/143 stopped by signal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsekd.errors import SparseKDError, UsageError
+from sparsekd.recipe import PRESETS, Recipe, load_recipe
+
+app = typer.Typer(
+    help="Make a trained language model smaller and faster, taught by nothing but itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[
+    str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), a preset, or a model: folder, Hub id, .gguf file, smollm2-135m.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
+Reduction = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to remove: compress.reduction.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub model: model.revision.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/NAME-REDUCTION]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; an error if there is none.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run in --out and start again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, bytes, memory and time; do nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def run(
+    target: Target,
+    reduction: Reduction = None,
+    set_: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Everything: corpus, cache, compress, distill, evaluate, report. A killed run continues when called again."""
+    _run_stages("report", target, reduction, set_, out, resume, fresh, dry_run, revision, as_json)
+
+
+def _stage_verb(verb: str, stage: str, text: str) -> None:
+    def command(
+        target: Target,
+        reduction: Reduction = None,
+        set_: Set = None,
+        out: Out = None,
+        resume: Resume = False,
+        fresh: Fresh = False,
+        dry_run: DryRun = False,
+        revision: Revision = None,
+        as_json: AsJson = False,
+    ) -> None:
+        _run_stages(stage, target, reduction, set_, out, resume, fresh, dry_run, revision, as_json)
+
+    app.command(verb, help=text)(command)
+
+
+_stage_verb("corpus", "corpus", "Run until the token blocks are there.")
+_stage_verb("cache", "cache", "Run until the teacher's distributions are cached.")
+_stage_verb("compress", "compress", "Run until the MLPs are low-rank.")
+_stage_verb("distill", "distill", "Run until the compressed model is trained.")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model: folder (dense or compressed), Hub id, .gguf file, smollm2-135m.")],
+    text: Annotated[list[Path], typer.Option(help="A text to measure on (.txt, .jsonl, .parquet); repeatable.")],
+    context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each text; all by default.", min=2)] = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of any model on any text: the strict protocol, the paper's, bits per byte, standard errors."""
+    from sparsekd import corpus, models
+    from sparsekd.console import Console
+    from sparsekd.device import place
+    from sparsekd.evaluate import perplexity
+    from sparsekd.recipe import Corpus, Text
+    from sparsekd.report import tables
+
+    _quiet()
+    if stride > context:
+        raise UsageError(f"--stride is {stride}: expected at most --context ({context})")
+    contents = {path.name: corpus.read_text(Text(path=str(path)), Corpus()) for path in text}
+    placement = place()
+    loaded, tokenizer = models.load(model, revision=revision, dtype=placement.dtype, device=placement.device)
+    results = {}
+    for name, content in contents.items():
+        expected = min(max_tokens or sys.maxsize, len(corpus.encode(tokenizer, content))) * context // stride
+        with Console().bar(f"evaluating {name}", expected) as bar:
+            results[name] = perplexity(
+                loaded, tokenizer, content, context=context, stride=stride, max_tokens=max_tokens, on_tokens=bar.advance
+            ).as_dict()
+    if as_json:
+        _print_json(results)
+        return
+    report = {"evaluation": {"models": {model: results}, "ratios": {}}}
+    _print_table(tables.console_table("Perplexity", tables.PERPLEXITY_HEADER, tables.perplexities(report)))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run directory whose stages are finished.")], as_json: AsJson = False
+) -> None:
+    """Write report.json and report.html of a run again, and print its tables."""
+    from sparsekd.report import write
+
+    _show(write(folder), folder, as_json)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")], as_json: AsJson = False) -> None:
+    """What is this folder, is it whole, and what made it? Reads only."""
+    from sparsekd.inspection import describe
+
+    _quiet()
+    _print_facts(describe(path), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, device, free disk, and which optional packages are here."""
+    from sparsekd.inspection import diagnose
+
+    _print_facts(diagnose(), as_json)
+
+
+def _run_stages(
+    until: str,
+    target: str,
+    reduction: float | None,
+    set_: list[str] | None,
+    out: Path | None,
+    resume: bool,
+    fresh: bool,
+    dry_run: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    if resume and fresh:
+        raise UsageError("--resume continues a run and --fresh removes it: give one of them")
+    overrides = list(set_ or [])
+    if reduction is not None:
+        overrides.append(f"compress.reduction={reduction}")
+    if revision is not None:
+        overrides.append(f"model.revision={revision}")
+    recipe = load_recipe(target, tuple(overrides))
+    if dry_run:
+        _dry_run(recipe, as_json)
+        return
+    from sparsekd import pipeline
+    from sparsekd.errors import QualityError
+
+    _quiet()
+    folder = out or _default_folder(target, recipe)
+    try:
+        summaries = pipeline.run(recipe, folder, until=until, resume=resume, fresh=fresh)
+    except QualityError:
+        _show_report(folder, as_json)
+        raise
+    if until == "report":
+        _show_report(folder, as_json)
+    elif as_json:
+        _print_json(summaries)
+    else:
+        print(f"done: {folder}")
+
+
+def _default_folder(target: str, recipe: Recipe) -> Path:
+    name = target if target in PRESETS else Path(target).stem if target.endswith((".yaml", ".yml")) else recipe.model.name
+    return Path("runs") / f"{Path(name).name}-{recipe.compress.reduction:g}"
+
+
+def _show_report(folder: Path, as_json: bool) -> None:
+    from sparsekd.report import gather
+
+    _show(gather(folder), folder, as_json)
+
+
+def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from sparsekd.report import tables
+
+    if as_json:
+        _print_json(gathered)
+        return
+    plan = gathered["compression"]
+    _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(plan)))
+    _print_table(tables.console_table("Perplexity", tables.PERPLEXITY_HEADER, tables.perplexities(gathered)))
+    seconds = [[name, tables.duration(value)] for name, value in gathered["seconds"].items()]
+    total = ["total", tables.duration(sum(gathered["seconds"].values()))]
+    _print_table(tables.console_table("Time", ["stage", ""], [*seconds, total]))
+    print(f"peak memory {gathered['peak_memory_bytes'] / 1e9:.1f} GB")
+    print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
+    print(f"report: {folder / 'report.html'}")
+
+
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
+    from sparsekd.plan import plan
+    from sparsekd.report import tables
+
+    _quiet()
+    planned = plan(recipe)
+    if as_json:
+        _print_json(planned)
+        return
+    structure = planned["compression"]
+    rows = [row[:5] for row in tables.matrices(structure)]
+    _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
+    _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
+    print(f"device        {planned['device']}, {planned['dtype']}")
+    print(f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({planned['cache_bytes_per_token']} bytes a token before zstd)")
+    print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
+    for name, seconds in planned["seconds"].items():
+        print(f"{name:<13} about {tables.duration(seconds)}")
+    print(f"{'total':<13} about {tables.duration(sum(planned['seconds'].values()))}")
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    plain = Console()
+    if not plain.is_terminal:
+        plain = Console(width=140)
+    plain.print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _quiet() -> None:
+    """Silences transformers' own bars and notes; ours say what is going on."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """The `sparsekd` command: an error for the user is one line, and its class decides the exit code."""
+    try:
+        app()
+    except SparseKDError as error:
+        print(f"sparsekd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"sparsekd: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        sys.exit(4)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

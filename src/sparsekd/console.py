@@ -1,0 +1,51 @@
+"""What people see while it runs, on stderr: a live bar on a terminal, one plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 10.0
+
+
+class Bar:
+    """Progress towards `total` units; `advance` says how far, and what to show beside it."""
+
+    def __init__(self, console: RichConsole, title: str, total: int, progress: Progress | None):
+        self._console, self._title, self._total, self._progress = console, title, max(1, total), progress
+        self._task = progress.add_task(title, total=self._total, note="") if progress else None
+        self._done, self._start, self._last_line = 0, time.monotonic(), time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=count, note=note)
+        elif now - self._last_line > _LINE_EVERY_S or self._done >= self._total:
+            self._last_line = now
+            left = (now - self._start) / self._done * max(0, self._total - self._done)
+            share = f"{min(1.0, self._done / self._total):4.0%}"
+            self._console.print(f"  {self._title} {share}  {note}  {left:.0f} s left", markup=False, highlight=False)
+
+
+class Console:
+    """Human text to stderr, so that stdout stays free for results."""
+
+    def __init__(self) -> None:
+        self._rich = RichConsole(stderr=True)
+
+    def say(self, text: str) -> None:
+        self._rich.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        if not self._rich.is_terminal:
+            yield Bar(self._rich, title, total, None)
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            yield Bar(self._rich, title, total, progress)

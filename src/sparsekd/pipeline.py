@@ -1,0 +1,315 @@
+"""The paper's procedure, top to bottom: corpus, cache, compress, distill, evaluate, report.
+
+Each stage is a function that takes the run and what earlier stages made; each reuses its own finished output. The
+dense model is loaded only when a stage needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekd import compression, corpus, distillation, files, models, report, sources, teacher
+from sparsekd.cache import Cache
+from sparsekd.console import Console
+from sparsekd.corpus import Corpus
+from sparsekd.device import place
+from sparsekd.errors import QualityError
+from sparsekd.evaluate import Perplexity, perplexity
+from sparsekd.recipe import Recipe, as_dict
+from sparsekd.run import Run, stop_signals
+
+STAGES = ("corpus", "cache", "compress", "distill", "evaluate", "report")
+_ROUND = "round-01"
+_CORPUS = "corpus"
+_CACHE, _COMPRESSED = f"{_ROUND}/cache", f"{_ROUND}/compressed"
+_DISTILLED, _EVALUATION = f"{_ROUND}/distilled", f"{_ROUND}/eval"
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    until: str = "report",
+    resume: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs the stages up to `until` in `folder` and returns the summary of each by name.
+
+    Finished stages are reused. Raises what the stages raise; whatever was finished stays and the next call continues.
+    `QualityError` comes last, after the report is written: the distilled model is worse than before distillation.
+    """
+    with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
+        dense = Dense(opened)
+        blocks = make_corpus(opened, dense)
+        summaries = {"corpus": blocks[1]}
+        steps = {
+            "cache": lambda: fill_cache(opened, dense, blocks[0]),
+            "compress": lambda: truncate(opened, dense, blocks[0]),
+            "distill": lambda: train(opened, dense, blocks[0]),
+            "evaluate": lambda: evaluate(opened, dense, blocks[0]),
+        }
+        for name, step in steps.items():
+            if STAGES.index(name) <= STAGES.index(until):
+                summaries[name] = step()
+        if until == "report":
+            written = report.write(folder)
+            opened.console.say(f"report: {folder / 'report.html'}")
+            _quality_gate(written)
+        return summaries
+
+
+class Dense:
+    """The model to compress: its identity at once, its weights on first use."""
+
+    def __init__(self, opened: Run):
+        self._run = opened
+        self.placement = place(opened.recipe.device, opened.recipe.model.dtype)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        model = self._run.recipe.model
+        return {
+            "name": model.name,
+            "revision": model.revision,
+            "content": models.source_hash(model.name),
+            "dtype": str(self.placement.dtype).removeprefix("torch."),
+        }
+
+    @functools.cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model = self._run.recipe.model
+        self._run.console.say(f"loading {model.name} ({self.placement.device}, {self.placement.reason})")
+        return models.load(
+            model.name,
+            revision=model.revision,
+            dtype=self.placement.dtype,
+            device=self.placement.device,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.loaded[1]
+
+
+def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
+    recipe = opened.recipe
+    places = [*recipe.corpus.sources.values(), *recipe.evaluate.texts.values()]
+    paths = sorted({place.path for place in places if place.path is not None})
+    inputs = {
+        "model": dense.identity,
+        "corpus": as_dict(recipe.corpus),
+        "texts": {name: as_dict(text) for name, text in recipe.evaluate.texts.items()},
+        "files": {path: files.file_sha256(sources.resolve(path, recipe.corpus.root)) for path in paths},
+        "seed": recipe.seed,
+    }
+    stage = opened.stage(_CORPUS, inputs)
+    if stage.summary is not None:
+        return corpus.load(stage.folder), stage.summary
+    built = corpus.build(recipe.corpus, recipe.evaluate.texts, dense.tokenizer, recipe.seed)
+    corpus.save(built, stage.folder)
+    for name, source in built.reports.items():
+        if source.dropped_documents:
+            opened.console.say(
+                f"  leak guard: {name}: {source.dropped_documents} of {source.documents} documents dropped, "
+                f"{source.leaked_sequences} sequences of {corpus.GUARD_WORDS} words are in an evaluation text"
+            )
+        if source.drawn > source.blocks:
+            opened.console.say(f"  {name}: {source.blocks} blocks repeat to fill its share of {source.drawn}")
+    summary = {
+        "fingerprint": built.fingerprint,
+        "blocks": len(built.train_ids),
+        "distinct_blocks": len(built.blocks) - len(built.validation_ids),
+        "validation_blocks": len(built.validation_ids),
+        "tokens": built.num_tokens,
+        "sources": {name: vars(source) for name, source in built.reports.items()},
+    }
+    return built, stage.finish(summary)
+
+
+def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    options = opened.recipe.cache
+    inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(options)}
+    stage = opened.stage(_CACHE, inputs)
+    if stage.summary is not None:
+        return stage.summary
+    by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
+    num_tokens = sum(len(tokens) for tokens in by_id.values())
+    with opened.console.bar("caching", num_tokens) as bar:
+        cache = teacher.fill(
+            dense.model,
+            stage.folder,
+            by_id,
+            tokenizer=models.tokenizer_hash(dense.tokenizer),
+            corpus_fingerprint=blocks.fingerprint,
+            top_k=options.top_k,
+            blocks_per_shard=options.blocks_per_shard,
+            batch_size=options.batch_size,
+            on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
+        )
+    return stage.finish({"blocks": len(by_id), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes})
+
+
+def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    options = opened.recipe.compress
+    inputs = {
+        "model": dense.identity,
+        "corpus": blocks.fingerprint,
+        "compress": as_dict(options),
+        "seed": opened.recipe.seed,
+    }
+    stage = opened.stage(_COMPRESSED, inputs)
+    if stage.summary is not None:
+        return stage.summary
+    student, tokenizer = dense.loaded
+    del dense.loaded  # it is changed in place here; a later stage that needs the dense one reads it again
+    plan = compression.truncate(
+        student,
+        _statistics_batches(blocks, opened.recipe),
+        reduction=options.reduction,
+        method=options.method,
+        layer_format=options.format,
+    )
+    models.save(student.to(_checkpoint_dtype(dense)), tokenizer, stage.folder / "model")
+    opened.console.say(
+        f"  removed {plan.mlp_reduction:.1%} of the MLP parameters, {plan.model_reduction:.1%} of the whole model"
+    )
+    return stage.finish(plan.as_dict())
+
+
+def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    recipe = opened.recipe
+    inputs = {
+        "compressed": files.read_json(opened.folder / _COMPRESSED / "inputs.json"),
+        "cache": files.read_json(opened.folder / _CACHE / "inputs.json"),
+        "distill": as_dict(recipe.distill),
+    }
+    stage = opened.stage(_DISTILLED, inputs)
+    if stage.summary is not None:
+        return stage.summary
+    student, tokenizer = models.load(
+        str(opened.folder / _COMPRESSED / "model"), dtype=torch.float32, device=dense.placement.device
+    )
+    data = distillation.Data(
+        [block.tokens for block in blocks.blocks],
+        functools.partial(blocks.order, recipe.seed),
+        blocks.validation_ids.tolist(),
+        Cache(opened.folder / _CACHE),
+    )
+    num_tokens = blocks.num_tokens * recipe.distill.epochs
+    with opened.console.bar("training", num_tokens) as bar, stop_signals() as received:
+        trained = 0
+
+        def on_step(step: distillation.Step, num_steps: int) -> None:
+            nonlocal trained
+            speed = (step.num_tokens - trained) / max(step.seconds, 1e-9) if trained else 0.0
+            note = f"step {step.step}/{num_steps}  loss {step.loss:.3f}  " + (f"{speed:.0f} tokens/s" if speed else "")
+            bar.advance(step.num_tokens - trained, note)
+            trained = step.num_tokens
+            opened.log("step", **vars(step))
+
+        history = distillation.train(
+            student,
+            data,
+            recipe.distill,
+            folder=stage.folder,
+            on_step=on_step,
+            on_validation=lambda v: opened.console.say(
+                f"  validation after step {v.step}: loss {v.loss:.3f}, KD {v.kd:.3f}, cross-entropy {v.ce:.3f}"
+            ),
+            stop_signal=lambda: received[0] if received else None,
+        )
+    models.save(student.to(_checkpoint_dtype(dense)), tokenizer, stage.folder / "model")
+    files.remove(stage.folder / "checkpoint")
+    return stage.finish(history.as_dict())
+
+
+def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    inputs = {
+        "distilled": files.read_json(opened.folder / _DISTILLED / "inputs.json"),
+        "evaluate": as_dict(opened.recipe.evaluate),
+    }
+    stage = opened.stage(_EVALUATION, inputs)
+    if stage.summary is not None:
+        return stage.summary
+    results: dict[str, Any] = {}
+    for name in ("dense", "compressed", "distilled"):
+        path = stage.folder / f"{name}.json"
+        if not path.exists():
+            model, tokenizer = _model_to_evaluate(opened, dense, name)
+            measured = {
+                text: _measure(opened, model, tokenizer, content, f"{name} on {text}").as_dict()
+                for text, content in blocks.texts.items()
+            }
+            files.write_json(path, measured)
+        results[name] = files.read_json(path)
+    return stage.finish({"models": results})
+
+
+def _model_to_evaluate(
+    opened: Run, dense: Dense, name: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name == "dense":
+        return dense.loaded
+    folder = opened.folder / {"compressed": _COMPRESSED, "distilled": _DISTILLED}[name] / "model"
+    return models.load(str(folder), dtype=dense.placement.dtype, device=dense.placement.device)
+
+
+def _measure(
+    opened: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, title: str
+) -> Perplexity:
+    options = opened.recipe.evaluate
+    bound = options.max_tokens or len(corpus.encode(tokenizer, text))
+    with opened.console.bar(f"evaluating {title}", bound * options.context // options.stride) as bar:
+        return perplexity(
+            model,
+            tokenizer,
+            text,
+            context=options.context,
+            stride=options.stride,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            on_tokens=bar.advance,
+        )
+
+
+def _statistics_batches(blocks: Corpus, recipe: Recipe) -> list[torch.Tensor]:
+    """Batches of equally long training blocks, in the first epoch's order, up to `compress.num_tokens`."""
+    batches, batch, total = [], [], 0
+    for block_id in blocks.order(recipe.seed, 0):
+        tokens = blocks.blocks[block_id].tokens
+        if batch and (len(batch) == recipe.compress.batch_size or len(tokens) != len(batch[0])):
+            batches.append(batch)
+            batch = []
+        batch.append(tokens)
+        total += len(tokens)
+        if total >= recipe.compress.num_tokens:
+            break
+    return [torch.from_numpy(np.stack(batch).astype(np.int64)) for batch in [*batches, batch]]
+
+
+def _checkpoint_dtype(dense: Dense) -> torch.dtype:
+    """Results are saved in the number format that the dense checkpoint has, so that sizes compare."""
+    return models.checkpoint_dtype(dense.identity["name"], dense.identity["revision"])
+
+
+def _quality_gate(written: dict[str, Any]) -> None:
+    evaluated = written["evaluation"]["models"]
+    worse = [
+        text
+        for text, result in evaluated["distilled"].items()
+        if result["perplexity"] > evaluated["compressed"][text]["perplexity"]
+    ]
+    if worse and len(worse) == len(evaluated["distilled"]):
+        raise QualityError(f"distillation made the model worse on {', '.join(worse)}: lower distill.learning_rate")

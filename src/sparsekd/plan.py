@@ -1,0 +1,98 @@
+"""What a run will do before it does it: parameters, bytes, memory, time. Reads the model's config, not its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsekd import compression, models
+from sparsekd.cache import bytes_per_token
+from sparsekd.device import measured_flops, place
+from sparsekd.recipe import Recipe, as_dict
+
+# Shares of the speed of a large matrix product, from SmolLM2-135M on 2 cores; elsewhere the estimate is coarser.
+_FORWARD_EFFICIENCY = 0.75
+_SOLVER_EFFICIENCY = 0.06
+_RUNTIME_BYTES = 0.7e9  # Python, torch and the other libraries
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    parameters: int
+    multiplied: int  # parameters that a token is multiplied with: all but the embedding table's look-up
+    hidden: int
+    layers: int
+    vocab: int
+    widest: int
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Parameters of each matrix before and after, cache bytes, peak memory and seconds a stage, as plain values."""
+    skeleton = models.skeleton(
+        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    placement = place(recipe.device, recipe.model.dtype)
+    structure = compression.plan(skeleton, recipe.compress.reduction, recipe.compress.format)
+    sizes = _sizes(skeleton, structure)
+    blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
+    cached = blocks * recipe.corpus.seq_len
+    return {
+        "recipe": as_dict(recipe),
+        "device": str(placement.device),
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "compression": structure.as_dict(),
+        "cache_bytes": cached * bytes_per_token(recipe.cache.top_k, sizes.vocab),
+        "cache_bytes_per_token": bytes_per_token(recipe.cache.top_k, sizes.vocab),
+        "model_bytes": sizes.parameters * placement.dtype.itemsize,
+        "peak_memory_bytes": _memory(recipe, sizes, structure.model_parameters_after, placement.dtype.itemsize),
+        "seconds": _seconds(recipe, sizes, structure, cached, measured_flops(placement)),
+    }
+
+
+def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    parameters = models.num_parameters(model)
+    tied = embedding is head
+    return _Sizes(
+        parameters=parameters,
+        multiplied=parameters - (0 if tied else embedding.numel()),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        widest=max(max(m.in_features, m.out_features) for m in structure.matrices),
+    )
+
+
+def _memory(recipe: Recipe, sizes: _Sizes, parameters_after: int, itemsize: int) -> float:
+    """The larger of training (weights, gradients, two moments, the best copy, activations) and evaluation."""
+    tokens = recipe.distill.micro_batch_size * recipe.corpus.seq_len
+    activations = tokens * sizes.layers * (14 * sizes.hidden + 5 * sizes.widest) * 4
+    head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
+    training = 5 * 4 * parameters_after + activations + head
+    logits = recipe.evaluate.batch_size * recipe.evaluate.context * sizes.vocab * 4
+    evaluation = itemsize * sizes.parameters + 3 * logits
+    statistics = itemsize * sizes.parameters + sizes.layers * 2 * 8 * sizes.hidden**2
+    return _RUNTIME_BYTES + max(training, evaluation, statistics)
+
+
+def _seconds(
+    recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float
+) -> dict[str, float]:
+    forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
+    smaller = forward * (1 - structure.model_reduction)
+    solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices)
+    corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
+    scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
+    trained = corpus.num_blocks * corpus.seq_len * distill.epochs
+    validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
+    statistics = recipe.compress.num_tokens if recipe.compress.method == "whitened" else 0
+    return {
+        "cache": forward * cached,
+        "compress": forward * statistics + solver / (flops * _SOLVER_EFFICIENCY),
+        "distill": smaller * (3 * trained + validated),
+        "evaluate": (forward + 2 * smaller) * scored,
+    }

@@ -1,0 +1,104 @@
+"""Pictures of a run as SVG text: vector, no scripts, readable on white and on dark paper, colour-blind safe."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours; grey axes stand out on white and on black
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
+_STYLE = {
+    "svg.hashsalt": "sparsekd",  # the same picture has the same bytes
+    "font.size": 10,
+    "text.color": _GREY,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.labelcolor": _GREY,
+    "lines.linewidth": 1.8,
+}
+
+
+def loss_curve(history: dict[str, Any]) -> str:
+    """Training and validation loss against tokens trained on."""
+    figure, axes = _figure()
+    steps = history["steps"]
+    tokens = {0: 0} | {step["step"]: step["num_tokens"] for step in steps}
+    axes.plot([s["num_tokens"] for s in steps], [s["loss"] for s in steps], color=_BLUE, alpha=0.6, label="training")
+    validations = history["validations"]
+    axes.plot(
+        [tokens[v["step"]] for v in validations],
+        [v["loss"] for v in validations],
+        "o-",
+        color=_ORANGE,
+        label="validation",
+    )
+    kept = next(v for v in validations if v["step"] == history["best_step"])
+    axes.plot([tokens[kept["step"]]], [kept["loss"]], "o", ms=12, mfc="none", color=_GREEN, label="weights kept")
+    axes.set(xlabel="tokens trained on", ylabel="loss (nats)")
+    axes.legend()
+    return _svg(figure)
+
+
+def ranks(plan: dict[str, Any]) -> str:
+    """Rank of each matrix by layer, as a share of full rank, and the output energy lost."""
+    figure, (left, right) = _figures(2)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for matrix in plan["matrices"]:
+        kinds.setdefault(matrix["name"].rpartition(".")[2], []).append(matrix)
+    for (name, members), color, marker in zip(kinds.items(), (_BLUE, _ORANGE, _GREEN), "os^", strict=False):
+        layers = range(len(members))
+        full = [min(m["in_features"], m["out_features"]) for m in members]
+        style = {"color": color, "marker": marker, "ms": 4, "label": name}
+        left.plot(layers, [m["rank"] / f for m, f in zip(members, full, strict=True)], **style)
+        right.plot(layers, [m["relative_error"] for m in members], **style)
+    left.set(xlabel="layer", ylabel="rank / full rank", ylim=(0, 1))
+    right.set(xlabel="layer", ylabel="output energy lost", yscale="log")
+    right.legend()
+    return _svg(figure)
+
+
+def perplexities(evaluation: dict[str, Any]) -> str:
+    """Strict perplexity of the three models on each text, with standard errors."""
+    models = evaluation["models"]
+    texts = list(models["dense"])
+    figure, all_axes = _figures(len(texts))
+    for axes, text in zip(all_axes, texts, strict=True):
+        for position, (name, color) in enumerate(zip(models, (_GREY, _ORANGE, _BLUE), strict=True)):
+            result = models[name][text]
+            axes.bar(position, result["perplexity"], yerr=result["standard_error"], color=color, ecolor=_GREY, capsize=3)
+        axes.set(title=text, xticks=range(len(models)), ylabel="perplexity")
+        axes.set_xticklabels(["dense", "compressed", "distilled"])
+        if models["compressed"][text]["perplexity"] > 10 * models["dense"][text]["perplexity"]:
+            axes.set_yscale("log")
+    return _svg(figure)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure, axes = _figures(1)
+    return figure, axes[0]
+
+
+def _figures(count: int) -> tuple[Figure, list[Any]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(6.4, 4.2 * count), 3.2), layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)  # names of RDF schemas, which are URLs
+    return text[text.index("<svg") :]

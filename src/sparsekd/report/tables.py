@@ -1,0 +1,83 @@
+"""The report's tables as rows of text, for the console and for HTML alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+Rows = list[list[str]]
+
+PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte", "paper's protocol", "tokens"]
+MATRIX_HEADER = ["matrix", "shape", "rank", "parameters", "after", "output energy lost"]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
+
+
+def perplexities(report: dict[str, Any]) -> Rows:
+    """A row a text and model: strict perplexity +- standard error, ratio to dense, and the paper's protocol."""
+    evaluation = report["evaluation"]
+    rows = []
+    for text in next(iter(evaluation["models"].values())):
+        for name, results in evaluation["models"].items():
+            result = results[text]
+            compared = evaluation["ratios"].get(name, {}).get(text)
+            rows.append(
+                [
+                    text,
+                    {"compressed": "compressed, not distilled"}.get(name, name),
+                    f"{number(result['perplexity'])} \u00b1 {number(result['standard_error'])}",
+                    f"{number(compared['ratio'])} \u00b1 {number(compared['standard_error'])}" if compared else "",
+                    f"{result['bits_per_byte']:.3f}",
+                    f"{number(result['paper_perplexity'])} \u00b1 {number(result['paper_standard_error'])}",
+                    f"{result['num_tokens']:,}",
+                ]
+            )
+    return rows
+
+
+def matrices(plan: dict[str, Any]) -> Rows:
+    """A row a matrix: what it was, what is left, and the share of its output energy that the truncation loses."""
+    rows = []
+    for m in plan["matrices"]:
+        lost = m["relative_error"]
+        rows.append(
+            [
+                m["name"],
+                f"{m['out_features']} x {m['in_features']}",
+                str(m["rank"]),
+                f"{m['parameters_before']:,}",
+                f"{m['parameters_after']:,}",
+                "" if lost is None else f"{lost:.2%}",
+            ]
+        )
+    return rows
+
+
+def sizes(plan: dict[str, Any]) -> Rows:
+    """Parameters before and after, of the MLPs and of the whole model."""
+    return [
+        [
+            title,
+            f"{plan[f'{part}_parameters_before']:,}",
+            f"{plan[f'{part}_parameters_after']:,}",
+            f"{plan[f'{part}_reduction']:.1%}",
+        ]
+        for part, title in (("mlp", "MLPs"), ("model", "whole model"))
+    ]
+
+
+def console_table(title: str, header: list[str], rows: Rows) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,176 @@
+"""The run directory: what made each stage's output, what may be reused, and the lock.
+
+    <run>/  recipe.yaml  manifest.json  log.jsonl  run.lock
+            corpus/  round-01/{cache,compressed,distilled,eval}/  report.json  report.html
+
+Each stage folder has `inputs.json`, written first (what it is being made from), and `stage.json`, written last (what
+came out). A folder with equal inputs and a `stage.json` is reused, one without is continued, and one with other
+inputs stops the run naming the field that differs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsekd import files
+from sparsekd.console import Console
+from sparsekd.errors import MismatchError, UsageError
+from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
+
+_OWN = ("recipe.yaml", "manifest.json", "log.jsonl", "corpus", "round-01", "report.json", "report.html")
+_PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+class Stage:
+    """One stage's folder; `summary` is what an earlier call finished it with, or None."""
+
+    def __init__(self, run: Run, name: str, inputs: dict[str, Any]):
+        self._run, self.name, self.folder = run, name, run.folder / name
+        self._start = time.monotonic()
+        self._seconds_before = 0.0
+        self._inputs = inputs
+        self.summary: dict[str, Any] | None = None
+        if (self.folder / "inputs.json").exists():
+            _require_same(files.read_json(self.folder / "inputs.json"), inputs, self.folder)
+            if (self.folder / "stage.json").exists():
+                self.summary = files.read_json(self.folder / "stage.json")
+                run.console.say(f"{name}: up to date")
+                return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove_temporaries(self.folder)
+        files.write_json(self.folder / "inputs.json", inputs)
+        run.console.say(f"{name} ...")
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Writes what came out, with time and memory; from here on the stage is reused."""
+        seconds = time.monotonic() - self._start
+        # ru_maxrss: KiB on Linux, bytes on macOS; the process's highest so far, so it never falls from stage to stage
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.summary = summary | {"seconds": seconds, "peak_memory_bytes": peak}
+        files.write_json(self.folder / "stage.json", self.summary)
+        self._run.log("stage", name=self.name, seconds=seconds)
+        return self.summary
+
+
+class Run:
+    """An open run directory; use as `with Run(...) as run`. Only one process may hold it."""
+
+    def __init__(self, folder: Path, recipe: Recipe, console: Console):
+        self.folder, self.recipe, self.console = folder, recipe, console
+        self._lock: int | None = None
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, folder: Path, recipe: Recipe, console: Console, *, resume: bool = False, fresh: bool = False
+    ) -> Iterator[Run]:
+        """Takes the folder for this recipe: an empty one, or one that holds a run of the same recipe.
+
+        `resume` insists that there is a run to continue; `fresh` removes the one that is there. Raises `UsageError`
+        for a folder with other files or another process in it, `MismatchError` naming the field that differs.
+        """
+        run = cls(folder, recipe, console)
+        exists = (folder / "manifest.json").exists()
+        if not exists and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
+        if resume and not exists:
+            raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
+        if exists and not fresh:
+            _require_same(_comparable(load_recipe(str(folder / "recipe.yaml"))), _comparable(recipe), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        run._take_lock()
+        try:
+            if fresh:
+                for name in _OWN:
+                    files.remove(folder / name)
+            if fresh or not exists:
+                files.write_text(folder / "recipe.yaml", as_yaml(recipe))
+                files.write_json(folder / "manifest.json", {"format": 1, "versions": versions(), "machine": machine()})
+            yield run
+        finally:
+            run._release_lock()
+
+    def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
+        return Stage(self, name, inputs)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Appends an event to log.jsonl."""
+        files.append_line(self.folder / "log.jsonl", {"time": round(time.time(), 3), "event": event, **values})
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / "run.lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._lock, 100).decode(errors="replace").strip() or "another process"
+            os.close(self._lock)
+            raise UsageError(f"{self.folder} is in use by {holder}: wait for it, or choose another --out") from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"process {os.getpid()}".encode())
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            files.remove(self.folder / "run.lock")
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may change between two calls: the device changes numbers only by rounding."""
+    return {key: value for key, value in as_dict(recipe).items() if key != "device"}
+
+
+def _require_same(found: Any, wanted: Any, where: Path, name: str = "") -> None:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in found.keys() | wanted.keys():
+            _require_same(found.get(key), wanted.get(key), where, f"{name}.{key}" if name else key)
+    elif found != wanted:
+        raise MismatchError(
+            f"{where} holds another run: {name} is {found} there and {wanted} now; choose another --out, or replace "
+            "it with --fresh"
+        )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying at once; a second one takes the usual way."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received:
+            signal.signal(number, previous[number])
+            os.kill(os.getpid(), number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine, without the names of host or user."""
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}

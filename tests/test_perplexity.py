@@ -1,0 +1,119 @@
+"""Perplexity against brute force, both protocols, and its errors."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+import sparsekd
+from sparsekd.corpus import encode
+from sparsekd.errors import DataError
+from sparsekd.evaluate import ratio
+from sparsekd.evaluate.perplexity import _windows
+
+TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
+
+
+@pytest.fixture
+def model(make_model: Any) -> PreTrainedModel:
+    return make_model("llama")
+
+
+def brute_force(model: PreTrainedModel, ids: list[int], context: int, stride: int) -> tuple[list[float], list[float]]:
+    """(strict, paper) nats of every counted prediction, one window at a time."""
+    strict: dict[int, float] = {}
+    paper = []
+    for start in range(0, len(ids), stride):
+        window = torch.tensor(ids[start : start + context])
+        if len(window) < 2:
+            break
+        with torch.no_grad():
+            log_q = F.log_softmax(model(window[None]).logits[0, :-1].double(), -1)
+        for offset, token in enumerate(window[1:].tolist()):
+            nll = -float(log_q[offset, token])
+            paper.append(nll)
+            strict.setdefault(start + offset + 1, nll)
+        if start + context >= len(ids):
+            break
+    return list(strict.values()), paper
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 16), (32, 5), (1000, 500)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_both_protocols_equal_brute_force(
+    context: int, stride: int, batch_size: int, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=context, stride=stride, batch_size=batch_size)
+    ids = encode(tokenizer, TEXT)
+    strict, paper = brute_force(model, ids, context, stride)
+    assert found.num_tokens == len(strict) == len(ids) - 1  # every token but the first, once
+    assert found.paper_num_tokens == len(paper)
+    assert found.perplexity == pytest.approx(math.exp(sum(strict) / len(strict)), rel=1e-5)
+    assert found.paper_perplexity == pytest.approx(math.exp(sum(paper) / len(paper)), rel=1e-5)
+
+
+def test_bits_per_byte_is_the_same_sum_over_bytes(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=32, stride=16)
+    first = len(tokenizer.decode(encode(tokenizer, TEXT)[:1]).encode())
+    num_bytes = len(TEXT.encode()) - first
+    assert found.bits_per_byte == pytest.approx(math.log2(found.perplexity) * found.num_tokens / num_bytes, rel=1e-9)
+
+
+def test_max_tokens_scores_the_beginning(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8, max_tokens=40)
+    assert found.num_tokens == 39
+    strict, _ = brute_force(model, encode(tokenizer, TEXT)[:40], 16, 8)
+    assert found.perplexity == pytest.approx(math.exp(sum(strict) / 39), rel=1e-5)
+
+
+def test_uniform_model_has_the_vocabulary_as_perplexity(model: PreTrainedModel, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8)
+    assert found.perplexity == pytest.approx(model.config.vocab_size, rel=1e-5)
+    assert found.standard_error < 1e-3
+
+
+def test_ratio_of_a_model_to_itself_is_one_without_error(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8)
+    assert ratio(found, found) == (1.0, 0.0)
+
+
+def test_paired_error_is_smaller_than_the_unpaired_one(model: PreTrainedModel, tokenizer: Any) -> None:
+    words = [f"word{i} {'abcdefg'[i % 7] * (i % 5)}" for i in range(200)]
+    dense = sparsekd.perplexity(model, tokenizer, " ".join(words), context=16, stride=8)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(0.9)
+    other = sparsekd.perplexity(model, tokenizer, " ".join(words), context=16, stride=8)
+    _, paired = ratio(other, dense)
+    assert paired < 0.5 * math.hypot(dense.standard_error / dense.perplexity, other.standard_error / other.perplexity)
+
+
+def test_ratio_of_different_texts_is_refused(model: PreTrainedModel, tokenizer: Any) -> None:
+    whole = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8)
+    part = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8, max_tokens=40)
+    with pytest.raises(DataError, match="different text"):
+        ratio(part, whole)
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_too_short_a_text_is_refused(text: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="fewer than two"):
+        sparsekd.perplexity(model, tokenizer, text)
+
+
+def test_non_finite_loss_is_refused(model: PreTrainedModel, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(DataError, match="not finite"):
+        sparsekd.perplexity(model, tokenizer, TEXT)
+
+
+def test_windows_cover_every_token_and_the_last_is_short_not_padded() -> None:
+    assert _windows(20, 8, 4) == [(0, 8), (4, 12), (8, 16), (12, 20)]
+    assert _windows(18, 8, 4) == [(0, 8), (4, 12), (8, 16), (12, 18)]
+    assert _windows(5, 8, 4) == [(0, 5)]
+    assert _windows(9, 8, 8) == [(0, 8)]  # one token alone predicts nothing
