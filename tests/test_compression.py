@@ -33,8 +33,8 @@ def test_whitened_is_the_optimum_that_the_cholesky_form_finds(rank: int) -> None
     u, s, v = torch.linalg.svd(weight @ factor)
     best = u[:, :rank] * s[:rank] @ v[:rank] @ torch.linalg.inv(factor)
     optimum = ((x @ (weight - best).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
-    assert float(lost) == pytest.approx(float(optimum), rel=1e-6)
-    assert projection.relative_error(rank) == pytest.approx(float(lost), rel=1e-6)
+    assert lost.item() == pytest.approx(optimum.item(), rel=1e-6)
+    assert projection.relative_error(rank) == pytest.approx(lost.item(), rel=1e-6)
 
 
 def test_output_gram_finds_the_same_as_the_input_gram() -> None:
@@ -45,6 +45,69 @@ def test_output_gram_finds_the_same_as_the_input_gram() -> None:
     by_input = lowrank.from_input_gram(weight, x.T @ x / 500)
     products = [torch.matmul(*projection.factors(weight, 5)) for projection in (by_output, by_input)]
     assert torch.allclose(*products, atol=1e-8)
+
+
+def test_two_sided_is_the_optimum_in_the_metric_of_the_curvature() -> None:
+    """Against the textbook form with explicit square roots, for a full and for a diagonal curvature."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 30, dtype=torch.float64), torch.randn(400, 30, dtype=torch.float64)
+    g = torch.randn(400, 12, dtype=torch.float64) * torch.logspace(0, -2, 12, dtype=torch.float64)
+    gram, full = x.T @ x / 400, g.T @ g / 400
+    diagonal = full.diagonal().clone()
+    cases = [
+        (lowrank.from_output_gram(weight @ gram @ weight.T, full), lowrank._regularised(full)),
+        (lowrank.from_input_gram(weight, gram, diagonal), torch.diag(lowrank._regularised(diagonal))),
+    ]
+    for projection, metric in cases:
+        up, down = projection.factors(weight, 4)
+        change = weight - up @ down
+        lost = torch.trace(change.T @ metric @ change @ gram)
+        roots = [v * w.sqrt() @ v.T for w, v in map(torch.linalg.eigh, (metric, gram))]
+        singular = torch.linalg.svdvals(roots[0] @ weight @ roots[1])
+        assert lost.item() == pytest.approx(float(singular[4:].square().sum()), rel=1e-6)
+        assert float(projection.energy[4:].sum()) == pytest.approx(lost.item(), rel=1e-6)
+
+
+def test_curvature_is_the_fisher_matrix_of_the_output(make_model: MakeModel) -> None:
+    """After the last layer it can be worked out: J^T (diag p - p p^T) J with J from the norm and the output weight."""
+    torch.manual_seed(0)
+    model = make_model("gpt_neox")
+    blocks = tokens(model, 256, 32)
+    mlp = find_mlps(model)[-1]
+    found = statistics.collect(model, blocks.split(8), curvature=True)[mlp].output_curvature
+    assert found.num_tokens == 256 * 32
+    rows: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        rows.append(output.detach())
+
+    handle = model.gpt_neox.layers[-1].register_forward_hook(keep)
+    with torch.no_grad():
+        model(blocks)
+    handle.remove()
+    final = rows[0].flatten(0, 1)
+    expected = torch.zeros(32, 32)
+    head = model.get_output_embeddings()
+    for row in final[::64]:
+        jacobian = torch.autograd.functional.jacobian(lambda y: head(model.gpt_neox.final_layer_norm(y)), row)
+        p = head(model.gpt_neox.final_layer_norm(row)).softmax(-1).detach()
+        expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(final[::64])
+    assert float((found.mean().float() - expected).norm() / expected.norm()) < 0.2  # sampling noise of 8,192 labels
+
+
+def test_global_allocation_beats_uniform_where_matrices_differ(make_model: MakeModel) -> None:
+    lost = {}
+    for allocation in ("uniform", "global"):
+        model = make_model("llama")
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(0.01)  # this layer's MLP hardly matters
+            model.model.layers[1].mlp.down_proj.weight.mul_(20)
+        blocks = tokens(model)
+        dense = model(blocks).logits
+        result = truncate(model, blocks, reduction=0.4, method="two-sided", allocation=allocation)
+        lost[allocation] = (model(blocks).logits - dense).norm().item()
+        assert 0.4 <= result.mlp_reduction < 0.45
+    assert lost["global"] < 0.7 * lost["uniform"]
 
 
 def test_svd_is_the_truncated_svd_of_the_weight() -> None:
@@ -84,20 +147,26 @@ def test_factors_are_balanced() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layer_format", ["pivot", "lowrank"])
-@pytest.mark.parametrize("method", ["whitened", "svd"])
-def test_every_architecture(architecture: str, layer_format: str, method: str, make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [("whitened", "uniform"), ("svd", "uniform"), ("two-sided", "uniform"), ("two-sided", "global")],
+)
+def test_every_architecture(
+    architecture: str, layer_format: str, method: str, allocation: str, make_model: MakeModel
+) -> None:
     model = make_model(architecture)
     blocks = tokens(model)
     attention = {name: value.clone() for name, value in model.state_dict().items() if "attn" in name or "attention" in name}
     dense = model(blocks).logits
     before = sum(parameter.numel() for parameter in model.parameters())
-    result = truncate(model, blocks, reduction=0.3, method=method, layer_format=layer_format)
+    options = {"method": method, "allocation": allocation, "layer_format": layer_format}
+    result = truncate(model, blocks, reduction=0.3, **options)
     after = sum(parameter.numel() for parameter in model.parameters())
     assert (before, after) == (result.model_parameters_before, result.model_parameters_after)
     assert result.mlp_reduction >= 0.3
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in attention.items())
     assert attention
-    change = float((model(blocks).logits - dense).norm() / dense.norm())
+    change = ((model(blocks).logits - dense).norm() / dense.norm()).item()
     assert 1e-4 < change < 0.7
 
 
@@ -108,7 +177,7 @@ def test_a_full_rank_pivot_model_computes_what_the_dense_one_does(architecture: 
     dense = model(blocks).logits
     truncate(model, blocks, reduction=1e-9, method="whitened", layer_format="pivot")
     # all but the last direction at most is kept, so what is left of the difference is rounding and one direction
-    assert float((model(blocks).logits - dense).norm() / dense.norm()) < 0.05
+    assert ((model(blocks).logits - dense).norm() / dense.norm()).item() < 0.05
 
 
 def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeModel) -> None:
@@ -121,7 +190,7 @@ def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeMo
         blocks = tokens(model)
         dense = model(blocks).logits
         truncate(model, blocks, reduction=0.5, method=method, layer_format="lowrank")
-        lost[method] = float((model(blocks).logits - dense).norm())
+        lost[method] = (model(blocks).logits - dense).norm().item()
     assert lost["whitened"] < 0.8 * lost["svd"]
 
 
@@ -138,7 +207,7 @@ def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: Mak
     layer = model.get_submodule(name)
     x = seen[0].flatten(0, 1)
     measured = (layer(x) - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
-    assert result.matrices[0].relative_error == pytest.approx(float(measured), rel=1e-3)
+    assert result.matrices[0].relative_error == pytest.approx(measured.item(), rel=1e-3)
 
 
 def test_one_outlier_token_does_not_own_the_statistics() -> None:
@@ -183,6 +252,11 @@ def test_non_finite_activations_are_refused(make_model: MakeModel) -> None:
     blocks[0, 0] = 5
     with pytest.raises(DataError, match="not finite"):
         sparsekd.compress(model, blocks)
+
+
+def test_global_allocation_needs_curvature(make_model: MakeModel) -> None:
+    with pytest.raises(UsageError, match="two-sided"):
+        sparsekd.compress(make_model("llama"), None, method="svd", allocation="global")
 
 
 def test_compressing_twice_is_refused(make_model: MakeModel) -> None:

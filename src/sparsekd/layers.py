@@ -125,12 +125,12 @@ def num_weights(in_features: int, out_features: int, rank: int, layer_format: st
     return plain - rank**2 if layer_format == "pivot" else plain
 
 
-def rank_for(in_features: int, out_features: int, reduction: float, layer_format: str) -> int:
-    """The largest rank, at least 1, whose layer has at most `1 - reduction` of the dense weights.
+def rank_for(in_features: int, out_features: int, budget: float, layer_format: str) -> int:
+    """The largest rank, at least 1, whose layer has at most `budget` weights, a number up to that of the dense layer.
 
     For `pivot` it is the smaller root of `r (I + O) - r^2 = budget`.
     """
-    budget, total = (1 - reduction) * in_features * out_features, in_features + out_features
+    total = in_features + out_features
     rank = (total - math.sqrt(total**2 - 4 * budget)) / 2 if layer_format == "pivot" else budget / total
     # the small term keeps a budget that is a whole number of ranks from losing one to rounding
     return max(1, int(rank + 1e-9))

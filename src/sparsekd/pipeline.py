@@ -179,7 +179,9 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         _statistics_batches(blocks, opened.recipe),
         reduction=options.reduction,
         method=options.method,
+        allocation=options.allocation,
         layer_format=options.format,
+        seed=opened.recipe.seed,
     )
     models.save(student.to(_checkpoint_dtype(dense)), tokenizer, stage.folder / "model")
     opened.console.say(

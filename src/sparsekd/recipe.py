@@ -83,7 +83,8 @@ class Compress:
     """The structural step."""
 
     reduction: float = 0.15  # fraction of the MLP parameters removed
-    method: Literal["whitened", "svd"] = "whitened"
+    method: Literal["whitened", "svd", "two-sided"] = "whitened"
+    allocation: Literal["uniform", "global"] = "uniform"  # global: one budget over all matrices; needs two-sided
     format: Literal["pivot", "lowrank"] = "pivot"  # r(m+n) - r^2 weights a matrix, or r(m+n)
     num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
@@ -141,6 +142,7 @@ DEMO: dict[str, Any] = {
         "num_blocks": 100,
         "num_validation_blocks": 10,
     },
+    "compress": {"method": "two-sided", "allocation": "global"},
     "evaluate": {
         "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},
         "max_tokens": 4096,
@@ -340,6 +342,8 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_places(recipe: Recipe) -> None:
+    if recipe.compress.allocation == "global" and recipe.compress.method != "two-sided":
+        raise UsageError(f"compress.allocation is global: expected compress.method two-sided, not {recipe.compress.method}")
     if not recipe.corpus.sources:
         raise UsageError("corpus.sources is empty: name at least one, for example {wiki: {path: wiki.txt}}")
     for name, source in recipe.corpus.sources.items():

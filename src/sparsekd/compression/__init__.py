@@ -1,24 +1,27 @@
 """Replace the MLP weights of a model by low-rank ones; attention, norms and embeddings stay.
 
-`compress` is the whole stage: statistics, solver, ranks, replacement. Both methods project a matrix's outputs on the
+`compress` is the whole stage: statistics, solver, ranks, replacement. Every method projects a matrix's outputs on the
 directions that matter most; they differ in what "matters" means: `svd` (the paper's) looks at the weight alone,
-`whitened` at the outputs on the calibration corpus. `docs/compress.md` has the mathematics and what each costs.
+`whitened` at the outputs on the calibration corpus, `two-sided` at what a change of these outputs does to the model's
+distribution. `docs/compress.md` has the mathematics and what each costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd.compression import lowrank, statistics
+from sparsekd.compression.allocate import Curve, allocate
 from sparsekd.errors import DataError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear, num_weights, rank_for
+from sparsekd.layers import FORMATS, num_weights, rank_for
 from sparsekd.models import (
     MLP,
     dense_weight,
@@ -30,17 +33,19 @@ from sparsekd.models import (
     shape,
 )
 
-METHODS = ("whitened", "svd")
+METHODS = ("whitened", "svd", "two-sided")
+ALLOCATIONS = ("uniform", "global")
+_FLOOR = 0.2  # global allocation leaves each matrix at least this share of its uniform rank
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What happens to one matrix: parameters are counted with its bias."""
+    """What happens to one matrix: parameters are counted with its bias. A rank of None leaves it dense."""
 
     name: str
     in_features: int
     out_features: int
-    rank: int
+    rank: int | None
     parameters_before: int
     parameters_after: int
     relative_error: float | None = None  # share of the output energy lost; None before the statistics are known
@@ -85,16 +90,18 @@ def compress(
     *,
     reduction: float = 0.15,
     method: str = "whitened",
+    allocation: str = "uniform",
     layer_format: str = "pivot",
 ) -> PreTrainedModel:
     """Makes the MLPs of `model` low-rank, in place, and returns it: an ordinary model with fewer weights.
 
     `reduction` is the fraction of the MLP parameters to remove, in (0, 0.95]. `blocks` are token ids to take the
-    statistics from, as one tensor or as batches; `svd` needs none. `layer_format` is `pivot` or `lowrank`. Raises `UsageError` for a value out of range, a
-    model without an MLP or one that is compressed already, `DataError` for weights or activations that are not
-    finite; the model is then unchanged.
+    statistics from, as one tensor or as batches; `svd` needs none. `method` is `whitened`, `svd` or `two-sided`;
+    `allocation` is `uniform` or, for `two-sided`, `global`; `layer_format` is `pivot` or `lowrank`. Raises
+    `UsageError` for a value out of range, a model without an MLP or one that is compressed already, `DataError` for
+    weights or activations that are not finite; the model is then unchanged.
     """
-    truncate(model, blocks, reduction=reduction, method=method, layer_format=layer_format)
+    truncate(model, blocks, reduction=reduction, method=method, allocation=allocation, layer_format=layer_format)
     return model
 
 
@@ -103,38 +110,37 @@ def truncate(
     blocks: Iterable[Int[Tensor, "B L"]] | Int[Tensor, "N L"] | None,
     *,
     reduction: float,
-    method: str,
-    layer_format: str,
+    method: str = "whitened",
+    allocation: str = "uniform",
+    layer_format: str = "pivot",
+    seed: int = 0,
 ) -> Plan:
     """What `compress` does, returning the plan with the damage that was predicted for each matrix."""
     if not 0 < reduction <= 0.95:
         raise UsageError(f"reduction is {reduction}: expected a fraction of the MLP parameters in (0, 0.95]")
-    if method not in METHODS:
-        raise UsageError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
-    if layer_format not in FORMATS:
-        raise UsageError(f"format is {layer_format!r}: expected one of {', '.join(FORMATS)}")
+    for name, value, known in (
+        ("method", method, METHODS),
+        ("allocation", allocation, ALLOCATIONS),
+        ("format", layer_format, FORMATS),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} is {value!r}: expected one of {', '.join(known)}")
+    if allocation == "global" and method != "two-sided":
+        raise UsageError(f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method!r}")
     if is_compressed(model):
         raise UsageError("the model is compressed already: start from the dense one")
-    before = plan(model, reduction, layer_format)
-    for matrix in before.matrices:
+    uniform = plan(model, reduction, layer_format)
+    for matrix in uniform.matrices:
         if not torch.isfinite(dense_weight(model.get_submodule(matrix.name))).all():
             raise DataError(f"the weight of {matrix.name} is not finite: the model is damaged")
-    grams = None
-    if method == "whitened":
-        if blocks is None:
-            raise UsageError("method 'whitened' needs token blocks to take statistics from; 'svd' does not")
-        grams = statistics.collect(model, blocks.split(4) if isinstance(blocks, Tensor) else blocks)
-    ranks = {matrix.name: matrix.rank for matrix in before.matrices}
-    layers, errors = {}, {}
-    for mlp in find_mlps(model):
-        for name in mlp.matrices:
-            layers[name], errors[name] = _factorize(model, mlp, name, ranks[name], layer_format, grams)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    mark_compressed(model, {"format": layer_format, "method": method, "reduction": reduction, "ranks": ranks})
-    done = [_with_error(matrix, ranks[matrix.name], errors[matrix.name], layer_format) for matrix in before.matrices]
-    return Plan(done, before.model_parameters_before)
+    projections = _project(model, blocks, method, seed)
+    done = uniform if allocation == "uniform" else _global_plan(uniform, projections, reduction, layer_format)
+    done = _with_errors(done, projections, layer_format)
+    _replace(model, done, projections, layer_format)
+    ranks = {matrix.name: matrix.rank for matrix in done.matrices if matrix.rank is not None}
+    description = {"format": layer_format, "method": method, "allocation": allocation, "reduction": reduction}
+    mark_compressed(model, description | {"ranks": ranks})
+    return done
 
 
 def plan(model: PreTrainedModel, reduction: float, layer_format: str) -> Plan:
@@ -143,43 +149,107 @@ def plan(model: PreTrainedModel, reduction: float, layer_format: str) -> Plan:
     for mlp in find_mlps(model):
         for name in mlp.matrices:
             module = model.get_submodule(name)
-            matrices.append(_matrix_plan(name, module, rank_for(*shape(module), reduction, layer_format), layer_format))
+            inputs, outputs = shape(module)
+            bias = _num_bias(module)
+            before = inputs * outputs + bias
+            dense = MatrixPlan(name, inputs, outputs, None, before, before)
+            rank = rank_for(inputs, outputs, (1 - reduction) * before - bias, layer_format)
+            matrices.append(_with_rank(dense, rank, layer_format))
     return Plan(matrices, num_parameters(model))
 
 
-def _matrix_plan(name: str, module: nn.Module, rank: int, layer_format: str) -> MatrixPlan:
-    inputs, outputs = shape(module)
-    bias = outputs if getattr(module, "bias", None) is not None else 0
-    after = num_weights(inputs, outputs, rank, layer_format) + bias
-    return MatrixPlan(name, inputs, outputs, rank, inputs * outputs + bias, after)
-
-
-def _with_error(matrix: MatrixPlan, rank: int, error: float, layer_format: str) -> MatrixPlan:
-    """The plan of a matrix after the fact; its rank may be lower where the matrix itself has fewer directions."""
-    planned, found = (
-        num_weights(matrix.in_features, matrix.out_features, r, layer_format) for r in (matrix.rank, rank)
-    )
-    after = matrix.parameters_after - planned + found
-    return MatrixPlan(**(asdict(matrix) | {"rank": rank, "parameters_after": after, "relative_error": error}))
-
-
-def _factorize(
-    model: PreTrainedModel,
-    mlp: MLP,
-    name: str,
-    rank: int,
-    layer_format: str,
-    grams: dict[MLP, tuple[statistics.Gram, statistics.Gram]] | None,
-) -> tuple[CompressedLinear, float]:
-    module = model.get_submodule(name)
-    weight = dense_weight(module).detach()
-    if grams is None:
-        projection = lowrank.from_input_gram(weight, None)
-    elif name == mlp.output:
-        projection = lowrank.from_output_gram(grams[mlp][1].mean().to(weight.device))
-    else:
-        projection = lowrank.from_input_gram(weight, grams[mlp][0].mean().to(weight.device))
-    up, down = projection.factors(weight, rank)
+def _num_bias(module: nn.Module) -> int:
     bias = getattr(module, "bias", None)
-    layer = FORMATS[layer_format].from_factors(up, down, None if bias is None else bias.detach())
-    return layer.to(weight.device), projection.relative_error(rank)
+    return 0 if bias is None else bias.numel()
+
+
+def _with_rank(matrix: MatrixPlan, rank: int | None, layer_format: str) -> MatrixPlan:
+    dense = matrix.in_features * matrix.out_features
+    weights = dense if rank is None else num_weights(matrix.in_features, matrix.out_features, rank, layer_format)
+    return replace(matrix, rank=rank, parameters_after=matrix.parameters_before - dense + weights)
+
+
+def _project(
+    model: PreTrainedModel,
+    blocks: Iterable[Int[Tensor, "B L"]] | Int[Tensor, "N L"] | None,
+    method: str,
+    seed: int,
+) -> dict[str, lowrank.Projection]:
+    """The directions of every matrix by its name, from the statistics that the method needs."""
+    moments: dict[MLP, statistics.Moments] = {}
+    if method != "svd":
+        if blocks is None:
+            raise UsageError(f"method {method!r} needs token blocks to take statistics from; 'svd' does not")
+        batches = blocks.split(4) if isinstance(blocks, Tensor) else blocks
+        moments = statistics.collect(model, batches, curvature=method == "two-sided", seed=seed)
+    projections = {}
+    for mlp in find_mlps(model):
+        seen = moments.get(mlp)
+        for name in mlp.matrices:
+            weight = dense_weight(model.get_submodule(name)).detach()
+            if seen is None:
+                projections[name] = lowrank.from_input_gram(weight, None)
+            elif name == mlp.output:
+                curvature = seen.output_curvature.mean().to(weight.device) if method == "two-sided" else None
+                projections[name] = lowrank.from_output_gram(seen.output.mean().to(weight.device), curvature)
+            else:
+                curvature = seen.input_curvature[name].mean().to(weight.device) if method == "two-sided" else None
+                gram = seen.input.mean().to(weight.device)
+                projections[name] = lowrank.from_input_gram(weight, gram, curvature)
+    return projections
+
+
+def _global_plan(
+    uniform: Plan, projections: dict[str, lowrank.Projection], reduction: float, layer_format: str
+) -> Plan:
+    """Ranks that minimise the predicted loss of all matrices together; where full rank is best it stays dense."""
+    curves = []
+    for matrix in uniform.matrices:
+        full = min(matrix.in_features, matrix.out_features)
+        energy = projections[matrix.name].energy.cpu().numpy()
+        lost = np.zeros(full + 1)
+        lost[: len(energy)] = energy[::-1].cumsum()[::-1]  # lost[r] = energy of all directions from r on
+        dense = matrix.in_features * matrix.out_features
+        ranks = np.arange(max(1, round(_FLOOR * (matrix.rank or full))), full + 1)
+        costs = np.array([num_weights(matrix.in_features, matrix.out_features, int(r), layer_format) for r in ranks])
+        keep = costs < dense
+        ranks, costs = np.append(ranks[keep], full + 1), np.append(costs[keep], dense)
+        curves.append(Curve(ranks, costs, np.append(lost[ranks[:-1]], 0.0)))
+    biases = uniform.mlp_parameters_before - sum(m.in_features * m.out_features for m in uniform.matrices)
+    chosen = allocate(curves, (1 - reduction) * uniform.mlp_parameters_before - biases)
+    matrices = [
+        _with_rank(matrix, None if rank > min(matrix.in_features, matrix.out_features) else rank, layer_format)
+        for matrix, rank in zip(uniform.matrices, chosen, strict=True)
+    ]
+    return replace(uniform, matrices=matrices)
+
+
+def _with_errors(planned: Plan, projections: dict[str, lowrank.Projection], layer_format: str) -> Plan:
+    """The plan with the damage predicted; a rank is lower where the matrix itself has fewer directions."""
+    matrices = []
+    for matrix in planned.matrices:
+        projection = projections[matrix.name]
+        if matrix.rank is None:
+            matrices.append(replace(matrix, relative_error=0.0))
+            continue
+        rank = min(matrix.rank, len(projection.energy))
+        error = projection.relative_error(rank)
+        matrices.append(replace(_with_rank(matrix, rank, layer_format), relative_error=error))
+    return replace(planned, matrices=matrices)
+
+
+def _replace(
+    model: PreTrainedModel, done: Plan, projections: dict[str, lowrank.Projection], layer_format: str
+) -> None:
+    """Puts the compressed layers in place, after all of them are made: an error leaves the model as it was."""
+    layers = {}
+    for matrix in done.matrices:
+        if matrix.rank is None:
+            continue
+        module = model.get_submodule(matrix.name)
+        weight = dense_weight(module).detach()
+        up, down = projections[matrix.name].factors(weight, matrix.rank)
+        bias = getattr(module, "bias", None)
+        layers[matrix.name] = FORMATS[layer_format].from_factors(up, down, None if bias is None else bias.detach())
+    for name, layer in layers.items():
+        replace_module(model, name, layer)

@@ -1,11 +1,15 @@
-"""The best matrix of a given rank, for all ranks at once: solvers without an inverse or a Cholesky factor.
+"""The best matrix of a given rank, for all ranks at once: solvers without a Cholesky factor that could fail.
 
 For activations with `C = E[x x^T]` the rank-r matrix closest to W in `E|Wx - W'x|^2` is the projection
 `W' = U_r U_r^T W` on the top eigenvectors U of `K = W C W^T = E[y y^T]`, and its error is the sum of the eigenvalues
 left out (SVD-LLM's optimum, arXiv 2403.07378, in the inverse-free form of Swift-SVD). Nothing is inverted, so rank
 deficient statistics need no damping. With C = 1 it is the plain truncated SVD.
 
-Shape letters: O output features, I input features, R rank.
+Two-sided: with the curvature `G = T T^T` of the loss at the outputs, the error that counts is `tr(G dW C dW^T)`. The
+optimum is the same projection in the metric of G, `W' = T^-T U_r U_r^T T^T W` with U from `T^T W`; T is the symmetric
+root of a regularised G, so its inverse is harmless.
+
+Shape letters: O output features, I input features, R rank, K directions.
 """
 
 from __future__ import annotations
@@ -19,41 +23,65 @@ from torch import Tensor
 _RELATIVE_FLOOR = 1e-12  # eigenvalues below this share of the largest are rounding noise of float64 products
 
 
+# Sampled gradients are few and heavy-tailed: a third of isotropic curvature keeps their noise out of the directions.
+_ISOTROPIC_SHARE = 0.3
+
+
 @dataclass(frozen=True)
 class Projection:
-    """Orthonormal output directions of one matrix, most important first, and the output energy that each carries."""
+    """Output directions of one matrix, most important first, and what each carries: `W' = left_r right_r^T W`."""
 
-    basis: Float[Tensor, "O K"]  # float64
-    energy: Float[Tensor, "K"]  # float64, descending
+    left: Float[Tensor, "O K"]  # float64
+    right: Float[Tensor, "O K"]  # float64, right^T left = 1; the same as left unless curvature bends the metric
+    energy: Float[Tensor, "K"]  # float64, descending: what leaving out a direction costs
 
     def factors(self, weight: Float[Tensor, "O I"], rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        """`up`, `down` of the rank-R approximation `U_r (U_r^T W)`, balanced so that `|up_k| = |down_k|`."""
-        up = self.basis[:, :rank]
-        down = up.T @ weight.double()
-        # up has unit columns; equal norms give both factors equal gradients, which Adam and weight decay assume
-        scale = down.norm(dim=1).clamp_min(1e-30).sqrt()
+        """`up`, `down` of the approximation of rank R <= K, balanced so that `|up_k| = |down_k|`."""
+        up, down = self.left[:, :rank], self.right[:, :rank].T @ weight.double()
+        # equal norms give both factors equal gradients, which Adam and weight decay assume
+        scale = (down.norm(dim=1).clamp_min(1e-30) / up.norm(dim=0).clamp_min(1e-30)).sqrt()
         return (up * scale).to(weight.dtype), (down / scale[:, None]).to(weight.dtype)
 
     def relative_error(self, rank: int) -> float:
-        """Share of the output energy that a truncation to `rank` loses: `sum_{k>r} energy / sum energy`."""
+        """Share that a truncation to `rank` loses: `sum_{k>r} energy / sum energy`."""
         total = float(self.energy.sum())
         return float(self.energy[rank:].sum()) / total if total > 0 else 0.0
 
 
-def from_output_gram(gram: Float[Tensor, "O O"]) -> Projection:
-    """For a matrix whose outputs were seen: eigenvectors of `K = E[y y^T]`."""
-    energy, basis = torch.linalg.eigh(gram.double())
-    return Projection(basis.flip(1), energy.flip(0).clamp_min(0))
+def from_output_gram(
+    gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None
+) -> Projection:
+    """For a matrix whose outputs were seen: eigenvectors of `K = E[y y^T]`, or of `T K T` with `T^2 = curvature`."""
+    if curvature is None:
+        energy, basis = torch.linalg.eigh(gram.double())
+        return Projection(basis.flip(1), basis.flip(1), energy.flip(0).clamp_min(0))
+    values, vectors = torch.linalg.eigh(_regularised(curvature.double()))
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    energy, basis = torch.linalg.eigh(root @ gram.double() @ root)
+    return Projection(inverse @ basis.flip(1), root @ basis.flip(1), energy.flip(0).clamp_min(0))
 
 
-def from_input_gram(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"] | None) -> Projection:
+def from_input_gram(
+    weight: Float[Tensor, "O I"],
+    gram: Float[Tensor, "I I"] | None,
+    curvature: Float[Tensor, "O"] | None = None,
+) -> Projection:
     """For a matrix whose inputs were seen: the same directions, from the smaller side. `gram` None means identity.
 
     With `C = S S^T` and `S^T W^T W S = V L V^T`, the top eigenvectors of `W C W^T` are `U = W S V L^-1/2`; columns
-    whose eigenvalue is numerically zero are left out, so K may be smaller than min(O, I).
+    whose eigenvalue is numerically zero are left out, so K may be smaller than min(O, I). `curvature` is the diagonal
+    of G: its rows are weighted by its root before and unweighted after.
     """
     root = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else _root(gram)
     weighted = weight.double() @ root  # W S
+    if curvature is None:
+        return _directions(weighted)
+    rows = _regularised(curvature.double()).sqrt()[:, None]
+    found = _directions(rows * weighted)
+    return Projection(found.left / rows, found.right * rows, found.energy)
+
+
+def _directions(weighted: Float[Tensor, "O I"]) -> Projection:
     if weighted.shape[0] < weighted.shape[1]:
         return from_output_gram(weighted @ weighted.T)
     energy, vectors = torch.linalg.eigh(weighted.T @ weighted)
@@ -61,7 +89,16 @@ def from_input_gram(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"] | N
     kept = max(1, int((energy > _RELATIVE_FLOOR * energy[0]).sum()))
     # the quotient loses orthogonality for small eigenvalues; a QR restores it without mixing earlier columns
     basis, _ = torch.linalg.qr(weighted @ vectors[:, :kept])
-    return Projection(basis, energy[:kept].clamp_min(0))
+    return Projection(basis, basis, energy[:kept].clamp_min(0))
+
+
+def _regularised(curvature: Tensor) -> Tensor:
+    """A matrix or a diagonal, mixed with a multiple of the identity that has the same mean diagonal."""
+    diagonal = curvature.diagonal() if curvature.ndim == 2 else curvature
+    mean = diagonal.mean().clamp_min(1e-300)
+    identity = torch.eye(len(diagonal), dtype=curvature.dtype, device=curvature.device)
+    isotropic = mean * (identity if curvature.ndim == 2 else torch.ones_like(curvature))
+    return (1 - _ISOTROPIC_SHARE) * curvature + _ISOTROPIC_SHARE * isotropic
 
 
 def _root(gram: Float[Tensor, "I I"]) -> Float[Tensor, "I I"]:

@@ -1,0 +1,122 @@
+"""Tiny real models, a real tokenizer and real text files, made once for the tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+WORDS = (
+    "river mountain silver quiet bright garden winter copper engine signal harbour letter window candle market bridge "
+    "forest hammer island kettle lantern meadow needle orchard pepper quarry ribbon saddle temple umbrella valley "
+    "walnut yellow zebra anchor basket cellar dragon ember falcon goblet hollow ivory jacket kernel ladder marble"
+).split()
+
+
+def paragraphs(count: int, seed: int) -> list[str]:
+    """Distinct paragraphs of 20 to 60 words; no two share a long sequence of words."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))).capitalize() + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(paragraphs(50, seed=0), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], PreTrainedModel]:
+    """Builds a two-layer model of an architecture; the same weights every time."""
+
+    def make(architecture: str) -> PreTrainedModel:
+        vocab = {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        grouped = {**vocab, **sizes, "num_key_value_heads": 2}
+        config = {
+            "llama": lambda: LlamaConfig(**grouped),
+            "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
+            "phi3": lambda: Phi3Config(**grouped),
+            "gpt2": lambda: GPT2Config(**vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+            "gpt_neox": lambda: GPTNeoXConfig(**vocab, **sizes),
+        }[architecture]()
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def model_folder(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Callable[[str], Path]:
+    """Saves a tiny model and its tokenizer."""
+
+    def save(architecture: str) -> Path:
+        folder = tmp_path / architecture
+        make_model(architecture).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "learn.txt"
+    path.write_text("\n\n".join(paragraphs(200, seed=1)))
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path) -> Path:
+    """A recipe that goes the whole path in seconds, on a held-out part and on another text."""
+    (tmp_path / "other.txt").write_text("\n\n".join(paragraphs(20, seed=2)))
+    recipe = {
+        "model": {"name": str(model_folder("llama"))},
+        "corpus": {
+            "root": str(tmp_path),
+            "sources": {"learn": {"path": text_file.name, "holdout": 0.2}},
+            "seq_len": 32,
+            "num_blocks": 12,
+            "num_validation_blocks": 2,
+        },
+        "cache": {"top_k": 8, "batch_size": 2},
+        "compress": {"num_tokens": 256, "batch_size": 2},
+        "distill": {"batch_size": 2, "micro_batch_size": 2, "validations": 2, "learning_rate": 1e-3},
+        "evaluate": {
+            "texts": {"held": {"holdout_of": "learn"}, "other": {"path": "other.txt"}},
+            "context": 64,
+            "stride": 32,
+            "max_tokens": 256,
+        },
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
