@@ -133,18 +133,23 @@ class Cache:
     def __init__(self, folder: Path, identity: dict[str, Any] | None = None):
         self.folder = folder
         self.manifest = files.read_json(folder / "manifest.json")
-        if identity is not None:
-            _require_identity(self.manifest["identity"], identity, folder)
-        self.top_k = int(self.manifest["identity"]["top_k"])
-        self._ids_type = np.dtype("<u2") if self.manifest["vocab_size"] <= 65_536 else np.dtype("<u4")
         self._place: dict[int, tuple[str, int]] = {}
-        for shard in self.manifest["shards"]:
-            path = folder / shard["name"]
+        try:
+            found, vocab_size = self.manifest["identity"], self.manifest["vocab_size"]
+            self.top_k = int(found["top_k"])
+            self._ids_type = np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<u4")
+            sizes = {shard["name"]: shard["bytes"] for shard in self.manifest["shards"]}
+            for shard in self.manifest["shards"]:
+                self._place.update({i: (shard["name"], row) for row, i in enumerate(shard["block_ids"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(_damaged(folder / "manifest.json", error)) from error
+        if identity is not None:
+            _require_identity(found, identity, folder)
+        for name, expected in sizes.items():
+            path = folder / name
             size = path.stat().st_size if path.exists() else 0
-            if size != shard["bytes"]:
-                raise DataError(f"{path} is damaged: {size} bytes, expected {shard['bytes']}; use --fresh")
-            for row, block_id in enumerate(shard["block_ids"]):
-                self._place[block_id] = (shard["name"], row)
+            if size != expected:
+                raise DataError(f"{path} is damaged: {size} bytes, expected {expected}; use --fresh")
         self._open: dict[str, pq.ParquetFile] = {}
 
     @property
@@ -164,13 +169,14 @@ class Cache:
             if name not in self._open:
                 self._open[name] = pq.ParquetFile(self.folder / name, page_checksum_verification=True)
             values = self._open[name].read_row_group(row).to_pylist()[0]
+            found = values["block_id"], values["tokens_hash"]
             shape = (values["num_rows"], self.top_k)
             ids = np.frombuffer(values["ids"], self._ids_type).reshape(shape).astype(np.int64)
             log_probs = np.frombuffer(values["log_probs"], "<f2").reshape(shape).astype(np.float32)
             log_tail = np.frombuffer(values["log_tail"], "<f2").astype(np.float32)
-        except (OSError, pa.ArrowException, ValueError) as error:
-            raise DataError(f"{self.folder / name} is damaged: {error}; make the cache again with --fresh") from error
-        if values["block_id"] != block_id or values["tokens_hash"] != tokens_hash(tokens):
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise DataError(_damaged(self.folder / name, error)) from error
+        if found != (block_id, tokens_hash(tokens)):
             raise MismatchError(f"{self.folder / name}: block {block_id} was cached for other tokens; use --fresh")
         return Targets(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(log_tail))
 
@@ -186,9 +192,15 @@ def _shard_name(number: int) -> str:
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(pq.read_schema(path).metadata[b"sparsekd"])
+        found = json.loads(pq.read_schema(path).metadata[b"sparsekd"])
+        return {key: found[key] for key in ("identity", "block_ids")}
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}; make the cache again with --fresh") from error
+        raise DataError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())  # pyarrow's take several lines
+    return f"{path} is damaged: {reason or type(error).__name__}; make the cache again with --fresh"
 
 
 def _require_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

@@ -319,12 +319,14 @@ def load(folder: Path) -> Corpus:
         table = pq.read_table(folder / "blocks.parquet", page_checksum_verification=True)
         rows = zip(*(table[name].to_pylist() for name in ("tokens", "source", "documents")), strict=True)
         blocks = [Block(np.array(tokens, np.int32), source, documents) for tokens, source, documents in rows]
-        texts = {name: text_path(folder, name).read_text(encoding="utf-8") for name in manifest["texts"]}
+        texts = {name: text_path(folder, name).read_bytes().decode("utf-8") for name in manifest["texts"]}
         reports = {name: SourceReport(**values) for name, values in manifest["sources"].items()}
         train, validation = np.array(manifest["train_ids"]), np.array(manifest["validation_ids"])
         corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports)
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"corpus {folder} is damaged: {error}; make it again with --fresh") from error
-    if _fingerprint(corpus) != corpus.fingerprint:
+        found = _fingerprint(corpus)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"corpus {folder} is damaged: {reason}; make it again with --fresh") from error
+    if found != corpus.fingerprint:
         raise DataError(f"corpus {folder} is damaged: its content does not match its fingerprint; use --fresh")
     return corpus

@@ -120,14 +120,14 @@ def train(
     `stop_signal` is asked after every step; when it names a signal, the state is saved and `Stopped` raised. Raises
     `DataError` before the step when the loss or the gradient is not finite: weights and checkpoint stay good.
     """
-    order = np.concatenate([data.order(epoch) for epoch in range(options.epochs)])
+    order = np.concatenate([data.order(epoch) for epoch in range(options.epochs)]).tolist()
     num_steps = math.ceil(len(order) / options.batch_size)
     validation_steps = {round(num_steps * (i + 1) / options.validations) for i in range(options.validations)}
     student.eval()
     optimizer = torch.optim.AdamW(
         student.parameters(), options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
     )
-    loss_of = _loss_function(student, data.blocks[int(order[0])])
+    loss_of = _loss_function(student, data.blocks[order[0]])
     saved = checkpoint.restore(folder / "checkpoint", student, optimizer) if folder else None
     if saved is None:
         first, num_tokens = 0, 0
@@ -240,7 +240,7 @@ def _loss_function(student: PreTrainedModel, tokens: np.ndarray) -> LossFunction
         # causal attention never looks right, so padding at the end needs no mask: its positions are left out here
         predicts = _tensor(np.arange(max(lengths) - 1)[None] < np.array(lengths)[:, None] - 1, student)
         labels = tokens[:, 1:][predicts]
-        read = [data.cache.read(int(i), block) for i, block in zip(ids, blocks, strict=True)]
+        read = [data.cache.read(i, block) for i, block in zip(ids, blocks, strict=True)]
         targets = Targets(*(torch.cat(column).to(student.device) for column in zip(*read, strict=True)))
         settings = {"alpha": options.alpha, "temperature": options.temperature, "denominator": denominator}
         if fused:

@@ -73,7 +73,7 @@ def _flush_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,7 +112,7 @@ def remove_temporaries(folder: Path) -> None:
             remove(path)
 
 
-def require_space(folder: Path, num_bytes: float, what: str) -> None:
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Raises `ResourceError` unless `folder`'s disk has `num_bytes` and a tenth more free."""
     existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, UsageError
@@ -162,13 +163,21 @@ def _refuse_pickle(folder: Path) -> None:
 def _config_and_class(place: _Place, options: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
     if place.gguf:
         return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
-    raw, _ = PreTrainedConfig.get_config_dict(place.source, **{k: v for k, v in options.items() if k == "revision"})
+    raw = _raw_config(place, options.get("revision"))
     model_type = raw.get("model_type", "")
     if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
         return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
     base = CONFIG_MAPPING[model_type.removeprefix(_PREFIX)]
     model_class = compressed_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])
     return model_class.config_class.from_dict(raw), model_class
+
+
+def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
+    path = cached_file(place.source, "config.json", revision=revision)
+    raw = files.read_json(Path(str(path)))
+    if not isinstance(raw, dict):
+        raise DataError(f"{path} is damaged: expected a JSON object")
+    return raw
 
 
 def _explain(name: str, error: Exception) -> DataError | UsageError:
@@ -239,7 +248,7 @@ def checkpoint_dtype(name: str, revision: str | None = None) -> torch.dtype:
     place = locate(name)
     if place.gguf:
         return torch.float32
-    raw, _ = PreTrainedConfig.get_config_dict(place.source, revision=revision)
+    raw = _raw_config(place, revision)
     stored = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 

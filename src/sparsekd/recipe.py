@@ -201,7 +201,7 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         values = {"preset": "demo", "model": {"name": target}}
     preset = values.pop("preset", None)
     if preset is not None:
-        if preset not in PRESETS:
+        if preset not in tuple(PRESETS):  # a tuple: what stands there may be a list, which has no hash
             raise UsageError(f"{where}: unknown preset {preset!r}: known are {', '.join(PRESETS)}")
         values = merge(PRESETS[preset], values)
     for override in overrides:
@@ -214,11 +214,13 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path} cannot be read: not UTF-8 at byte {error.start}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected sections such as `corpus:` and `distill:`, found {type(values).__name__}")
@@ -228,7 +230,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `a: 2001-99-99`
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -236,7 +238,7 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
     return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[Any, Any], changes: dict[Any, Any]) -> dict[Any, Any]:
     """`base` with `changes` laid over it, section by section; neither argument is modified.
 
     `sources` and `texts` are replaced whole when `changes` comes from a file that lists its own.
@@ -333,7 +335,7 @@ def check(recipe: Recipe) -> None:
         )
     )
     for name, source in corpus.sources.items():
-        ranges.append((f"corpus.sources.{name}.weight", source.weight, "> 0", source.weight > 0))
+        ranges.append((f"corpus.sources.{name}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))
         ranges.append((f"corpus.sources.{name}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
     for name, value, expected, holds in ranges:
         if not holds:

@@ -86,7 +86,9 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # a lone \ud800 is JSON, but not text
+                yield number, row
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not a JSON object: {error}") from None
 
@@ -98,7 +100,7 @@ def _parquet(path: Path, template: str) -> Iterator[str]:
             for row in batch.to_pylist():
                 yield _column(row, template, str(path))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {error}") from None
+        raise DataError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from None
 
 
 def _column(row: Any, template: str, where: str) -> str:

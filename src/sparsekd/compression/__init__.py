@@ -86,7 +86,7 @@ class Plan:
 
 def compress(
     model: PreTrainedModel,
-    blocks: Iterable[Int[Tensor, "B L"]] | Int[Tensor, "N L"] | None = None,
+    blocks: Iterable[Int[Tensor, "_ _"]] | Int[Tensor, "N L"] | None = None,
     *,
     reduction: float = 0.15,
     method: str = "whitened",
@@ -107,7 +107,7 @@ def compress(
 
 def truncate(
     model: PreTrainedModel,
-    blocks: Iterable[Int[Tensor, "B L"]] | Int[Tensor, "N L"] | None,
+    blocks: Iterable[Int[Tensor, "_ _"]] | Int[Tensor, "N L"] | None,
     *,
     reduction: float,
     method: str = "whitened",
@@ -171,7 +171,7 @@ def _with_rank(matrix: MatrixPlan, rank: int | None, layer_format: str) -> Matri
 
 def _project(
     model: PreTrainedModel,
-    blocks: Iterable[Int[Tensor, "B L"]] | Int[Tensor, "N L"] | None,
+    blocks: Iterable[Int[Tensor, "_ _"]] | Int[Tensor, "N L"] | None,
     method: str,
     seed: int,
 ) -> dict[str, lowrank.Projection]:

@@ -65,7 +65,7 @@ class Moments:
 
 
 def collect(
-    model: PreTrainedModel, batches: Iterable[Int[Tensor, "B L"]], *, curvature: bool = False, seed: int = 0
+    model: PreTrainedModel, batches: Iterable[Int[Tensor, "_ _"]], *, curvature: bool = False, seed: int = 0
 ) -> dict[MLP, Moments]:
     """Moments of each MLP over all tokens of `batches`; with `curvature`, labels are drawn with `seed`.
 

