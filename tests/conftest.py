@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
 
 import random
 from collections.abc import Callable
@@ -23,11 +24,55 @@ from transformers import (
     Qwen3Config,
 )
 
-WORDS = (
-    "river mountain silver quiet bright garden winter copper engine signal harbour letter window candle market bridge "
-    "forest hammer island kettle lantern meadow needle orchard pepper quarry ribbon saddle temple umbrella valley "
-    "walnut yellow zebra anchor basket cellar dragon ember falcon goblet hollow ivory jacket kernel ladder marble"
-).split()
+WORDS = [
+    "river",
+    "mountain",
+    "silver",
+    "quiet",
+    "bright",
+    "garden",
+    "winter",
+    "copper",
+    "engine",
+    "signal",
+    "harbour",
+    "letter",
+    "window",
+    "candle",
+    "market",
+    "bridge",
+    "forest",
+    "hammer",
+    "island",
+    "kettle",
+    "lantern",
+    "meadow",
+    "needle",
+    "orchard",
+    "pepper",
+    "quarry",
+    "ribbon",
+    "saddle",
+    "temple",
+    "umbrella",
+    "valley",
+    "walnut",
+    "yellow",
+    "zebra",
+    "anchor",
+    "basket",
+    "cellar",
+    "dragon",
+    "ember",
+    "falcon",
+    "goblet",
+    "hollow",
+    "ivory",
+    "jacket",
+    "kernel",
+    "ladder",
+    "marble",
+]
 
 
 def paragraphs(count: int, seed: int) -> list[str]:

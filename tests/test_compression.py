@@ -156,7 +156,9 @@ def test_every_architecture(
 ) -> None:
     model = make_model(architecture)
     blocks = tokens(model)
-    attention = {name: value.clone() for name, value in model.state_dict().items() if "attn" in name or "attention" in name}
+    attention = {
+        name: value.clone() for name, value in model.state_dict().items() if "attn" in name or "attention" in name
+    }
     dense = model(blocks).logits
     before = sum(parameter.numel() for parameter in model.parameters())
     options = {"method": method, "allocation": allocation, "layer_format": layer_format}

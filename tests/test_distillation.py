@@ -69,9 +69,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_training_restores_part_of_what_was_lost(
-    new_student: Any, blocks: torch.Tensor, cache: Cache
-) -> None:
+def test_training_restores_part_of_what_was_lost(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
     options = replace(OPTIONS, alpha=1.0)  # the blocks are noise: there is nothing to learn but the teacher
     history = distillation.train(new_student(), data(blocks, cache, (0, 1, 2, 3)), options)
     assert [step.step for step in history.steps] == [1, 2, 3, 4, 5, 6]
@@ -116,7 +114,9 @@ def test_a_stopped_and_resumed_training_ends_with_the_same_bytes(
 def test_best_weights_are_kept_not_the_last(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
     student = new_student()
     before = state(student)
-    wild = Distill(alpha=1.0, batch_size=4, micro_batch_size=4, learning_rate=1.0, epochs=1, validations=3, warmup_ratio=0.0)
+    wild = Distill(
+        alpha=1.0, batch_size=4, micro_batch_size=4, learning_rate=1.0, epochs=1, validations=3, warmup_ratio=0.0
+    )
     history = distillation.train(student, data(blocks, cache), wild)
     assert history.best_step == 0  # every later validation is worse at this learning rate
     assert equal(state(student), before)
@@ -192,7 +192,9 @@ def test_checkpoints_are_plain_safetensors(
         distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path, stop_signal=lambda: 2)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert names == {"model.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"}
-    assert load_file(tmp_path / "checkpoint" / "model.safetensors").keys() == dict(new_student().named_parameters()).keys()
+    assert (
+        load_file(tmp_path / "checkpoint" / "model.safetensors").keys() == dict(new_student().named_parameters()).keys()
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
@@ -209,9 +211,7 @@ def test_a_damaged_checkpoint_is_named(
         distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    new_student: Any, blocks: torch.Tensor, cache: Cache
-) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_step(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
     student = new_student()
     with torch.no_grad():
         student.model.norm.weight[0] = torch.nan

@@ -17,9 +17,7 @@ def factors(out_features: int, in_features: int, rank: int, seed: int = 0) -> tu
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("out_features", "in_features"), [(24, 10), (10, 24), (12, 12)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer_computes_the_product_of_its_factors(
-    name: str, out_features: int, in_features: int, bias: bool
-) -> None:
+def test_layer_computes_the_product_of_its_factors(name: str, out_features: int, in_features: int, bias: bool) -> None:
     up, down = factors(out_features, in_features, 6)
     offset = torch.randn(out_features) if bias else None
     layer = FORMATS[name].from_factors(up, down, offset)

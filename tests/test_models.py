@@ -51,9 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def mlps_of(layers: str, inputs: tuple[str, ...], output: str, depth: int = 2) -> list[MLP]:
-    return [
-        MLP(tuple(f"{layers}.{i}.{name}" for name in inputs), f"{layers}.{i}.{output}") for i in range(depth)
-    ]
+    return [MLP(tuple(f"{layers}.{i}.{name}" for name in inputs), f"{layers}.{i}.{output}") for i in range(depth)]
 
 
 # ---- the MLP projections
@@ -114,7 +112,9 @@ def test_fused_phi3_attention_is_no_mlp(intermediate_size: int, head_dim: int) -
 )
 def test_a_model_without_an_mlp_is_refused(config: Any) -> None:
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UsageError, match=f"no MLP found in {type(model).__name__}: expected sibling linear layers 32->i"):
+    with pytest.raises(
+        UsageError, match=f"no MLP found in {type(model).__name__}: expected sibling linear layers 32->i"
+    ):
         models.find_mlps(model)
     before = models.weights_hash(model)
     with pytest.raises(UsageError, match="no MLP found"):
@@ -302,7 +302,9 @@ def test_weights_of_another_shape_are_refused(model_folder: Callable[[str], Path
         models.load(str(folder))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no_such_type"}', '{"model_type": "sparsekd_none"}', "{}"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"model_type": "no_such_type"}', '{"model_type": "sparsekd_none"}', "{}"]
+)
 def test_a_damaged_config_is_refused(content: str, model_folder: Callable[[str], Path]) -> None:
     folder = model_folder("llama")
     (folder / "config.json").write_text(content)

@@ -1,6 +1,6 @@
 """Save and restore a training state: safetensors and JSON in one folder that appears whole or not at all.
 
-    checkpoint/  model.safetensors  best.safetensors  optimizer.safetensors  state.json (with the others' sha256)
+checkpoint/  model.safetensors  best.safetensors  optimizer.safetensors  state.json (with the others' sha256)
 """
 
 from __future__ import annotations

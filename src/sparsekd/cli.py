@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 
 Target = Annotated[
-    str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), a preset, or a model: folder, Hub id, .gguf file, smollm2-135m.")
+    str,
+    typer.Argument(
+        metavar="RECIPE|MODEL", help="A recipe (.yaml), a preset, or a model: folder, Hub id, .gguf file, smollm2-135m."
+    ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
 Reduction = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to remove: compress.reduction.")]
@@ -77,7 +80,9 @@ _stage_verb("distill", "distill", "Run until the compressed model is trained.")
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model: folder (dense or compressed), Hub id, .gguf file, smollm2-135m.")],
+    model: Annotated[
+        str, typer.Argument(help="A model: folder (dense or compressed), Hub id, .gguf file, smollm2-135m.")
+    ],
     text: Annotated[list[Path], typer.Option(help="A text to measure on (.txt, .jsonl, .parquet); repeatable.")],
     context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
     stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
@@ -124,7 +129,9 @@ def report(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")], as_json: AsJson = False) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")], as_json: AsJson = False
+) -> None:
     """What is this folder, is it whole, and what made it? Reads only."""
     from sparsekd.inspection import describe
 
@@ -182,7 +189,9 @@ def _run_stages(
 
 
 def _default_folder(target: str, recipe: Recipe) -> Path:
-    name = target if target in PRESETS else Path(target).stem if target.endswith((".yaml", ".yml")) else recipe.model.name
+    name = (
+        target if target in PRESETS else Path(target).stem if target.endswith((".yaml", ".yml")) else recipe.model.name
+    )
     return Path("runs") / f"{Path(name).name}-{recipe.compress.reduction:g}"
 
 
@@ -223,7 +232,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
     print(f"device        {planned['device']}, {planned['dtype']}")
-    print(f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({planned['cache_bytes_per_token']} bytes a token before zstd)")
+    print(
+        f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({planned['cache_bytes_per_token']} bytes a token before zstd)"
+    )
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
     for name, seconds in planned["seconds"].items():
         print(f"{name:<13} about {tables.duration(seconds)}")

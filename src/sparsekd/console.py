@@ -46,6 +46,11 @@ class Console:
         if not self._rich.is_terminal:
             yield Bar(self._rich, title, total, None)
             return
-        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self._rich, transient=True) as progress:
             yield Bar(self._rich, title, total, progress)

@@ -160,9 +160,7 @@ def _sequences(text: str) -> Iterator[str]:
 # ---- documents to blocks
 
 
-def _documents(
-    name: str, source: Source, recipe: CorpusRecipe, held_out: bool = False
-) -> Iterator[tuple[str, str]]:
+def _documents(name: str, source: Source, recipe: CorpusRecipe, held_out: bool = False) -> Iterator[tuple[str, str]]:
     """(id, text) of the documents for training, or of the last ones that are held out for evaluation."""
     documents = sources.read(source, recipe.root)
     if source.holdout:
@@ -217,9 +215,7 @@ def _split_blocks(
     return (learned, held) if held else ([], [])
 
 
-def _pack(
-    name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int
-) -> Iterator[Block]:
+def _pack(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int) -> Iterator[Block]:
     """Joins documents, an end-of-text token between them, and cuts the stream into whole blocks."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
@@ -237,9 +233,7 @@ def _pack(
             identifiers = []
 
 
-def _one_each(
-    name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int
-) -> Iterator[Block]:
+def _one_each(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int) -> Iterator[Block]:
     """A block for each document, cut at `seq_len`; documents of fewer than 8 tokens teach nothing and are skipped."""
     for identifier, text in documents:
         tokens = encode(tokenizer, text)[:seq_len]

@@ -91,7 +91,9 @@ def distill(
     """
     unknown = options.keys() - Distill.__dataclass_fields__.keys()
     if unknown:
-        raise UsageError(f"distill has no option {sorted(unknown)[0]!r}: known are {', '.join(Distill.__dataclass_fields__)}")
+        raise UsageError(
+            f"distill has no option {sorted(unknown)[0]!r}: known are {', '.join(Distill.__dataclass_fields__)}"
+        )
     held = max(1, round(len(blocks) * validation_fraction))
     if held >= len(blocks):
         raise UsageError(f"{len(blocks)} blocks are too few to train and validate on: at least 2 are needed")
@@ -146,7 +148,11 @@ def train(
     def save(step: int) -> None:
         if folder is not None:
             checkpoint.save(
-                folder / "checkpoint", student, best, optimizer, {"step": step, "num_tokens": num_tokens} | history.as_dict()
+                folder / "checkpoint",
+                student,
+                best,
+                optimizer,
+                {"step": step, "num_tokens": num_tokens} | history.as_dict(),
             )
 
     last_save = time.monotonic()

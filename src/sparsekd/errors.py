@@ -32,7 +32,7 @@ class ResourceError(SparseKDError):
     exit_code = 4
 
 
-class Stopped(SparseKDError):  # noqa: N818 - not a fault: the user or the scheduler asked for it
+class Stopped(SparseKDError):
     """A signal asked the run to stop; what was done so far is saved."""
 
     def __init__(self, message: str, signal_number: int):

@@ -26,7 +26,11 @@ def describe(path: Path) -> dict[str, Any]:
         return _describe_model(path)
     if (path / "blocks.parquet").exists():
         loaded = corpus.load(path)
-        facts = {"blocks": len(loaded.blocks), "training blocks": len(loaded.train_ids), "tokens an epoch": loaded.num_tokens}
+        facts = {
+            "blocks": len(loaded.blocks),
+            "training blocks": len(loaded.train_ids),
+            "tokens an epoch": loaded.num_tokens,
+        }
         return {"kind": "corpus", **facts, "fingerprint": loaded.fingerprint, "texts": ", ".join(loaded.texts)}
     if next(path.glob("part-*.parquet"), None) is not None:
         return _describe_cache(path)
@@ -67,7 +71,12 @@ def _describe_cache(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").exists():
         raise DataError(f"cache {path} is not finished: it has no manifest; run the same command again")
     cache = Cache(path)
-    return {"kind": "cache", "blocks": len(list(cache.block_ids)), "bytes": cache.num_bytes, **cache.manifest["identity"]}
+    return {
+        "kind": "cache",
+        "blocks": len(list(cache.block_ids)),
+        "bytes": cache.num_bytes,
+        **cache.manifest["identity"],
+    }
 
 
 def diagnose() -> dict[str, Any]:

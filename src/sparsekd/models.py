@@ -70,7 +70,7 @@ def load(
             output_loading_info=True,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(place.source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place.source, config=config, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _explain(name, error) from error
     except Exception as error:  # safetensors raises its own class for a damaged file; it has no common base
@@ -86,9 +86,7 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def skeleton(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules on the meta device: all shapes, no weights read. For plans and estimates."""
     place = locate(name, need_weights=False)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
@@ -184,7 +182,11 @@ def _explain(name: str, error: Exception) -> DataError | UsageError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "trust_remote_code" in str(error):
         return UsageError(f"model {name} comes with Python code: read it, then set model.trust_remote_code=true")
-    if "offline" in str(error).lower() or "connect" in str(error).lower() or "not a valid model identifier" in str(error):
+    if (
+        "offline" in str(error).lower()
+        or "connect" in str(error).lower()
+        or "not a valid model identifier" in str(error)
+    ):
         return UsageError(f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line}")
     return DataError(f"model {name} cannot be loaded: {first_line}")
 

@@ -259,9 +259,7 @@ def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     return stage.finish({"models": results})
 
 
-def _model_to_evaluate(
-    opened: Run, dense: Dense, name: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _model_to_evaluate(opened: Run, dense: Dense, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name == "dense":
         return dense.loaded
     folder = opened.folder / {"compressed": _COMPRESSED, "distilled": _DISTILLED}[name] / "model"

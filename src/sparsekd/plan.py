@@ -79,9 +79,7 @@ def _memory(recipe: Recipe, sizes: _Sizes, parameters_after: int, itemsize: int)
     return _RUNTIME_BYTES + max(training, evaluation, statistics)
 
 
-def _seconds(
-    recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float
-) -> dict[str, float]:
+def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float) -> dict[str, float]:
     forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
     smaller = forward * (1 - structure.model_reduction)
     solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices)
@@ -89,10 +87,10 @@ def _seconds(
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     trained = corpus.num_blocks * corpus.seq_len * distill.epochs
     validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
-    statistics = recipe.compress.num_tokens if recipe.compress.method == "whitened" else 0
+    passes = {"svd": 0, "whitened": 1, "two-sided": 2.5}[recipe.compress.method]  # curvature: a backward pass as well
     return {
         "cache": forward * cached,
-        "compress": forward * statistics + solver / (flops * _SOLVER_EFFICIENCY),
+        "compress": forward * passes * recipe.compress.num_tokens + solver / (flops * _SOLVER_EFFICIENCY),
         "distill": smaller * (3 * trained + validated),
         "evaluate": (forward + 2 * smaller) * scored,
     }

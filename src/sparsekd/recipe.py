@@ -95,7 +95,7 @@ class Distill:
     """The training that restores what the structural step broke."""
 
     epochs: int = 1  # passes over the corpus
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-5
     alpha: float = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
     temperature: float = 2.0  # softening of the teacher in the probability domain
     batch_size: int = 4  # blocks in one optimizer step
@@ -142,7 +142,8 @@ DEMO: dict[str, Any] = {
         "num_blocks": 100,
         "num_validation_blocks": 10,
     },
-    "compress": {"method": "two-sided", "allocation": "global"},
+    "compress": {"method": "two-sided", "allocation": "global", "num_tokens": 8192},
+    "distill": {"micro_batch_size": 2},
     "evaluate": {
         "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},
         "max_tokens": 4096,
@@ -345,7 +346,9 @@ def check(recipe: Recipe) -> None:
 
 def _check_places(recipe: Recipe) -> None:
     if recipe.compress.allocation == "global" and recipe.compress.method != "two-sided":
-        raise UsageError(f"compress.allocation is global: expected compress.method two-sided, not {recipe.compress.method}")
+        raise UsageError(
+            f"compress.allocation is global: expected compress.method two-sided, not {recipe.compress.method}"
+        )
     if not recipe.corpus.sources:
         raise UsageError("corpus.sources is empty: name at least one, for example {wiki: {path: wiki.txt}}")
     for name, source in recipe.corpus.sources.items():
@@ -362,9 +365,7 @@ def _check_places(recipe: Recipe) -> None:
             continue
         source = recipe.corpus.sources.get(text.holdout_of)
         if source is None or not source.holdout:
-            raise UsageError(
-                f"evaluate.texts.{name}: corpus.sources has no {text.holdout_of!r} with a holdout above 0"
-            )
+            raise UsageError(f"evaluate.texts.{name}: corpus.sources has no {text.holdout_of!r} with a holdout above 0")
 
 
 def as_dict(value: Any) -> dict[str, Any]:

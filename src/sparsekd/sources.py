@@ -124,9 +124,7 @@ def _hub(source: Source) -> Iterator[tuple[str, str]]:
     assert source.hub is not None
     split = source.split if source.split != Source.split else "train"
     try:
-        stream = datasets.load_dataset(
-            source.hub, source.config, split=split, revision=source.revision, streaming=True
-        )
+        stream = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision, streaming=True)
         for number, row in enumerate(stream):
             yield f"{source.hub}:{split}:{number}", _column(row, source.text, f"{source.hub} row {number}")
     except (OSError, ValueError, RuntimeError) as error:

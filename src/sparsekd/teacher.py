@@ -23,9 +23,7 @@ from sparsekd.models import tokenizer_hash, weights_hash
 _CHUNK = 128  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 
 
-def identity(
-    model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, top_k: int
-) -> dict[str, Any]:
+def identity(model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, top_k: int) -> dict[str, Any]:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     return {
         "teacher": weights_hash(model),
@@ -132,9 +130,7 @@ def _forward(
     result: list[Targets] = []
     while len(result) < len(blocks):
         first = len(result)
-        batch = [
-            block for block in blocks[first : first + batch_size] if len(block) == len(blocks[first])
-        ]
+        batch = [block for block in blocks[first : first + batch_size] if len(block) == len(blocks[first])]
         tokens = torch.from_numpy(np.stack(batch).astype(np.int64))
         result.extend(distributions(model, tokens, top_k))
         on_tokens(tokens.numel())

@@ -44,7 +44,9 @@ def test_every_architecture_goes_the_whole_path(
 ) -> None:
     recipe = recipe_for(tiny_recipe, model_folder(architecture))
     out = tmp_path / "run"
-    code, printed, _ = run_cli(capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--json", "--reduction", "0.3")
+    code, printed, _ = run_cli(
+        capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--json", "--reduction", "0.3"
+    )
     assert code in (0, 5)  # a random model has nothing to restore, so its quality may well fall
     report = json.loads(printed)
     assert report == json.loads((out / "report.json").read_text())

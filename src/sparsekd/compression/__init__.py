@@ -126,7 +126,9 @@ def truncate(
         if value not in known:
             raise UsageError(f"{name} is {value!r}: expected one of {', '.join(known)}")
     if allocation == "global" and method != "two-sided":
-        raise UsageError(f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method!r}")
+        raise UsageError(
+            f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method!r}"
+        )
     if is_compressed(model):
         raise UsageError("the model is compressed already: start from the dense one")
     uniform = plan(model, reduction, layer_format)
@@ -238,9 +240,7 @@ def _with_errors(planned: Plan, projections: dict[str, lowrank.Projection], laye
     return replace(planned, matrices=matrices)
 
 
-def _replace(
-    model: PreTrainedModel, done: Plan, projections: dict[str, lowrank.Projection], layer_format: str
-) -> None:
+def _replace(model: PreTrainedModel, done: Plan, projections: dict[str, lowrank.Projection], layer_format: str) -> None:
     """Puts the compressed layers in place, after all of them are made: an error leaves the model as it was."""
     layers = {}
     for matrix in done.matrices:

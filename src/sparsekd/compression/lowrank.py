@@ -33,7 +33,7 @@ class Projection:
 
     left: Float[Tensor, "O K"]  # float64
     right: Float[Tensor, "O K"]  # float64, right^T left = 1; the same as left unless curvature bends the metric
-    energy: Float[Tensor, "K"]  # float64, descending: what leaving out a direction costs
+    energy: Float[Tensor, K]  # float64, descending: what leaving out a direction costs
 
     def factors(self, weight: Float[Tensor, "O I"], rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
         """`up`, `down` of the approximation of rank R <= K, balanced so that `|up_k| = |down_k|`."""
@@ -48,9 +48,7 @@ class Projection:
         return float(self.energy[rank:].sum()) / total if total > 0 else 0.0
 
 
-def from_output_gram(
-    gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None
-) -> Projection:
+def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None) -> Projection:
     """For a matrix whose outputs were seen: eigenvectors of `K = E[y y^T]`, or of `T K T` with `T^2 = curvature`."""
     if curvature is None:
         energy, basis = torch.linalg.eigh(gram.double())
@@ -64,7 +62,7 @@ def from_output_gram(
 def from_input_gram(
     weight: Float[Tensor, "O I"],
     gram: Float[Tensor, "I I"] | None,
-    curvature: Float[Tensor, "O"] | None = None,
+    curvature: Float[Tensor, O] | None = None,
 ) -> Projection:
     """For a matrix whose inputs were seen: the same directions, from the smaller side. `gram` None means identity.
 

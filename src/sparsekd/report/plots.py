@@ -75,7 +75,9 @@ def perplexities(evaluation: dict[str, Any]) -> str:
     for axes, text in zip(all_axes, texts, strict=True):
         for position, (name, color) in enumerate(zip(models, (_GREY, _ORANGE, _BLUE), strict=True)):
             result = models[name][text]
-            axes.bar(position, result["perplexity"], yerr=result["standard_error"], color=color, ecolor=_GREY, capsize=3)
+            axes.bar(
+                position, result["perplexity"], yerr=result["standard_error"], color=color, ecolor=_GREY, capsize=3
+            )
         axes.set(title=text, xticks=range(len(models)), ylabel="perplexity")
         axes.set_xticklabels(["dense", "compressed", "distilled"])
         if models["compressed"][text]["perplexity"] > 10 * models["dense"][text]["perplexity"]:
