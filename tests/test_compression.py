@@ -88,10 +88,10 @@ def test_curvature_is_the_fisher_matrix_of_the_output(make_model: MakeModel) -> 
     final = rows[0].flatten(0, 1)
     expected = torch.zeros(32, 32)
     head = model.get_output_embeddings()
-    for row in final[::64]:
+    for row in final[::61]:
         jacobian = torch.autograd.functional.jacobian(lambda y: head(model.gpt_neox.final_layer_norm(y)), row)
         p = head(model.gpt_neox.final_layer_norm(row)).softmax(-1).detach()
-        expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(final[::64])
+        expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(final[::61])
     assert float((found.mean().float() - expected).norm() / expected.norm()) < 0.2  # sampling noise of 8,192 labels
 
 

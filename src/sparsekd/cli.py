@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 our bug, 2 usage, 3 data, 4 resource, 5 the result is worse 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ app = typer.Typer(
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE|MODEL", help="A recipe (.yaml), a preset, or a model: folder, Hub id, .gguf file, smollm2-135m."
+        metavar="RECIPE|MODEL", help="A recipe (.yaml), preset, or model: folder, Hub id, .gguf, smollm2-135m."
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
@@ -80,9 +81,7 @@ _stage_verb("distill", "distill", "Run until the compressed model is trained.")
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A model: folder (dense or compressed), Hub id, .gguf file, smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(help="A model, dense or compressed: folder, Hub id, .gguf, smollm2-135m.")],
     text: Annotated[list[Path], typer.Option(help="A text to measure on (.txt, .jsonl, .parquet); repeatable.")],
     context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
     stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
@@ -232,9 +231,8 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
     print(f"device        {planned['device']}, {planned['dtype']}")
-    print(
-        f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({planned['cache_bytes_per_token']} bytes a token before zstd)"
-    )
+    per_token = f"{planned['cache_bytes_per_token']} bytes a token before zstd"
+    print(f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({per_token})")
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
     for name, seconds in planned["seconds"].items():
         print(f"{name:<13} about {tables.duration(seconds)}")
@@ -273,6 +271,7 @@ def _quiet() -> None:
 
 def main() -> None:
     """The `sparsekd` command: an error for the user is one line, and its class decides the exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers is imported: unpacking GGUF has a bar of its own
     try:
         app()
     except SparseKDError as error:

@@ -26,6 +26,7 @@ from sparsekd import checkpoint
 from sparsekd.cache import Cache, Targets
 from sparsekd.errors import DataError, Stopped, UsageError
 from sparsekd.losses import Loss, bucket_loss, linear_bucket_loss
+from sparsekd.models import output_weight
 from sparsekd.recipe import Distill
 
 
@@ -229,11 +230,11 @@ def _validate(loss_of: LossFunction, data: Data, options: Distill, step: int) ->
 def _loss_function(student: PreTrainedModel, tokens: np.ndarray) -> LossFunction:
     """The fused loss when the logits are a plain product of hidden states and output weight, which is checked on
     some tokens; else, for models that scale, cap or shift their logits, the loss from full logits."""
-    decoder, head = student.get_decoder(), student.get_output_embeddings()
+    decoder, head = student.get_decoder(), output_weight(student)
     with torch.no_grad():
         sample = _tensor(tokens[None, :8], student)
         logits = student(input_ids=sample, use_cache=False).logits
-        plain = decoder(input_ids=sample, use_cache=False).last_hidden_state @ head.weight.T
+        plain = decoder(input_ids=sample, use_cache=False).last_hidden_state @ head.T
     fused = plain.shape == logits.shape and torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)
 
     def loss_of(data: Data, ids: Sequence[int], options: Distill, denominator: int) -> Loss:
@@ -251,7 +252,7 @@ def _loss_function(student: PreTrainedModel, tokens: np.ndarray) -> LossFunction
         settings = {"alpha": options.alpha, "temperature": options.temperature, "denominator": denominator}
         if fused:
             hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][predicts]
-            return linear_bucket_loss(hidden, head.weight, labels, targets, **settings)
+            return linear_bucket_loss(hidden, head, labels, targets, **settings)
         logits = student(input_ids=tokens, use_cache=False).logits[:, :-1][predicts]
         return bucket_loss(logits, labels, targets, **settings)
 

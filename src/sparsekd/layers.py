@@ -26,7 +26,7 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, O] | None = None
+        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
     ) -> LowRankLinear:
         """Takes the factors as they are, without a copy where device and dtype already fit."""
         with torch.device("meta"):
@@ -45,7 +45,7 @@ class LowRankLinear(nn.Module):
 
 
 class PivotLinear(nn.Module):
-    """A rank-R layer of `R * (I + O) - R^2` weights: R of its outputs are computed, the others are combinations of them.
+    """A rank-R layer of `R (I + O) - R^2` weights: R outputs are computed, the others are combinations of them.
 
     `pivots.weight` (R x I) gives the pivot outputs, `rest.weight` ((O - R) x R) the others from these; `order` puts
     them back in place. The same matrices can be written this way as in `LowRankLinear`, in fewer numbers, and full
@@ -64,7 +64,7 @@ class PivotLinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, O] | None = None
+        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
     ) -> PivotLinear:
         """The layer of `up @ down`, exact up to rounding; `up` must have full column rank."""
         chosen, coefficients = dominant_rows(up.double())
@@ -91,7 +91,7 @@ class PivotLinear(nn.Module):
 
 def dominant_rows(
     matrix: Float[Tensor, "O R"], tolerance: float = 2.0, max_swaps: int = 1000
-) -> tuple[Int[Tensor, R], Float[Tensor, "O R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, "O R"]]:
     """R rows that all rows are small combinations of: the rows' numbers, and the coefficients C of all rows.
 
     Returns C with the chosen rows first, then the others in their order, so that C[:R] is the identity and no entry

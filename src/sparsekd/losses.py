@@ -44,7 +44,7 @@ def _normalised(targets: Targets) -> tuple[Tensor, Tensor]:
 
 def bucket_loss(
     logits: Float[Tensor, "N V"],
-    labels: Int[Tensor, N],
+    labels: Int[Tensor, " N"],
     targets: Targets,
     *,
     alpha: float,
@@ -66,7 +66,7 @@ def bucket_loss(
 
 def _bucket_kl(
     log_p: Tensor, log_r: Tensor, kept: Tensor, log_head: Tensor, log_tail: Tensor, temperature: float
-) -> Float[Tensor, N]:
+) -> Float[Tensor, " N"]:
     log_head_p = log_p.logsumexp(-1)  # log P
     between = log_head_p.exp() * (log_head_p - log_head) + log_r.exp() * (log_r - log_tail)
     soft_p = F.log_softmax(log_p / temperature, dim=-1)
@@ -78,7 +78,7 @@ def _bucket_kl(
 def linear_bucket_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    labels: Int[Tensor, N],
+    labels: Int[Tensor, " N"],
     targets: Targets,
     *,
     alpha: float,

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, UsageError
@@ -111,10 +111,7 @@ class _Place:
 
 def locate(name: str, need_weights: bool = True) -> _Place:
     """Turns a model name into what `from_pretrained` takes; raises `UsageError` or `DataError` for what it can't."""
-    if name == EMBEDDED_MODEL:
-        path = _embedded_model()
-    else:
-        path = Path(name).expanduser()
+    path = _embedded_model() if name == EMBEDDED_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"model {name}: no such file")
@@ -193,17 +190,19 @@ def _explain(name: str, error: Exception) -> DataError | UsageError:
 
 def _make_ordinary(model: PreTrainedModel) -> None:
     """A model read from GGUF is float32 already but carries the mark of a quantised one and refuses to be saved."""
+    unmarked: Any = model
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.config.dtype = model.dtype
+    unmarked.is_quantized = False
+    del unmarked.config.quantization_config
+    unmarked.config.dtype = model.dtype
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises `DataError` when the tokenizer makes ids that the model has no embedding for."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    embeddings = embedding.weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= embeddings:
         raise DataError(
@@ -215,8 +214,21 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 # ---- saving and identity
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing."""
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing.
+
+    `dtype` changes the model's number format, in place, before; None leaves it. Raises `ResourceError` when the disk
+    is too small.
+    """
+    folder = Path(folder)
+    if dtype is not None:
+        nn.Module.to(model, dtype)
     files.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), "the model")
     with files.atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
@@ -339,7 +351,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 @functools.cache
-def compressed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def compressed_class(base: Any) -> Any:
     """The class of `base` models whose MLP layers are in the compressed format that `config.sparsekd` describes."""
     base_config = base.config_class
     config_class = type(
@@ -364,13 +376,20 @@ def mark_compressed(model: PreTrainedModel, description: dict[str, Any]) -> None
     `description` goes to `config.sparsekd`; its `ranks` map module names to ranks.
     """
     compressed = compressed_class(type(model))
-    model.config.__class__ = compressed.config_class
-    model.config.sparsekd = description
+    config: Any = model.config
+    config.__class__ = compressed.config_class
+    config.sparsekd = description
     model.__class__ = compressed
 
 
 def is_compressed(model: PreTrainedModel) -> bool:
     return getattr(model.config, "sparsekd", None) is not None
+
+
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """The vocab x hidden matrix that turns hidden states into logits."""
+    head: Any = model.get_output_embeddings()
+    return head.weight
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

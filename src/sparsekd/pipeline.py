@@ -183,7 +183,7 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         layer_format=options.format,
         seed=opened.recipe.seed,
     )
-    models.save(student.to(_checkpoint_dtype(dense)), tokenizer, stage.folder / "model")
+    models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     opened.console.say(
         f"  removed {plan.mlp_reduction:.1%} of the MLP parameters, {plan.model_reduction:.1%} of the whole model"
     )
@@ -232,7 +232,7 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             ),
             stop_signal=lambda: received[0] if received else None,
         )
-    models.save(student.to(_checkpoint_dtype(dense)), tokenizer, stage.folder / "model")
+    models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     files.remove(stage.folder / "checkpoint")
     return stage.finish(history.as_dict())
 

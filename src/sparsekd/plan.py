@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd import compression, models
@@ -53,10 +54,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     parameters = models.num_parameters(model)
-    tied = embedding is head
+    tied = embedding is models.output_weight(model)
     return _Sizes(
         parameters=parameters,
         multiplied=parameters - (0 if tied else embedding.numel()),

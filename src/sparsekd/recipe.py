@@ -240,10 +240,7 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
 
 
 def merge(base: dict[Any, Any], changes: dict[Any, Any]) -> dict[Any, Any]:
-    """`base` with `changes` laid over it, section by section; neither argument is modified.
-
-    `sources` and `texts` are replaced whole when `changes` comes from a file that lists its own.
-    """
+    """`base` with `changes` laid over it, section by section; neither argument is modified."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -262,7 +259,8 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
                 close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
                 hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(hints)}"
                 raise UsageError(f"{where}: unknown key {_dotted(name, key)!r}: {hint}")
-        return kind(**{key: _build(hints[key], item, where, _dotted(name, key)) for key, item in value.items()})
+        values = {key: _build(hints[key], item, where, _dotted(name, key)) for key, item in value.items()}
+        return typing.cast(Any, kind)(**values)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(arguments[0], value, where, name)

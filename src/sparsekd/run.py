@@ -146,7 +146,7 @@ def stop_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying at once; a second one takes the usual way."""
     received: list[int] = []
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: Any, frame: Any) -> None:
         if received:
             signal.signal(number, previous[number])
             os.kill(os.getpid(), number)

@@ -145,7 +145,7 @@ def _wikipedia() -> Iterator[tuple[str, str]]:
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
     with bz2.open(path, "rb") as dump:
-        for title, text, page in extract_pages(dump, filter_namespaces=("0",)):
+        for title, text, page in extract_pages(dump, filter_namespaces=("0",)):  # pyright: ignore[reportArgumentType]
             article = _plain(filter_wiki(text))
             if len(article) > 500:  # shorter ones are redirects
                 yield f"wikipedia:{page}:{title}", f"{title}\n\n{article}"

@@ -127,7 +127,7 @@ def truncate(
             raise UsageError(f"{name} is {value!r}: expected one of {', '.join(known)}")
     if allocation == "global" and method != "two-sided":
         raise UsageError(
-            f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method!r}"
+            f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method}"
         )
     if is_compressed(model):
         raise UsageError("the model is compressed already: start from the dense one")

@@ -8,6 +8,7 @@ last step, with the slope there as the Lagrange multiplier.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ def allocate(curves: list[Curve], budget: float) -> list[int]:
     steps = [
         (-_slope(curve, start, end), number, start, end)
         for number, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
-        for start, end in zip(hull, hull[1:], strict=False)
+        for start, end in itertools.pairwise(hull)
     ]
     for _, number, start, end in sorted(steps):
         curve = curves[number]

@@ -33,7 +33,7 @@ class Projection:
 
     left: Float[Tensor, "O K"]  # float64
     right: Float[Tensor, "O K"]  # float64, right^T left = 1; the same as left unless curvature bends the metric
-    energy: Float[Tensor, K]  # float64, descending: what leaving out a direction costs
+    energy: Float[Tensor, " K"]  # float64, descending: what leaving out a direction costs
 
     def factors(self, weight: Float[Tensor, "O I"], rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
         """`up`, `down` of the approximation of rank R <= K, balanced so that `|up_k| = |down_k|`."""
@@ -62,7 +62,7 @@ def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"]
 def from_input_gram(
     weight: Float[Tensor, "O I"],
     gram: Float[Tensor, "I I"] | None,
-    curvature: Float[Tensor, O] | None = None,
+    curvature: Float[Tensor, " O"] | None = None,
 ) -> Projection:
     """For a matrix whose inputs were seen: the same directions, from the smaller side. `gram` None means identity.
 

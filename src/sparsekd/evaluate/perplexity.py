@@ -85,7 +85,8 @@ def perplexity(
                 paper_count.append(len(window))
     mean, error = _mean_and_error(strict_nll, strict_count)
     paper_mean, paper_error = _mean_and_error(paper_nll, paper_count)
-    num_bytes = len(tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False).encode())
+    scored_text: Any = tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
+    num_bytes = len(scored_text.encode())
     return Perplexity(
         perplexity=_exp(mean),
         standard_error=_exp(mean) * error,

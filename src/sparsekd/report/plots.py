@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; grey axes stand out on white and on black
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sparsekd",  # the same picture has the same bytes
     "font.size": 10,
     "text.color": _GREY,
