@@ -1,6 +1,6 @@
-"""SmolLM2-135M at 15 %: one step of the truncation after the other, before and after the demo's distillation.
+"""SmolLM2-135M at 15 %: one step of the truncation after the other; with --distill also after the demo's training.
 
-    python benchmarks/truncation_ablation.py
+    python benchmarks/truncation_ablation.py [--distill]
 
 Every arm has the same corpus, statistics (8,192 tokens), budget and training (25,600 tokens, one seed), so what
 differs is the truncation alone. Ratios of strict perplexity to the dense model on the demo's two held-out texts.
@@ -8,6 +8,9 @@ differs is the truncation alone. Ratios of strict perplexity to the dense model 
 
 from __future__ import annotations
 
+import copy
+import functools
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,38 +34,40 @@ ARMS = {
 
 
 def main() -> None:
+    with_training = "--distill" in sys.argv
     recipe = load_recipe("demo")
     model, tokenizer = sparsekd.load()
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-    blocks = [block.tokens for block in built.blocks]
     statistics = torch.from_numpy(np.stack(built.tokens(built.order(recipe.seed, 0)[:32].tolist())).astype(np.int64))
 
-    def measure(student: Any) -> dict[str, Any]:
+    def measure(measured: Any) -> dict[str, Any]:
         limit = recipe.evaluate.max_tokens
-        return {
-            name: sparsekd.perplexity(student, tokenizer, text, max_tokens=limit) for name, text in built.texts.items()
-        }
+        texts = built.texts.items()
+        return {name: sparsekd.perplexity(measured, tokenizer, text, max_tokens=limit) for name, text in texts}
 
+    dense = measure(model)
+    arms: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        made_from = {"tokenizer": "benchmark", "corpus_fingerprint": built.fingerprint}
-        cache = teacher.fill(model, Path(folder), dict(enumerate(blocks)), **made_from)
-        dense = measure(model)
-        data = distillation.Data(
-            blocks, lambda epoch: built.order(recipe.seed, epoch), built.validation_ids.tolist(), cache
-        )
-        arms = {}
+        data = _training_data(model, built, recipe.seed, Path(folder)) if with_training else None
         for name, options in ARMS.items():
-            student, _ = sparsekd.load()
+            student = copy.deepcopy(model)
             plan = compression.truncate(student, statistics, reduction=0.15, **options)
-            before = measure(student)
-            distillation.train(student, data, recipe.distill)
-            after = measure(student)
-            arms[name] = {"mlp_reduction": plan.mlp_reduction}
-            for when, found in (("before", before), ("after", after)):
-                arms[name][when] = {text: ratio(found[text], dense[text]) for text in found}
+            found = {"before": measure(student)}
+            if data is not None:
+                distillation.train(student, data, recipe.distill)
+                found["after"] = measure(student)
+            ratios = {when: {text: ratio(r[text], dense[text]) for text in r} for when, r in found.items()}
+            arms[name] = {"mlp_reduction": plan.mlp_reduction, **ratios}
             print(name, arms[name], flush=True)
     perplexities = {text: [found.perplexity, found.standard_error] for text, found in dense.items()}
     record("truncation_ablation", {"dense_perplexity": perplexities, "ratio_and_standard_error": arms})
+
+
+def _training_data(model: Any, built: corpus.Corpus, seed: int, folder: Path) -> distillation.Data:
+    blocks = [block.tokens for block in built.blocks]
+    made_from = {"tokenizer": "benchmark", "corpus_fingerprint": built.fingerprint}
+    cache = teacher.fill(model, folder, dict(enumerate(blocks)), **made_from)
+    return distillation.Data(blocks, functools.partial(built.order, seed), built.validation_ids.tolist(), cache)
 
 
 if __name__ == "__main__":
