@@ -20,14 +20,14 @@ import sparsekd
 from sparsekd import corpus, teacher
 from sparsekd.recipe import load_recipe
 
-ROUNDS, BATCH = 5, 4
+ROUNDS, BATCH, BLOCKS = 3, 4, 40
 
 
 def main() -> None:
     model, tokenizer = sparsekd.load()
-    recipe = load_recipe("demo", ("corpus.num_blocks=16", "corpus.num_validation_blocks=2"))
+    recipe = load_recipe("demo", (f"corpus.num_blocks={BLOCKS}", "corpus.num_validation_blocks=2"))
     built = corpus.build(recipe.corpus, {}, tokenizer, seed=42)
-    blocks = {number: block.tokens for number, block in enumerate(built.blocks[:16])}
+    blocks = {number: block.tokens for number, block in enumerate(built.blocks[:BLOCKS])}
     tokens = torch.from_numpy(np.stack(list(blocks.values())).astype(np.int64))
 
     def bare() -> None:

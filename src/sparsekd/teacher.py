@@ -47,7 +47,7 @@ def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
     z = logits.float()
     top, ids = z.topk(top_k, dim=-1)
     m = top[..., :1]
-    e = torch.exp(z - m)
+    e = (z - m).exp_()
     head = torch.exp(top - m).sum(-1)
     tail = e.scatter_(-1, ids, 0.0).sum(-1)
     log_sum = (head + tail).log()
