@@ -40,22 +40,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, bytes
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
-def run(
-    target: Target,
-    reduction: Reduction = None,
-    set_: Set = None,
-    out: Out = None,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
-    """Everything: corpus, cache, compress, distill, evaluate, report. A killed run continues when called again."""
-    _run_stages("report", target, reduction, set_, out, resume, fresh, dry_run, revision, as_json)
-
-
 def _stage_verb(verb: str, stage: str, text: str) -> None:
     def command(
         target: Target,
@@ -73,6 +57,11 @@ def _stage_verb(verb: str, stage: str, text: str) -> None:
     app.command(verb, help=text)(command)
 
 
+_stage_verb(
+    "run",
+    "report",
+    "Everything: corpus, cache, compress, distill, evaluate, report. A killed run continues when called again.",
+)
 _stage_verb("corpus", "corpus", "Run until the token blocks are there.")
 _stage_verb("cache", "cache", "Run until the teacher's distributions are cached.")
 _stage_verb("compress", "compress", "Run until the MLPs are low-rank.")
