@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,6 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
 
 def measured_flops(placement: Placement) -> float:
     """Floating point operations a second of a 1024-wide matrix product here, the best of three; for time estimates."""
-    import time
-
     size = 1024
     a = torch.ones(size, size, device=placement.device, dtype=placement.dtype)
     best = 0.0

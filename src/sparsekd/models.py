@@ -337,6 +337,7 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense or compressed linear layer."""
     return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
 
 
@@ -389,6 +390,7 @@ def mark_compressed(model: PreTrainedModel, description: dict[str, Any]) -> None
 
 
 def is_compressed(model: PreTrainedModel) -> bool:
+    """Whether a model has layers in a compressed format."""
     return getattr(model.config, "sparsekd", None) is not None
 
 
@@ -399,5 +401,6 @@ def output_weight(model: PreTrainedModel) -> Tensor:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `model.get_submodule(name)` is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

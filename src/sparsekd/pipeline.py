@@ -104,6 +104,7 @@ class Dense:
 
 
 def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
+    """Stage `corpus`: the token blocks, built or read back, and the stage's summary."""
     recipe = opened.recipe
     places = [*recipe.corpus.sources.values(), *recipe.evaluate.texts.values()]
     paths = sorted({place.path for place in places if place.path is not None})
@@ -139,6 +140,7 @@ def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
 
 
 def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    """Stage `cache`: the dense model's distributions of all training and validation blocks."""
     options = opened.recipe.cache
     inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(options)}
     stage = opened.stage(_CACHE, inputs)
@@ -162,6 +164,7 @@ def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
 
 
 def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    """Stage `compress`: the dense model with low-rank MLPs, in `compressed/model`."""
     options = opened.recipe.compress
     inputs = {
         "model": dense.identity,
@@ -191,6 +194,7 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
 
 
 def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    """Stage `distill`: the compressed model trained to match the cache, in `distilled/model`."""
     recipe = opened.recipe
     inputs = {
         "compressed": files.read_json(opened.folder / _COMPRESSED / "inputs.json"),
@@ -238,6 +242,7 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
 
 
 def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
+    """Stage `evaluate`: the three models on every text; a model that was measured already is not measured again."""
     inputs = {
         "distilled": files.read_json(opened.folder / _DISTILLED / "inputs.json"),
         "evaluate": as_dict(opened.recipe.evaluate),

@@ -13,6 +13,7 @@ MATRIX_HEADER = ["matrix", "shape", "rank", "parameters", "after", "output energ
 
 
 def number(value: float) -> str:
+    """Two decimals, or thousands separated where decimals say nothing."""
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
 
 
@@ -70,6 +71,7 @@ def sizes(plan: dict[str, Any]) -> Rows:
 
 
 def console_table(title: str, header: list[str], rows: Rows) -> Table:
+    """A table for a terminal: the first two columns to the left, figures to the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position < 2 else "right")
@@ -79,5 +81,6 @@ def console_table(title: str, header: list[str], rows: Rows) -> Table:
 
 
 def duration(seconds: float) -> str:
+    """Minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
