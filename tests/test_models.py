@@ -414,3 +414,10 @@ def test_a_config_for_plain_transformers_stays_one(model_folder: Callable[[str],
     plain = AutoModelForCausalLM.from_pretrained(folder.with_name("copy"))
     assert torch.equal(logits(plain), logits(model))
     assert AutoConfig.from_pretrained(folder.with_name("copy")).model_type == "llama"
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"not a model", b""])
+def test_a_damaged_gguf_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.gguf"):
+        models.load(str(tmp_path / "model.gguf"))

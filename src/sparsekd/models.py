@@ -72,11 +72,11 @@ def load(
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(place.source, config=config, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _explain(name, error) from error
-    except Exception as error:  # safetensors raises its own class for a damaged file; it has no common base
-        if type(error).__name__ == "SafetensorError":
-            raise DataError(f"model {name}: a weight file is damaged: {error}") from error
+    except Exception as error:  # safetensors has its own class for a damaged file, the GGUF reader any class
+        if place.gguf or type(error).__name__ == "SafetensorError":
+            raise DataError(f"model {name}: the weight file is damaged: {error}") from error
         raise
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
@@ -99,7 +99,7 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
             if model_class is AutoModelForCausalLM:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return model_class(config)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _explain(name, error) from error
 
 
@@ -176,8 +176,11 @@ def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
     return raw
 
 
-def _explain(name: str, error: Exception) -> DataError | UsageError:
+def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ImportError):
+        extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
+        return ResourceError(f"model {name} needs a package that is not installed: {first_line}{extra}")
     if "trust_remote_code" in str(error):
         return UsageError(f"model {name} comes with Python code: read it, then set model.trust_remote_code=true")
     if (
