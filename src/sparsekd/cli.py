@@ -89,7 +89,9 @@ def evaluate(
     _quiet()
     if stride > context:
         raise UsageError(f"--stride is {stride}: expected at most --context ({context})")
-    contents = {path.name: corpus.read_text(Text(path=str(path)), Corpus()) for path in text}
+    names = [path.name for path in text]
+    titles = {path: path.name if names.count(path.name) == 1 else str(path) for path in text}
+    contents = {title: corpus.read_text(Text(path=str(path)), Corpus()) for path, title in titles.items()}
     placement = place()
     loaded, tokenizer = models.load(model, revision=revision, dtype=placement.dtype, device=placement.device)
     results = {}

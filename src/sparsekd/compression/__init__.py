@@ -129,8 +129,6 @@ def truncate(
         raise UsageError(
             f"allocation 'global' compares matrices by curvature: it needs method 'two-sided', not {method}"
         )
-    if is_compressed(model):
-        raise UsageError("the model is compressed already: start from the dense one")
     uniform = plan(model, reduction, layer_format)
     for matrix in uniform.matrices:
         if not torch.isfinite(dense_weight(model.get_submodule(matrix.name))).all():
@@ -147,6 +145,8 @@ def truncate(
 
 def plan(model: PreTrainedModel, reduction: float, layer_format: str) -> Plan:
     """Uniform ranks: every matrix loses the same fraction of its weights. Works on a model without weights too."""
+    if is_compressed(model):
+        raise UsageError("the model is compressed already: start from the dense one")
     matrices = []
     for mlp in find_mlps(model):
         for name in mlp.matrices:

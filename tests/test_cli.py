@@ -1,0 +1,354 @@
+"""The command line: quick to start, plans without touching anything, answers in JSON, one line on an error."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+
+from sparsekd import cli, compression, errors, models
+from sparsekd.recipe import PAPER
+
+QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+PHI = Phi3Config(  # microsoft/Phi-4-mini-instruct
+    vocab_size=200064,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=32,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    partial_rotary_factor=0.75,
+    pad_token_id=199999,
+    tie_word_embeddings=True,
+)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def sparsekd(capsys: Any, monkeypatch: Any) -> Callable[..., Outcome]:
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sparsekd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(sparsekd: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must fail: its last line on stderr is the only message, and nothing old is touched."""
+
+    def run(*arguments: object, error: type[errors.SparseKDError]) -> str:
+        before = snapshot(tmp_path)
+        outcome = sparsekd(*arguments)
+        after = snapshot(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert outcome.code == error.exit_code, outcome
+        assert outcome.out == ""
+        lines = outcome.err.splitlines()
+        assert [line for line in lines if line.startswith("sparsekd: ")] == lines[-1:]
+        assert "Traceback" not in outcome.err
+        return lines[-1]
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def config_folder(config: PreTrainedConfig, folder: Path) -> Path:
+    config.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+@pytest.fixture
+def small_model(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Any:
+    model = compression.compress(make_model("llama"), reduction=0.3, method="svd")
+    models.save(model, tokenizer, tmp_path / "small")
+    return tmp_path / "small", model
+
+
+# ---- start
+
+
+def test_parsing_does_not_import_torch() -> None:
+    code = "import sparsekd.cli, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_comes_within_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "sparsekd.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    for verb in ("run", "corpus", "cache", "compress", "distill", "eval", "report", "inspect", "doctor"):
+        assert verb in done.stdout
+    assert min(seconds) < 1, seconds
+
+
+def test_an_unknown_option_is_a_usage_error(sparsekd: Any, tiny_recipe: Path) -> None:
+    outcome = sparsekd("run", tiny_recipe, "--no-such-option")
+    assert outcome.code == errors.UsageError.exit_code
+    assert "--no-such-option" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# ---- dry run
+
+
+def test_dry_run_plans_and_creates_nothing(sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    outcome = sparsekd("run", tiny_recipe, "--dry-run", "--json", "--reduction", "0.4")
+    assert snapshot(tmp_path) == before
+    assert outcome.code == 0
+    structure = outcome.json["compression"]
+    assert structure["model_parameters_before"] == models.num_parameters(models.skeleton(str(tmp_path / "llama")))
+    assert structure["model_parameters_after"] < structure["model_parameters_before"]
+    assert structure["mlp_reduction"] >= 0.4
+    removed = structure["mlp_parameters_before"] - structure["mlp_parameters_after"]
+    assert structure["model_parameters_before"] - structure["model_parameters_after"] == removed
+    assert outcome.json["recipe"]["compress"]["reduction"] == 0.4
+    assert outcome.json["cache_bytes"] == (12 + 2) * 32 * outcome.json["cache_bytes_per_token"]
+    assert outcome.json["cache_bytes_per_token"] == 8 * (2 + 2) + 2
+    assert set(outcome.json["seconds"]) == {"cache", "compress", "distill", "evaluate"}
+    assert all(seconds > 0 for seconds in outcome.json["seconds"].values())
+    printed = sparsekd("run", tiny_recipe, "--dry-run")
+    assert printed.code == 0
+    assert "model.layers.1.mlp.down_proj" in printed.out
+    assert snapshot(tmp_path) == before
+
+
+def test_dry_run_tells_what_the_run_then_does(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    planned = sparsekd("run", tiny_recipe, "--dry-run", "--json", "--reduction", "0.3").json
+    made = sparsekd("compress", tiny_recipe, "--json", "--reduction", "0.3", "--out", tmp_path / "run").json
+    for name in ("model_parameters_before", "model_parameters_after", "mlp_reduction"):
+        assert made["compress"][name] == planned["compression"][name]
+    assert made["cache"]["bytes"] < 2 * planned["cache_bytes"] + 20_000  # zstd and the tables' own bytes
+    loaded, _ = models.load(str(tmp_path / "run/round-01/compressed/model"))
+    assert models.num_parameters(loaded) == planned["compression"]["model_parameters_after"]
+
+
+@pytest.mark.parametrize(
+    ("config", "matrices", "parameters", "mlp"),
+    [
+        (QWEN, 28 * 3, 596_049_920, 28 * 3 * 1024 * 3072),
+        (PHI, 32 * 2, 3_836_021_760, 32 * 3 * 3072 * 8192),
+    ],
+    ids=["qwen3-0.6b", "phi-4-mini"],
+)
+def test_dry_run_of_the_papers_models(
+    config: PreTrainedConfig, matrices: int, parameters: int, mlp: int, sparsekd: Any, tmp_path: Path
+) -> None:
+    folder = config_folder(config, tmp_path / "model")
+    outcome = sparsekd("run", "paper", "--set", f"model.name={folder}", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    structure = outcome.json["compression"]
+    assert len(structure["matrices"]) == matrices
+    assert structure["model_parameters_before"] == parameters
+    assert structure["mlp_parameters_before"] == mlp
+    assert 0.15 <= structure["mlp_reduction"] < 0.152
+    assert outcome.json["cache_bytes_per_token"] == 32 * (4 + 2) + 2  # ids need 32 bits
+    blocks = PAPER["corpus"]["num_blocks"] + PAPER["corpus"]["num_validation_blocks"]
+    assert outcome.json["cache_bytes"] == blocks * 512 * outcome.json["cache_bytes_per_token"]
+    assert outcome.json["peak_memory_bytes"] > 4 * parameters
+    printed = sparsekd("run", folder, "--dry-run").out
+    assert printed.count("down_proj") == config.num_hidden_layers
+    assert "self_attn" not in printed
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+# ---- questions
+
+
+def test_doctor(sparsekd: Any) -> None:
+    facts = sparsekd("doctor", "--json").json
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["sparsekd"] != "not installed"
+    assert facts["device"].startswith(("cpu, float32", "cuda, ", "mps, "))
+    assert facts["free disk here"].endswith(" GB")
+    assert facts["package gguf"] in ("installed", "missing (for: gguf)")
+    assert "free disk here" in sparsekd("doctor").out
+
+
+def test_inspect_of_a_run_and_its_parts(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    made = sparsekd("compress", tiny_recipe, "--json", "--reduction", "0.3", "--out", out).json
+    before = snapshot(tmp_path)
+    run = sparsekd("inspect", out, "--json").json
+    stages = {"corpus": "finished", "cache": "finished", "compress": "finished"}
+    stages |= {"distill": "not started", "evaluate": "not started"}
+    assert run == {"kind": "run", **stages, "report": "not written"}
+    corpus = sparsekd("inspect", out / "corpus", "--json").json
+    assert corpus["kind"] == "corpus"
+    assert corpus["training blocks"] == 12
+    assert corpus["tokens an epoch"] == 12 * 32
+    assert corpus["fingerprint"] == made["corpus"]["fingerprint"]
+    cache = sparsekd("inspect", out / "round-01/cache", "--json").json
+    assert cache["kind"] == "cache"
+    assert cache["blocks"] == made["cache"]["blocks"]
+    assert cache["bytes"] == sum(path.stat().st_size for path in (out / "round-01/cache").glob("part-*.parquet"))
+    assert cache["top_k"] == 8
+    model = sparsekd("inspect", out / "round-01/compressed/model", "--json").json
+    assert model["kind"] == "model"
+    assert model["class"] == "SparseKDLlamaForCausalLM"
+    assert model["parameters"] == made["compress"]["model_parameters_after"]
+    assert model["compressed"] == "whitened, 30% of the MLP parameters removed"
+    assert model["format"] == "pivot"
+    assert snapshot(tmp_path) == before
+    (out / "round-01/cache/stage.json").unlink()
+    assert sparsekd("inspect", out, "--json").json["cache"] == "started, not finished"
+
+
+def test_inspect_of_a_dense_model(sparsekd: Any, make_model: Any, model_folder: Any) -> None:
+    facts = sparsekd("inspect", model_folder("phi3"), "--json").json
+    assert facts == {
+        "kind": "model",
+        "class": "Phi3ForCausalLM",
+        "parameters": models.num_parameters(make_model("phi3")),
+        "MLPs": 2,
+        "MLP parameters": 2 * 3 * 32 * 64,
+        "compressed": "no",
+    }
+
+
+def test_eval_of_a_dense_and_a_compressed_model(
+    sparsekd: Any, small_model: Any, model_folder: Any, text_file: Path
+) -> None:
+    options = ("--text", text_file, "--context", "64", "--stride", "32", "--max-tokens", "300")
+    results = {}
+    for folder in (small_model[0], model_folder("llama")):
+        outcome = sparsekd("eval", folder, *options, "--json")
+        assert outcome.code == 0, outcome.err
+        assert list(outcome.json) == [text_file.name]
+        results[folder.name] = outcome.json[text_file.name]["perplexity"]
+        assert results[folder.name] > 1
+        assert f"{results[folder.name]:.2f}" in sparsekd("eval", folder, *options).out.replace(",", "")
+    assert results["small"] != results["llama"]
+
+
+def test_eval_of_two_texts(sparsekd: Any, model_folder: Any, text_file: Path, tmp_path: Path) -> None:
+    """Two texts with the same file name are two texts."""
+    other = tmp_path / "elsewhere" / text_file.name
+    other.parent.mkdir()
+    other.write_text(text_file.read_text()[::-1])
+    options = ("--context", "64", "--stride", "64", "--max-tokens", "200", "--json")
+    outcome = sparsekd("eval", model_folder("llama"), "--text", text_file, "--text", other, *options)
+    assert outcome.code == 0, outcome.err
+    assert list(outcome.json) == [str(text_file), str(other)]
+    assert len({result["perplexity"] for result in outcome.json.values()}) == 2
+
+
+# ---- bad input, beside tests/e2e/test_bad_input.py
+
+
+def test_the_message_is_the_last_line(refused: Any, tiny_recipe: Path, tmp_path: Path, text_file: Path) -> None:
+    text_file.write_text("")
+    line = refused("run", tiny_recipe, "--out", tmp_path / "out", error=errors.DataError)
+    assert "no text in it" in line
+
+
+def test_nothing_to_resume_creates_nothing(refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    refused("run", tiny_recipe, "--resume", "--out", tmp_path / "out", error=errors.UsageError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_corpus_file_leaves_the_run_as_it_was(
+    sparsekd: Any, refused: Any, tiny_recipe: Path, tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "out"
+    assert sparsekd("corpus", tiny_recipe, "--out", out).code == 0
+    text_file.write_text(text_file.read_text() + "\n\nOne more paragraph.")
+    line = refused("run", tiny_recipe, "--out", out, error=errors.MismatchError)
+    assert f"holds another run: files.{text_file.name} is" in line
+
+
+def test_a_full_disk_stops_before_the_first_shard(
+    refused: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    line = refused("run", tiny_recipe, "--out", tmp_path / "out", error=errors.ResourceError)
+    assert "free some" in line
+    assert not list((tmp_path / "out").rglob("part-*"))
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ()])
+def test_a_compressed_model_is_not_compressed_again(
+    options: tuple[str, ...], refused: Any, small_model: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(tiny_recipe.read_text())
+    values["model"]["name"] = str(small_model[0])
+    tiny_recipe.write_text(yaml.safe_dump(values))
+    line = refused("run", tiny_recipe, "--out", tmp_path / "out", *options, error=errors.UsageError)
+    assert "compressed already" in line
+
+
+def test_inspect_of_damaged_parts(sparsekd: Any, refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert sparsekd("cache", tiny_recipe, "--out", out).code == 0
+    blocks = out / "corpus" / "blocks.parquet"
+    blocks.write_bytes(blocks.read_bytes()[:-50])
+    assert "damaged" in refused("inspect", out / "corpus", error=errors.DataError)
+    cache = out / "round-01" / "cache"
+    shard = next(cache.glob("part-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard} is damaged" in refused("inspect", cache, error=errors.DataError)
+    (cache / "manifest.json").unlink()
+    assert "not finished" in refused("inspect", cache, error=errors.DataError)
+    (tmp_path / "llama" / "config.json").write_text("{")
+    assert "damaged" in refused("inspect", tmp_path / "llama", error=errors.DataError)
+
+
+def test_questions_about_what_is_not_there(refused: Any, model_folder: Any, tmp_path: Path) -> None:
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "thesis.txt").write_text("years of work")
+    for path in (tmp_path / "random", tmp_path / "nowhere", tmp_path / "random" / "thesis.txt"):
+        line = refused("inspect", path, "--json", error=errors.UsageError)
+        assert f"{path}: expected a run, a model, a corpus or a cache" in line
+    missing = tmp_path / "missing.txt"
+    line = refused("eval", model_folder("llama"), "--text", missing, "--json", error=errors.DataError)
+    assert f"{missing}: no such file" in line
+    missing.write_text("")
+    refused("eval", tmp_path / "llama", "--text", missing, "--json", error=errors.DataError)
+    refused("report", tmp_path / "random", error=errors.DataError)
