@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-from sparsekd import cli, compression, errors, models
+from sparsekd import cli, compression, errors, files, models
 from sparsekd.recipe import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
@@ -294,6 +294,35 @@ def test_nothing_to_resume_creates_nothing(refused: Any, tiny_recipe: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--fresh",), ("--resume",)])
+@pytest.mark.parametrize("manifest", ['{"name": "an application"}', '{"format": 1}', "[]", "{", ""])
+def test_a_folder_that_is_no_run_keeps_its_files(
+    manifest: str, options: tuple[str, ...], refused: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Many programs call a file manifest.json; `--fresh` removes a run, and nothing else."""
+    out = tmp_path / "out"
+    (out / "corpus").mkdir(parents=True)
+    (out / "corpus" / "thesis.txt").write_text("years of work")
+    (out / "manifest.json").write_text(manifest)
+    (out / "recipe.yaml").write_text("soup: {salt: 1}")
+    (out / "report.html").write_text("mine")
+    refused("corpus", tiny_recipe, "--out", out, *options, error=errors.UsageError)
+
+
+@pytest.mark.parametrize(
+    "left", [(), ("manifest.json.tmp-1",), ("manifest.json",), ("manifest.json", "recipe.yaml.tmp-1")]
+)
+def test_a_run_killed_in_its_first_moment_goes_on(
+    left: tuple[str, ...], sparsekd: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("run.lock", *left):
+        (out / name).write_text('{"kind": "sparsekd run"}' if name == "manifest.json" else "")
+    outcome = sparsekd("corpus", tiny_recipe, "--out", out)
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_changed_corpus_file_leaves_the_run_as_it_was(
     sparsekd: Any, refused: Any, tiny_recipe: Path, tmp_path: Path, text_file: Path
 ) -> None:
@@ -352,3 +381,33 @@ def test_questions_about_what_is_not_there(refused: Any, model_folder: Any, tmp_
     missing.write_text("")
     refused("eval", tmp_path / "llama", "--text", missing, "--json", error=errors.DataError)
     refused("report", tmp_path / "random", error=errors.DataError)
+
+
+def test_a_recipe_beside_a_stale_lock_is_not_ours(refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.lock").write_text("process 1")
+    (out / "recipe.yaml").write_text("mine")
+    refused("corpus", tiny_recipe, "--out", out, error=errors.UsageError)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4, 5])
+def test_fresh_killed_at_any_removal_can_be_called_again(
+    kept: int, sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The removals are counted, and the process 'dies' at one of them; the next call finishes, with nothing stale."""
+    out = tmp_path / "out"
+    assert sparsekd("distill", tiny_recipe, "--out", out).code == 0
+    remove, seen = files.remove, []
+
+    def dies(path: Path) -> None:
+        seen.append(path)
+        if len(seen) == kept:
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "remove", dies)
+        assert sparsekd("distill", tiny_recipe, "--out", out, "--fresh").code == 130
+    assert sparsekd("distill", tiny_recipe, "--out", out).code == 0
+    assert not list(out.glob("*.tmp-*"))

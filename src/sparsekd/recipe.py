@@ -302,6 +302,7 @@ def check(recipe: Recipe) -> None:
     """Raises `UsageError` for a value outside its range; names it, its value and the range."""
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     ranges = [
+        ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < 2**53),
         ("compress.reduction", recipe.compress.reduction, "(0, 0.95]", 0 < recipe.compress.reduction <= 0.95),
         ("compress.num_tokens", recipe.compress.num_tokens, ">= 1", recipe.compress.num_tokens >= 1),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
@@ -316,6 +317,7 @@ def check(recipe: Recipe) -> None:
         ("distill.warmup_ratio", distill.warmup_ratio, "[0, 1]", 0 <= distill.warmup_ratio <= 1),
         ("distill.weight_decay", distill.weight_decay, "[0, 1]", 0 <= distill.weight_decay <= 1),
         ("distill.max_grad_norm", distill.max_grad_norm, "> 0", distill.max_grad_norm > 0),
+        ("distill.checkpoint_minutes", distill.checkpoint_minutes, ">= 0", distill.checkpoint_minutes >= 0),
         ("distill.validations", distill.validations, ">= 1", distill.validations >= 1),
         ("evaluate.context", evaluate.context, ">= 2", evaluate.context >= 2),
         ("evaluate.stride", evaluate.stride, "1 to evaluate.context", 1 <= evaluate.stride <= evaluate.context),

@@ -14,6 +14,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import signal
 import sys
@@ -25,10 +26,12 @@ from typing import Any
 
 from sparsekd import files
 from sparsekd.console import Console
-from sparsekd.errors import MismatchError, UsageError
+from sparsekd.errors import DataError, MismatchError, UsageError
 from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
 
-_OWN = ("recipe.yaml", "manifest.json", "log.jsonl", "corpus", "round-01", "report.json", "report.html")
+_KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
+_FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
+_OWN = ("recipe.yaml", "log.jsonl", "corpus", "round-01", "report.json", "report.html")
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
@@ -81,22 +84,28 @@ class Run:
         for a folder with other files or another process in it, `MismatchError` naming the field that differs.
         """
         run = cls(folder, recipe, console)
-        exists = (folder / "manifest.json").exists()
-        if not exists and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        exists = _is_run(folder)
+        if not exists and folder.exists() and not _is_free(folder):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         if resume and not exists:
             raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
-        if exists and not fresh:
+        has_recipe = (folder / "recipe.yaml").exists()
+        if exists and has_recipe and not fresh:
             _require_same(_comparable(load_recipe(str(folder / "recipe.yaml"))), _comparable(recipe), folder)
         folder.mkdir(parents=True, exist_ok=True)
         run._take_lock()
         try:
+            for name in ("manifest.json", *_OWN):
+                for left in folder.glob(f"{name}.tmp-[0-9]*"):
+                    files.remove(left)
+            if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
+                made_by = {"versions": versions(), "machine": machine()}
+                files.write_json(folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
             if fresh:
                 for name in _OWN:
-                    files.remove(folder / name)
-            if fresh or not exists:
+                    _remove_at_once(folder / name)
+            if fresh or not (exists and has_recipe):
                 files.write_text(folder / "recipe.yaml", as_yaml(recipe))
-                files.write_json(folder / "manifest.json", {"format": 1, "versions": versions(), "machine": machine()})
             yield run
         finally:
             run._release_lock()
@@ -123,6 +132,29 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             files.remove(self.folder / "run.lock")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder's manifest is one that a run wrote."""
+    try:
+        manifest = files.read_json(folder / "manifest.json")
+    except (DataError, OSError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == _KIND
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a run leaves that was killed in its first moment."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or ("run.lock" in names and all(_FIRST_MOMENT.fullmatch(name) for name in names))
+
+
+def _remove_at_once(path: Path) -> None:
+    """Removes a file or folder; killed in the middle, what is left has a name that no stage has."""
+    if path.exists():
+        files.remove(path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}")))
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def gather(folder: Path) -> dict[str, Any]:
         stages[name] = files.read_json(path)
     return {
         "recipe": as_dict(load_recipe(str(folder / "recipe.yaml"))),
-        **files.read_json(folder / "manifest.json"),
+        **{key: files.read_json(folder / "manifest.json")[key] for key in ("versions", "machine")},
         "corpus": stages["corpus"],
         "cache": stages["cache"],
         "compression": stages["compress"],
