@@ -246,6 +246,28 @@ def test_a_flipped_byte_is_noticed_or_harmless(
     assert noticed > len(content) / 3 / 2
 
 
+def test_a_flipped_bit_of_the_manifest_is_noticed_or_harmless(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    cache = filled(model, tmp_path, blocks)
+    original = {i: cache.read(i, tokens) for i, tokens in blocks.items()}
+    path = tmp_path / "manifest.json"
+    content = path.read_bytes()
+    noticed = 0
+    for position in range(0, len(content), 4):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position // 4 % 7
+        path.write_bytes(damaged)
+        try:
+            opened = Cache(tmp_path)
+            for block_id, tokens in blocks.items():
+                assert equal(opened.read(block_id, tokens), original[block_id]), position
+        except SparseKDError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed > len(content) / 4 / 4  # the others hit blanks and the identity's values
+
+
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
 def test_a_torn_shard_is_noticed_when_the_cache_is_opened_or_continued(
     part: float, model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
@@ -386,3 +408,13 @@ def test_a_shard_says_itself_what_it_was_made_from(
         assert said["block_ids"] == shard["block_ids"]
         listed += shard["block_ids"]
     assert listed == sorted(blocks, key=lambda i: (len(blocks[i]), i))  # by length: nothing is padded
+
+
+@pytest.mark.parametrize("key", ["codec", "alignment"])
+def test_a_cache_of_another_format_is_refused(key: str, make_model: Any, tmp_path: Path) -> None:
+    blocks = {0: np.arange(20, dtype=np.int32)}
+    filled(make_model("llama"), tmp_path, blocks)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {key: "of the future"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match=key):
+        Cache(tmp_path)

@@ -437,6 +437,23 @@ def test_flipped_bytes_of_the_blocks_are_noticed(built: Corpus, tmp_path: Path) 
     assert same(load(tmp_path), built)
 
 
+def test_flipped_bits_of_the_manifest_are_noticed(built: Corpus, tmp_path: Path) -> None:
+    save(built, tmp_path)
+    path = tmp_path / "manifest.json"
+    content = path.read_bytes()
+    noticed = 0
+    for position in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        try:
+            assert same_training(load(tmp_path), built), position
+        except SparseKDError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed > len(content) / 5 / 4  # the others hit blanks and what the reports count
+
+
 @pytest.mark.parametrize("keep", [0, 4, 0.5, 0.99])
 def test_torn_blocks_are_noticed(keep: float, built: Corpus, tmp_path: Path) -> None:
     save(built, tmp_path)

@@ -1,9 +1,12 @@
 """A final name is always whole: atomic writes, JSON, leftovers of killed processes, and full disks."""
 
+import contextlib
 import errno
 import math
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +98,21 @@ def test_a_full_disk_is_a_resource_error_naming_the_file(error: Exception, tmp_p
     assert names(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+        RuntimeError("I/O error: Disk quota exceeded (os error 122)"),  # as safetensors words it
+    ],
+)
+def test_a_quota_that_is_used_up_is_a_resource_error(error: Exception, tmp_path: Path) -> None:
+    """How a disk is full on a cluster."""
+    with pytest.raises(ResourceError, match=r"a\.txt"), files.atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full exists on Linux only")
 def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
     with pytest.raises(ResourceError), files.atomic_path(tmp_path / "a.txt"):
@@ -145,6 +163,13 @@ def test_space_is_asked_of_the_disk_even_of_a_folder_to_be(tmp_path: Path) -> No
         files.require_space(folder, 10**18, "the cache")
     assert str(folder) in str(caught.value)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("free", "enough"), [(1100, True), (1099, False)])
+def test_a_tenth_more_than_needed_must_be_free(free: int, enough: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # type: ignore[attr-defined]
+    with contextlib.nullcontext() if enough else pytest.raises(ResourceError):
+        files.require_space(tmp_path, 1000, "the cache")
 
 
 def test_fingerprint_depends_on_values_and_not_on_the_order_of_keys() -> None:

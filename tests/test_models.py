@@ -227,6 +227,14 @@ def test_pickled_weights_are_refused(model_folder: Callable[[str], Path]) -> Non
     models.skeleton(str(folder))  # which reads no weights, so it does not mind
 
 
+def test_pickled_weights_beside_another_file_of_safetensors_are_not_read(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    with pytest.raises(DataError, match=str(folder)):
+        models.load(str(folder))
+
+
 def test_a_folder_without_weights_is_refused(model_folder: Callable[[str], Path]) -> None:
     folder = model_folder("llama")
     (folder / "model.safetensors").unlink()
@@ -312,6 +320,126 @@ def test_a_damaged_config_is_refused(content: str, model_folder: Callable[[str],
         with pytest.raises(DataError, match=str(folder)) as raised:
             open_model(str(folder))
         assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("hidden_size", -1),
+        ("num_attention_heads", 3),
+        ("num_attention_heads", 0),
+        ("rope_parameters", 3),
+        ("dtype", "float99"),
+        ("vocab_size", 0),
+    ],
+)
+def test_a_config_with_an_impossible_value_is_refused(
+    key: str, value: Any, model_folder: Callable[[str], Path]
+) -> None:
+    folder = model_folder("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    for open_model in (models.load, models.skeleton):
+        with pytest.raises(DataError, match=str(folder)) as raised:
+            open_model(str(folder))
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def ranks(value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda sparsekd: {**sparsekd, "ranks": {**sparsekd["ranks"], **value}}
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda sparsekd: {},
+        lambda sparsekd: {**sparsekd, "format": "zip"},
+        (lambda sparsekd: None),
+        (lambda sparsekd: "lowrank"),
+        (lambda sparsekd: {**sparsekd, "ranks": [18]}),
+        (ranks({LAYER: -1})),
+        (ranks({LAYER: 10_000})),
+        (ranks({"model.layers.9.mlp.up_proj": 4})),
+        (ranks({"model.norm": 4})),
+    ],
+    ids=["empty", "format", "none", "text", "list", "negative", "too-large", "no-such-layer", "no-linear-layer"],
+)
+def test_a_damaged_description_of_a_compressed_model_is_refused(
+    damage: Callable[[dict[str, Any]], Any],
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    models.save(compression.compress(make_model("llama"), reduction=0.3, method="svd"), tokenizer, tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sparsekd": damage(config["sparsekd"])}))
+    for open_model in (models.load, models.skeleton):
+        with pytest.raises(DataError, match="saved") as raised:
+            open_model(str(tmp_path / "saved"))
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_rank_that_the_weights_do_not_have_is_refused(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    models.save(compression.compress(make_model("llama"), reduction=0.3, method="svd"), tokenizer, tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    config["sparsekd"]["ranks"][LAYER] += 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match="saved"):
+        models.load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_torn_tokenizer_is_refused(part: float, name: str, model_folder: Callable[[str], Path]) -> None:
+    path = model_folder("llama") / name
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(DataError, match=str(path.parent)) as raised:
+        models.load(str(path.parent))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_folder_without_a_tokenizer_is_refused(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(DataError, match=str(folder)):
+        models.load(str(folder))
+
+
+def remove_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def remove_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def tear_the_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("damage", [remove_a_shard, remove_the_index, tear_the_index])
+def test_an_incomplete_set_of_shards_is_refused(
+    damage: Callable[[Path], None],
+    make_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    models.load(str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(DataError, match=str(tmp_path)):
+        models.load(str(tmp_path))
 
 
 def test_names_that_are_no_model_are_refused(tmp_path: Path) -> None:

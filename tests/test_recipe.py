@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsekd.corpus import Corpus
 from sparsekd.errors import UsageError
 from sparsekd.recipe import PRESETS, Recipe, Source, as_dict, as_yaml, load_recipe, merge
 
@@ -117,6 +119,10 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "distill.micro_batch_size=0",
         "evaluate.stride=513",
         "evaluate.max_tokens=1",
+        "seed=9007199254740992",  # 2^53: a whole number goes through a float, which skips some from there on
+        "seed=-1e30",
+        "distill.checkpoint_minutes=-1",
+        "distill.checkpoint_minutes=nan",
     ],
 )
 def test_other_values_outside_their_ranges(override: str) -> None:
@@ -147,6 +153,25 @@ def test_a_global_budget_needs_the_two_sided_method(tmp_path: Path) -> None:
 )
 def test_places_that_text_comes_from(text: str, message: str, tmp_path: Path) -> None:
     assert message in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize("seed", [2**53 - 1, -1, 0])
+def test_a_seed_is_kept_to_the_last_digit_and_orders_blocks(seed: int) -> None:
+    kept = load_recipe("demo", (f"seed={seed}",)).seed
+    assert kept == seed
+    Corpus([], np.arange(5), np.arange(0), {}, "").order(kept, 0)
+
+
+@pytest.mark.parametrize("place", ["seed: {}", "distill: {}", "corpus: {{sources: {}}}", "compress: {{method: {}}}"])
+def test_a_value_made_of_aliases_gives_a_message_of_bounded_length(place: str, tmp_path: Path) -> None:
+    """Each level of aliases is eight times the last: a file of 200 bytes stands for gigabytes."""
+    levels = ["&a [x, x, x, x, x, x, x, x]"]
+    levels += [f"&{new} [{', '.join(['*' + old] * 8)}]" for old, new in zip("abcd", "bcde", strict=True)]
+    assert len(refused(tmp_path, "preset: demo\n" + place.format(f"[{', '.join(levels)}]"))) < 2000
+
+
+def test_a_name_with_a_line_end_does_not_break_the_line(tmp_path: Path) -> None:
+    refused(tmp_path, 'corpus: {sources: {"a\\nb": {path: x.txt, weight: 0}}}')
 
 
 # ---- overrides and presets

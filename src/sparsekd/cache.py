@@ -136,6 +136,7 @@ class Cache:
         self._place: dict[int, tuple[str, int]] = {}
         try:
             found, vocab_size = self.manifest["identity"], self.manifest["vocab_size"]
+            written = {"codec": self.manifest["codec"], "alignment": self.manifest["alignment"]}
             self.top_k = int(found["top_k"])
             self._ids_type = np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<u4")
             sizes = {shard["name"]: shard["bytes"] for shard in self.manifest["shards"]}
@@ -143,6 +144,7 @@ class Cache:
                 self._place.update({i: (shard["name"], row) for row, i in enumerate(shard["block_ids"])})
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(_damaged(folder / "manifest.json", error)) from error
+        _require_identity(written, {"codec": CODEC, "alignment": ALIGNMENT}, folder)
         if identity is not None:
             _require_identity(found, identity, folder)
         for name, expected in sizes.items():

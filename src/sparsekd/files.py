@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsekd.errors import DataError, ResourceError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
 _TEMPORARY = re.compile(r"\.tmp-\d+$")
 
 
@@ -40,12 +41,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush_folder(path.parent)
     except OSError as error:
         remove(temporary)
-        if error.errno == errno.ENOSPC:
+        if error.errno in _FULL:
             raise ResourceError(_disk_full(path)) from error
         raise
     except BaseException as error:
         remove(temporary)
-        if "No space left" in str(error):  # safetensors and pyarrow wrap the errno into their own exceptions
+        # safetensors and pyarrow put the system's words into exceptions of their own
+        if any(os.strerror(code) in str(error) for code in _FULL):
             raise ResourceError(_disk_full(path)) from error
         raise
 

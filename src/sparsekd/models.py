@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from sparsekd import files
-from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, CompressedLinear
 from sparsekd.recipe import EMBEDDED_MODEL
 
@@ -72,12 +72,10 @@ def load(
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(place.source, config=config, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _explain(name, error) from error
-    except Exception as error:  # safetensors has its own class for a damaged file, the GGUF reader any class
-        if place.gguf or type(error).__name__ == "SafetensorError":
-            raise DataError(f"model {name}: the weight file is damaged: {error}") from error
+    except SparseKDError:
         raise
+    except Exception as error:  # transformers, safetensors and gguf raise almost any class for a damaged folder
+        raise _explain(name, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
         raise DataError(f"model {name}: {len(wrong)} weights are missing or of the wrong shape, first: {wrong[0]}")
@@ -99,7 +97,9 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
             if model_class is AutoModelForCausalLM:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return model_class(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except SparseKDError:
+        raise
+    except Exception as error:  # as in `load`
         raise _explain(name, error) from error
 
 
@@ -178,6 +178,8 @@ def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
 
 def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ResourceError(f"model {name} does not fit into memory: {first_line}")
     if isinstance(error, ImportError):
         extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
         return ResourceError(f"model {name} needs a package that is not installed: {first_line}{extra}")
@@ -189,7 +191,7 @@ def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceEr
         or "not a valid model identifier" in str(error)
     ):
         return UsageError(f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line}")
-    return DataError(f"model {name} cannot be loaded: {first_line}")
+    return DataError(f"model {name} cannot be loaded: {type(error).__name__}: {first_line}")
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -252,7 +253,7 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
     """Coerces `value` to the declared type `kind`; `name` is the dotted place for the message."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UsageError(f"{where}: {name or 'top level'} must be a section, found {value!r}")
+            raise UsageError(f"{where}: {name or 'top level'} must be a section, found {_short(value)}")
         hints = typing.get_type_hints(kind)
         for key in value:
             if key not in hints:
@@ -266,7 +267,7 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         return None if value is None else _build(arguments[0], value, where, name)
     if origin is dict:
         if not isinstance(value, dict):
-            raise UsageError(f"{where}: {name} must be a section, found {value!r}")
+            raise UsageError(f"{where}: {name} must be a section, found {_short(value)}")
         return {
             str(key): _build(arguments[1], item, where, _dotted(name, key))
             for key, item in value.items()
@@ -274,13 +275,20 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         }
     if origin is Literal:
         if value not in arguments:
-            raise UsageError(f"{where}: {name} is {value!r}: expected one of {', '.join(map(str, arguments))}")
+            raise UsageError(f"{where}: {name} is {_short(value)}: expected one of {', '.join(map(str, arguments))}")
         return value
     return _scalar(kind, value, where, name)
 
 
 def _dotted(name: str, key: object) -> str:
-    return f"{name}.{key}" if name else str(key)
+    text = str(key) if str(key).isprintable() else ascii(key)
+    return f"{name}.{text}" if name else text
+
+
+def _short(value: object) -> str:
+    shortener = reprlib.Repr()  # aliases can make a value of gigabytes out of a file of a few lines
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 2, 80, 80
+    return shortener.repr(value)
 
 
 def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
@@ -295,7 +303,7 @@ def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise UsageError(f"{where}: {name} is {value!r}: expected {kind.__name__}")
+    raise UsageError(f"{where}: {name} is {_short(value)}: expected {kind.__name__}")
 
 
 def check(recipe: Recipe) -> None:
@@ -336,8 +344,9 @@ def check(recipe: Recipe) -> None:
         )
     )
     for name, source in corpus.sources.items():
-        ranges.append((f"corpus.sources.{name}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))
-        ranges.append((f"corpus.sources.{name}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
+        where = _dotted("corpus.sources", name)
+        ranges.append((f"{where}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))
+        ranges.append((f"{where}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
     for name, value, expected, holds in ranges:
         if not holds:
             raise UsageError(f"{name} is {value}: expected {expected}")
