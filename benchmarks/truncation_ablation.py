@@ -22,14 +22,14 @@ from _record import record
 import sparsekd
 from sparsekd import compression, corpus, distillation, teacher
 from sparsekd.evaluate import ratio
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe import Compress, load_recipe
 
 ARMS = {
-    "svd, lowrank": {"method": "svd", "layer_format": "lowrank"},
-    "whitened, lowrank": {"method": "whitened", "layer_format": "lowrank"},
-    "whitened, pivot": {"method": "whitened", "layer_format": "pivot"},
-    "two-sided, pivot": {"method": "two-sided", "layer_format": "pivot"},
-    "two-sided, pivot, global": {"method": "two-sided", "layer_format": "pivot", "allocation": "global"},
+    "svd, lowrank": {"method": "svd", "format": "lowrank"},
+    "whitened, lowrank": {"method": "whitened", "format": "lowrank"},
+    "whitened, pivot": {"method": "whitened", "format": "pivot"},
+    "two-sided, pivot": {"method": "two-sided", "format": "pivot"},
+    "two-sided, pivot, global": {"method": "two-sided", "format": "pivot", "allocation": "global"},
 }
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         data = _training_data(model, built, recipe.seed, Path(folder)) if with_training else None
         for name, options in ARMS.items():
             student = copy.deepcopy(model)
-            plan = compression.truncate(student, statistics, reduction=0.15, **options)
+            plan = compression.truncate(student, statistics, Compress(reduction=0.15, **options))
             found = {"before": measure(student)}
             if data is not None:
                 distillation.train(student, data, recipe.distill)

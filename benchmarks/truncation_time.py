@@ -19,7 +19,7 @@ from _record import record
 import sparsekd
 from sparsekd import compression, corpus
 from sparsekd.compression import statistics
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe import Compress, load_recipe
 
 
 def main() -> None:
@@ -32,12 +32,12 @@ def main() -> None:
     figures: dict[str, object] = {"statistics_seconds": time.perf_counter() - start, "tokens": tokens.numel()}
     with patch.object(statistics, "collect", lambda *args, **options: moments):
         for method in compression.METHODS:
-            for layer_format in ("pivot", "lowrank"):
+            for format in ("pivot", "lowrank"):
                 student = copy.deepcopy(model)
-                options = {"reduction": 0.15, "method": method, "layer_format": layer_format}
+                options = {"reduction": 0.15, "method": method, "format": format}
                 start = time.perf_counter()
-                plan = compression.truncate(student, tokens, **options)
-                figures[f"{method}_{layer_format}_seconds"] = time.perf_counter() - start
+                plan = compression.truncate(student, tokens, Compress(**options))
+                figures[f"{method}_{format}_seconds"] = time.perf_counter() - start
     record("truncation_time", figures | {"matrices": len(plan.matrices)})
 
 

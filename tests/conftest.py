@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,12 +98,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], PreTrainedModel]:
-    """Builds a two-layer model of an architecture; the same weights every time."""
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """Builds a two-layer model of an architecture, or with other sizes; the same weights every time."""
 
-    def make(architecture: str) -> PreTrainedModel:
+    def make(architecture: str, **changes: Any) -> PreTrainedModel:
         vocab = {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= changes
         grouped = {**vocab, **sizes, "num_key_value_heads": 2}
         config = {
             "llama": lambda: LlamaConfig(**grouped),

@@ -350,7 +350,7 @@ def test_a_compressed_model_is_not_compressed_again(
     values["model"]["name"] = str(small_model[0])
     tiny_recipe.write_text(yaml.safe_dump(values))
     line = refused("run", tiny_recipe, "--out", tmp_path / "out", *options, error=errors.UsageError)
-    assert "compressed already" in line
+    assert "removed already" in line
 
 
 def test_inspect_of_damaged_parts(sparsekd: Any, refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:

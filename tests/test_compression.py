@@ -1,18 +1,25 @@
 """The truncation: optimality against the Cholesky form, every architecture, and bad numbers."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
-from sparsekd.compression import lowrank, plan, statistics, truncate
+from sparsekd import files, teacher
+from sparsekd.cache import Targets
+from sparsekd.compression import convert, few_tokens, lowrank, plan, statistics, truncate
+from sparsekd.compression.formats import put
+from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import find_mlps
+from sparsekd.layers import FORMATS, CompressedLinear
+from sparsekd.models import find_mlps, linear_weight
+from sparsekd.recipe import Compress
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
-MakeModel = Callable[[str], PreTrainedModel]
+MakeModel = Callable[..., PreTrainedModel]
 
 
 def tokens(model: PreTrainedModel, count: int = 8, length: int = 32) -> torch.Tensor:
@@ -104,7 +111,7 @@ def test_global_allocation_beats_uniform_where_matrices_differ(make_model: MakeM
             model.model.layers[1].mlp.down_proj.weight.mul_(20)
         blocks = tokens(model)
         dense = model(blocks).logits
-        result = truncate(model, blocks, reduction=0.4, method="two-sided", allocation=allocation)
+        result = truncate(model, blocks, Compress(reduction=0.4, method="two-sided", allocation=allocation))
         lost[allocation] = (model(blocks).logits - dense).norm().item()
         assert 0.4 <= result.mlp_reduction < 0.45
     assert lost["global"] < 0.7 * lost["uniform"]
@@ -146,13 +153,13 @@ def test_factors_are_balanced() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layer_format", ["pivot", "lowrank"])
+@pytest.mark.parametrize("format", ["pivot", "lowrank"])
 @pytest.mark.parametrize(
     ("method", "allocation"),
     [("whitened", "uniform"), ("svd", "uniform"), ("two-sided", "uniform"), ("two-sided", "global")],
 )
 def test_every_architecture(
-    architecture: str, layer_format: str, method: str, allocation: str, make_model: MakeModel
+    architecture: str, format: str, method: str, allocation: str, make_model: MakeModel
 ) -> None:
     model = make_model(architecture)
     blocks = tokens(model)
@@ -161,8 +168,8 @@ def test_every_architecture(
     }
     dense = model(blocks).logits
     before = sum(parameter.numel() for parameter in model.parameters())
-    options = {"method": method, "allocation": allocation, "layer_format": layer_format}
-    result = truncate(model, blocks, reduction=0.3, **options)
+    options = {"method": method, "allocation": allocation, "format": format}
+    result = truncate(model, blocks, Compress(reduction=0.3, **options))
     after = sum(parameter.numel() for parameter in model.parameters())
     assert (before, after) == (result.model_parameters_before, result.model_parameters_after)
     assert result.mlp_reduction >= 0.3
@@ -177,7 +184,7 @@ def test_a_full_rank_pivot_model_computes_what_the_dense_one_does(architecture: 
     model = make_model(architecture)
     blocks = tokens(model)
     dense = model(blocks).logits
-    truncate(model, blocks, reduction=1e-9, method="whitened", layer_format="pivot")
+    truncate(model, blocks, Compress(reduction=1e-9, method="whitened", format="pivot"))
     # all but the last direction at most is kept, so what is left of the difference is rounding and one direction
     assert ((model(blocks).logits - dense).norm() / dense.norm()).item() < 0.05
 
@@ -191,7 +198,7 @@ def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeMo
                 layer.post_attention_layernorm.weight.copy_(torch.logspace(1, -1, 32))
         blocks = tokens(model)
         dense = model(blocks).logits
-        truncate(model, blocks, reduction=0.5, method=method, layer_format="lowrank")
+        truncate(model, blocks, Compress(reduction=0.5, method=method, format="lowrank"))
         lost[method] = (model(blocks).logits - dense).norm().item()
     assert lost["whitened"] < 0.8 * lost["svd"]
 
@@ -205,7 +212,7 @@ def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: Mak
     model(blocks)
     handle.remove()
     weight = model.get_submodule(name).weight.detach().clone()
-    result = truncate(model, blocks, reduction=0.4, method="whitened", layer_format="lowrank")
+    result = truncate(model, blocks, Compress(reduction=0.4, method="whitened", format="lowrank"))
     layer = model.get_submodule(name)
     x = seen[0].flatten(0, 1)
     measured = (layer(x) - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
@@ -256,19 +263,294 @@ def test_non_finite_activations_are_refused(make_model: MakeModel) -> None:
         sparsekd.compress(model, blocks)
 
 
-def test_global_allocation_needs_curvature(make_model: MakeModel) -> None:
+def test_global_allocation_needs_curvature_or_the_probe(make_model: MakeModel) -> None:
     with pytest.raises(UsageError, match="two-sided"):
         sparsekd.compress(make_model("llama"), None, method="svd", allocation="global")
 
 
-def test_compressing_twice_is_refused(make_model: MakeModel) -> None:
+def test_unknown_option_is_named(make_model: MakeModel) -> None:
+    with pytest.raises(UsageError, match="reducton"):
+        sparsekd.compress(make_model("llama"), None, reducton=0.2)
+
+
+# ---- formats
+
+
+def full_rank_factors(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {}
+    for mlp in find_mlps(model):
+        for name in mlp.matrices:
+            weight = linear_weight(model.get_submodule(name)).detach()
+            rank = min(weight.shape)
+            found[name] = lowrank.from_input_gram(weight, None).factors(weight, rank)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layer_format", FORMATS)
+def test_full_rank_leaves_the_logits_as_they_are(architecture: str, layer_format: str, make_model: MakeModel) -> None:
+    model = make_model(architecture)
+    blocks = tokens(model)
+    dense = model(blocks).logits
+    put(model, full_rank_factors(model), layer_format)
+    assert any(isinstance(module, CompressedLinear) for module in model.modules())
+    assert torch.allclose(model(blocks).logits, dense, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(blocks).logits, dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_formats_convert_without_loss(architecture: str, make_model: MakeModel) -> None:
+    model = make_model(architecture)
+    blocks = tokens(model)
+    truncate(model, blocks, Compress(reduction=0.3, method="two-sided", allocation="global", format="pivot"))
+    logits = model(blocks).logits
+    sizes = {}
+    for layer_format in ("lowrank", "pivot"):
+        convert(model, layer_format)
+        assert model.config.sparsekd["format"] == layer_format
+        assert torch.allclose(model(blocks).logits, logits, atol=1e-5)
+        sizes[layer_format] = sum(parameter.numel() for parameter in model.parameters())
+    assert sizes["pivot"] < sizes["lowrank"]
+
+
+def test_convert_refuses_a_dense_model_and_an_unknown_format(make_model: MakeModel) -> None:
     model = make_model("llama")
-    sparsekd.compress(model, tokens(model))
-    with pytest.raises(UsageError, match="already"):
-        sparsekd.compress(model, tokens(model))
+    with pytest.raises(UsageError, match="not compressed"):
+        convert(model, "pivot")
+    with pytest.raises(UsageError, match="zip"):
+        convert(model, "zip")
+
+
+def test_neurons_that_a_norm_tells_apart_are_not_renumbered(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.inner_norm = torch.nn.LayerNorm(64)
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp.*lowrank"):
+        truncate(model, tokens(model), Compress(format="pivot"))
+    truncate(model, tokens(model), Compress(format="lowrank"))
+
+
+def test_a_fused_matrix_whose_halves_interleave_is_not_renumbered(make_model: MakeModel) -> None:
+    model = make_model("phi3")
+
+    def interleaved(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        both = self.gate_up_proj(x)
+        return self.down_proj(self.activation_fn(both[..., ::2]) * both[..., 1::2])
+
+    for layer in model.model.layers:
+        layer.mlp.forward = interleaved.__get__(layer.mlp)
+    with pytest.raises(UsageError, match="lowrank"):
+        truncate(model, tokens(model), Compress(format="pivot"))
+
+
+# ---- ranks
+
+
+def test_svd_with_the_papers_tiers(make_model: MakeModel) -> None:
+    model = make_model("llama", num_hidden_layers=8)
+    result = truncate(model, None, Compress(reduction=0.3, method="svd", allocation="energy"))
+    assert 0.3 <= result.mlp_reduction < 0.32
+    kept = [1 - matrix.relative_error for matrix in result.matrices]
+    middle, outer = kept[6:18], kept[:6] + kept[18:]
+    assert max(middle) < min(outer)
+    # every middle matrix keeps the threshold, within what one direction carries
+    assert max(middle) - min(middle) < 0.06
+
+
+def test_ranks_in_multiples_and_a_cap(make_model: MakeModel) -> None:
+    for allocation in ("uniform", "global"):
+        options = Compress(reduction=0.4, method="two-sided", allocation=allocation, rank_multiple=8)
+        result = truncate(make_model("llama"), tokens(make_model("llama")), options)
+        assert all(matrix.rank is None or matrix.rank % 8 == 0 for matrix in result.matrices)
+        assert result.mlp_reduction >= 0.4
+    options = Compress(reduction=0.3, method="two-sided", allocation="global", rank_cap=0.8)
+    result = truncate(make_model("llama"), tokens(make_model("llama")), options)
+    assert max(matrix.rank or 32 for matrix in result.matrices) <= 25
+
+
+def test_a_reduction_that_no_rank_reaches(make_model: MakeModel) -> None:
+    with pytest.raises(UsageError, match="at most"):
+        truncate(make_model("llama"), None, Compress(reduction=0.95, method="svd", rank_multiple=16))
+
+
+def test_ranks_of_an_earlier_plan(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    first = truncate(model, tokens(model), Compress(reduction=0.4, method="two-sided", allocation="global"))
+    files.write_json(tmp_path / "plan.json", first.as_dict())
+    options = Compress(reduction=0.4, method="whitened", ranks_from=str(tmp_path / "plan.json"))
+    second = truncate(make_model("llama"), tokens(model), options)
+    assert [matrix.rank for matrix in second.matrices] == [matrix.rank for matrix in first.matrices]
+    other = make_model("llama", intermediate_size=96)
+    with pytest.raises(DataError, match=r"another model: .*gate_proj is 96 x 32, there it is 64 x 32"):
+        truncate(other, tokens(other), options)
+    deeper = make_model("llama", num_hidden_layers=1)
+    with pytest.raises(DataError, match=r"this one has no .*layers\.1"):
+        truncate(deeper, tokens(deeper), options)
+
+
+def test_too_few_tokens(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    with pytest.raises(UsageError, match=r"at least 32 of them, better 320, found 31"):
+        truncate(model, tokens(model)[:1, :31], Compress())
+    assert few_tokens(320, model) is None
+    assert "at least 320" in str(few_tokens(319, model))
+
+
+# ---- the probe
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_probe_measures_what_a_whole_pass_measures(architecture: str, make_model: MakeModel) -> None:
+    """From the matrix's own layer on, and with the model as it was afterwards."""
+    model = make_model(architecture)
+    blocks = tokens(model)
+    targets = teacher.distributions(model, blocks, top_k=model.config.vocab_size - 1)
+    probe = Probe(model, blocks, targets, batch_size=3)
+    log_p = model(blocks).logits[:, :-1].log_softmax(-1)
+    assert abs(probe.of_all()) < 1e-6
+    name = find_mlps(model)[1].output
+    weight = linear_weight(model.get_submodule(name)).detach().clone()
+    up, down = lowrank.from_input_gram(weight, None).factors(weight, 4)
+    found = probe.of_one(name, (up, down))
+    assert torch.equal(linear_weight(model.get_submodule(name)), weight)
+    with torch.no_grad():
+        linear_weight(model.get_submodule(name)).copy_(up @ down)
+    log_q = model(blocks).logits[:, :-1].log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert probe.of_all() == pytest.approx(expected, rel=2e-2)
+
+
+def test_curvature_predicts_what_the_probe_measures(make_model: MakeModel) -> None:
+    """To second order: a cut of one matrix, many tokens, in a model whose MLPs are loud enough to be measured."""
+    model = make_model("llama")
+    with torch.no_grad():
+        for mlp in find_mlps(model):
+            for name in mlp.matrices:
+                linear_weight(model.get_submodule(name)).mul_(8)
+    blocks = tokens(model, 64, 64)
+    options = Compress(reduction=0.1, method="two-sided", allocation="global", probe_tokens=1024, batch_size=8)
+
+    def everything(block: torch.Tensor) -> Targets:
+        return teacher.distributions(model, block[None], top_k=model.config.vocab_size - 1)[0]
+
+    result = truncate(model, blocks, options, teacher=everything)
+    ratios = [m.probed_kl / m.predicted_at_probed_rank for m in result.matrices]
+    assert all(0.5 < ratio < 2 for ratio in ratios)
+    assert result.measured_kl is not None and result.predicted_kl is not None
+    assert 0 < result.measured_kl < 10 * result.predicted_kl
+
+
+def test_probe_makes_global_allocation_possible_for_every_method(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    result = truncate(
+        model, tokens(model), Compress(reduction=0.3, method="whitened", allocation="global", probe_tokens=64)
+    )
+    assert 0.3 <= result.mlp_reduction < 0.35
+    assert len({matrix.rank for matrix in result.matrices}) > 2
+
+
+# ---- rounds
+
+
+def test_truncation_of_trained_factors_is_the_optimum_through_their_bottleneck(make_model: MakeModel) -> None:
+    """compression.md 3.2: with W = A B, A = Q R and z = B x, the best rank-r change has the loss that the eigenvalues
+    of R E[z z^T] R^T leave out."""
+    torch.manual_seed(0)
+    up, down = torch.randn(40, 20, dtype=torch.float64), torch.randn(20, 24, dtype=torch.float64)
+    x = torch.randn(500, 24, dtype=torch.float64)
+    projection = lowrank.from_input_gram(up @ down, x.T @ x / 500)
+    z = x @ down.T
+    r = torch.linalg.qr(up)[1]
+    values = torch.linalg.eigvalsh(r @ (z.T @ z / 500) @ r.T).flip(0)
+    assert len(projection.energy) == 20
+    assert torch.allclose(projection.energy, values, rtol=1e-8)
+    a, b = projection.factors(up @ down, 7)
+    lost = ((x @ (up @ down - a @ b).T) ** 2).sum() / 500
+    assert lost.item() == pytest.approx(values[7:].sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layer_format", FORMATS)
+def test_rounds_go_on_from_the_compressed_model(architecture: str, layer_format: str, make_model: MakeModel) -> None:
+    model = make_model(architecture)
+    blocks = tokens(model)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    before: list[int | None] = []
+    for reduction in (0.2, 0.4, 0.6):
+        options = Compress(reduction=reduction, method="two-sided", allocation="global", format=layer_format)
+        result = truncate(model, blocks, options)
+        assert reduction <= result.mlp_reduction < reduction + 0.05
+        assert result.model_parameters_before == dense
+        assert result.model_parameters_after == sum(parameter.numel() for parameter in model.parameters())
+        ranks = [matrix.rank for matrix in result.matrices]
+        assert all(old is None or new <= old for old, new in zip(before, ranks, strict=False))
+        before = ranks
+    with pytest.raises(UsageError, match="removed already"):
+        truncate(model, blocks, Compress(reduction=0.6, format=layer_format))
+
+
+# ---- several processes, other devices
+
+
+def _gather(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = _model_of_a_process()
+    moments = statistics.collect(model, tokens(model, 10, 32).split(2), curvature=True, seed=3)
+    if rank == 0:
+        sums = [gram.sum for seen in moments.values() for gram in seen.grams()]
+        counts = [gram.num_tokens for seen in moments.values() for gram in seen.grams()]
+        torch.save((sums, counts), f"{folder}/sums.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_statistics_that_one_takes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_gather, (str(tmp_path),), nprocs=2)
+    sums, counts = torch.load(tmp_path / "sums.pt")
+    model = _model_of_a_process()
+    moments = statistics.collect(model, tokens(model, 10, 32).split(2), curvature=True, seed=3)
+    alone = [gram for seen in moments.values() for gram in seen.grams()]
+    assert [gram.num_tokens for gram in alone] == counts
+    for gram, both in zip(alone, sums, strict=True):
+        assert torch.allclose(gram.sum, both, rtol=1e-10, atol=1e-10 * both.abs().max().item())
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+def test_statistics_a_layer_at_a_time_on_another_device(curvature: bool, make_model: MakeModel) -> None:
+    """The same sums, and never two layers there: `cpu:0` stands for a GPU, the visits are the same."""
+    model = make_model("llama")
+    there: set[int] = set()
+    most = 0
+
+    def counted(self: torch.nn.Module, place: torch.device) -> torch.nn.Module:
+        nonlocal most
+        (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
+        most = max(most, len(there))
+        return self
+
+    for layer in model.model.layers:
+        layer.to = counted.__get__(layer)
+    batches = tokens(model).split(2)
+    expected = statistics.collect(model, batches, curvature=curvature)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = statistics.collect(model, batches, curvature=curvature, device=torch.device("cpu", 0))
+    for mlp, seen in expected.items():
+        for a, b in zip(seen.grams(), found[mlp].grams(), strict=True):
+            assert torch.equal(a.sum, b.sum)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (most, there) == (1, set())
+
+
+def _model_of_a_process() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def test_plan_needs_no_weights(make_model: MakeModel) -> None:
     model = make_model("llama")
-    expected = plan(model, 0.3, "pivot")
-    assert plan(model.to("meta"), 0.3, "pivot") == expected
+    expected = plan(model, Compress(reduction=0.3))
+    assert plan(model.to("meta"), Compress(reduction=0.3)) == expected

@@ -23,8 +23,9 @@ from transformers import (
 
 from sparsekd import compression, models
 from sparsekd.errors import DataError, ResourceError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear
+from sparsekd.layers import FORMATS, CompressedLinear, layer_class
 from sparsekd.models import MLP
+from sparsekd.recipe import Compress
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -125,17 +126,17 @@ def test_a_model_without_an_mlp_is_refused(config: Any) -> None:
 # ---- round trips
 
 
-@pytest.mark.parametrize("layer_format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_compressed_model_round_trips(
     architecture: str,
-    layer_format: str,
+    format: str,
     make_model: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
     dense = make_model(architecture)
-    model = compression.compress(make_model(architecture), blocks(), reduction=0.4, layer_format=layer_format)
+    model = compression.compress(make_model(architecture), blocks(), reduction=0.4, format=format)
     assert not torch.allclose(logits(model), logits(dense), atol=1e-5)
     assert models.num_parameters(model) < models.num_parameters(dense)
     models.save(model, tokenizer, tmp_path / "saved")
@@ -151,8 +152,9 @@ def test_a_compressed_model_round_trips(
     generated = loaded.generate(IDS, **options)
     assert generated.shape[1] > IDS.shape[1]
     assert torch.equal(generated, model.generate(IDS, **options))
-    for module in (loaded.get_submodule(name) for name in loaded.config.sparsekd["ranks"]):
-        assert isinstance(module, FORMATS[layer_format])
+    outputs = {mlp.output for mlp in models.find_mlps(loaded)}
+    for name in loaded.config.sparsekd["ranks"]:
+        assert isinstance(loaded.get_submodule(name), layer_class(format, reads_neurons=name in outputs))
 
     loaded.save_pretrained(tmp_path / "again")
     same_tokenizer.save_pretrained(tmp_path / "again")
@@ -167,7 +169,7 @@ def test_a_model_with_dense_matrices_left_round_trips(
     model = make_model("llama")
     with torch.no_grad():  # what matters most by far keeps full rank
         model.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(50)  # type: ignore[operator, union-attr]
-    done = compression.truncate(model, blocks(), reduction=0.2, method="two-sided", allocation="global")
+    done = compression.truncate(model, blocks(), Compress(reduction=0.2, method="two-sided", allocation="global"))
     dense = {matrix.name for matrix in done.matrices if matrix.rank is None}
     assert 0 < len(dense) < len(done.matrices)
     assert dense.isdisjoint(model.config.sparsekd["ranks"])
@@ -202,14 +204,14 @@ def test_the_checkpoint_keeps_its_number_format(
     assert models.load(str(tmp_path / "half"), dtype=torch.float32)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("layer_format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_plain_transformers_refuses_a_compressed_folder(
-    layer_format: str,
+    format: str,
     make_model: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    model = compression.compress(make_model("llama"), reduction=0.3, method="svd", layer_format=layer_format)
+    model = compression.compress(make_model("llama"), reduction=0.3, method="svd", format=format)
     models.save(model, tokenizer, tmp_path / "saved")
     with pytest.raises(ValueError, match="sparsekd_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -477,13 +479,13 @@ def test_a_skeleton_needs_only_the_config(
         models.load(str(tmp_path / "config-only"))
 
 
-@pytest.mark.parametrize("layer_format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_skeleton_of_a_compressed_model_has_its_ranks(
-    layer_format: str,
+    format: str,
     make_model: Callable[[str], PreTrainedModel],
     tmp_path: Path,
 ) -> None:
-    model = compression.compress(make_model("gpt2"), reduction=0.4, method="svd", layer_format=layer_format)
+    model = compression.compress(make_model("gpt2"), reduction=0.4, method="svd", format=format)
     model.config.save_pretrained(tmp_path / "config-only")
     skeleton = models.skeleton(str(tmp_path / "config-only"))
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}

@@ -123,6 +123,10 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "seed=-1e30",
         "distill.checkpoint_minutes=-1",
         "distill.checkpoint_minutes=nan",
+        "compress.probe_tokens=-1",
+        "compress.rank_floor=1.5",
+        "compress.rank_cap=0",
+        "compress.rank_multiple=0",
     ],
 )
 def test_other_values_outside_their_ranges(override: str) -> None:
@@ -131,9 +135,11 @@ def test_other_values_outside_their_ranges(override: str) -> None:
         load_recipe("demo", (override,))
 
 
-def test_a_global_budget_needs_the_two_sided_method(tmp_path: Path) -> None:
+def test_a_global_budget_needs_curvature_or_the_probe(tmp_path: Path) -> None:
     found = refused(tmp_path, "preset: demo", "compress.method=whitened")
-    assert "compress.allocation is global: expected compress.method two-sided, not whitened" in found
+    assert "compress.allocation is global" in found
+    assert "two-sided or compress.probe_tokens above 0, found whitened and 0" in found
+    load(tmp_path, "preset: demo", "compress.method=whitened", "compress.probe_tokens=2048")
     load(tmp_path, "preset: demo", "compress.method=whitened", "compress.allocation=uniform")
 
 

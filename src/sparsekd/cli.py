@@ -33,6 +33,7 @@ Target = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
 Reduction = Annotated[float | None, typer.Option(help="Fraction of the MLP parameters to remove: compress.reduction.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub model: model.revision.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps: the recipe's device.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/NAME-REDUCTION]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; an error if there is none.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run in --out and start again.")]
@@ -50,9 +51,11 @@ def _stage_verb(verb: str, stage: str, text: str) -> None:
         fresh: Fresh = False,
         dry_run: DryRun = False,
         revision: Revision = None,
+        device: Device = None,
         as_json: AsJson = False,
     ) -> None:
-        _run_stages(stage, target, reduction, set_, out, resume, fresh, dry_run, revision, as_json)
+        recipe = _recipe(target, reduction, set_, revision, device)
+        _run_stages(stage, target, recipe, out, resume, fresh, dry_run, as_json)
 
     app.command(verb, help=text)(command)
 
@@ -109,6 +112,32 @@ def evaluate(
 
 
 @app.command()
+def spectrum(
+    target: Target,
+    reduction: Reduction = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for spectrum.json and spectrum.svg.")] = None,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """How much of each MLP matrix is used, and what a uniform cut would cost: the recipe's method on its corpus."""
+    from sparsekd import files, pipeline
+    from sparsekd.report import plots, tables
+
+    _quiet()
+    found = pipeline.spectrum(_recipe(target, reduction, set_, revision, device))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / "spectrum.json", found)
+        files.write_text(out / "spectrum.svg", plots.spectrum(found))
+    if as_json:
+        _print_json(found)
+        return
+    _print_table(tables.console_table(tables.spectrum_title(found), tables.SPECTRUM_HEADER, tables.spectrum(found)))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run directory whose stages are finished.")], as_json: AsJson = False
 ) -> None:
@@ -140,23 +169,15 @@ def doctor(as_json: AsJson = False) -> None:
 def _run_stages(
     until: str,
     target: str,
-    reduction: float | None,
-    set_: list[str] | None,
+    recipe: Recipe,
     out: Path | None,
     resume: bool,
     fresh: bool,
     dry_run: bool,
-    revision: str | None,
     as_json: bool,
 ) -> None:
     if resume and fresh:
         raise UsageError("--resume continues a run and --fresh removes it: give one of them")
-    overrides = list(set_ or [])
-    if reduction is not None:
-        overrides.append(f"compress.reduction={reduction}")
-    if revision is not None:
-        overrides.append(f"model.revision={revision}")
-    recipe = load_recipe(target, tuple(overrides))
     if dry_run:
         _dry_run(recipe, as_json)
         return
@@ -176,6 +197,14 @@ def _run_stages(
         _print_json(summaries)
     else:
         print(f"done: {folder}")
+
+
+def _recipe(
+    target: str, reduction: float | None, set_: list[str] | None, revision: str | None, device: str | None
+) -> Recipe:
+    given = {"compress.reduction": reduction, "model.revision": revision, "device": device}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return load_recipe(target, (*(set_ or []), *overrides))
 
 
 def _default_folder(target: str, recipe: Recipe) -> Path:

@@ -1,26 +1,51 @@
 """The compressed formats: what replaces a dense linear layer. Knows no model code.
 
+Every format writes the same matrices, W = up @ down of rank R. `lowrank` stores both factors. The pivot formats store
+R rows or R columns of W itself and the others as combinations of them, which saves R^2 numbers, so full rank costs
+exactly the dense layer (PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: inside an
+MLP the neurons can be put in any order, so an order that suits all its matrices (`common_pivots`) is written into the
+weights and costs nothing when the model runs.
+
 Shape letters: N tokens, I input features, O output features, R rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-class LowRankLinear(nn.Module):
-    """`y = up(down(x))`: a linear layer of `rank * (in_features + out_features)` weights instead of their product.
+class CompressedLinear(nn.Module):
+    """What the formats share; each says how it is made `from_factors` and gives its `factors` back."""
 
-    `down.weight` is R x I, `up.weight` O x R; the bias, if any, belongs to `up`.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+    def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+
+    @classmethod
+    def from_factors(
+        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
+    ) -> CompressedLinear:
+        """The layer of `up @ down`, exact up to rounding."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+        """`up`, `down` whose product is the layer's matrix."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(CompressedLinear):
+    """`y = up(down(x))`: `R (I + O)` weights. The bias, if any, belongs to `up`."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__(in_features, out_features, rank)
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
@@ -28,101 +53,145 @@ class LowRankLinear(nn.Module):
     def from_factors(
         cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
     ) -> LowRankLinear:
-        """Takes the factors as they are, without a copy where device and dtype already fit."""
         with torch.device("meta"):
-            layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None)
-        layer.down.weight = nn.Parameter(down.contiguous())
-        layer.up.weight = nn.Parameter(up.contiguous())
+            layer = cls(*_sizes(up, down), bias is not None)
+        layer.down.weight, layer.up.weight = _parameter(down), _parameter(up)
         if bias is not None:
-            layer.up.bias = nn.Parameter(bias)
+            layer.up.bias = _parameter(bias)
         return layer
+
+    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+        return self.up.weight, self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
+class RowPivotLinear(CompressedLinear):
+    """The first R outputs are computed, `z = pivots(x)`, the others are combinations of them: `y = [z, rest(z)]`.
 
-class PivotLinear(nn.Module):
-    """A rank-R layer of `R (I + O) - R^2` weights: R outputs are computed, the others are combinations of them.
-
-    `pivots.weight` (R x I) gives the pivot outputs, `rest.weight` ((O - R) x R) the others from these; `order` puts
-    them back in place. The same matrices can be written this way as in `LowRankLinear`, in fewer numbers, and full
-    rank costs exactly the dense layer. The format is PIFA's (Zhao et al., arXiv 2502.18139).
+    `R (I + O) - R^2` weights. For the matrices that write an MLP's neurons (gate, up).
     """
 
-    order: Tensor  # output o is entry order[o] of (pivot outputs, other outputs)
-
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        super().__init__(in_features, out_features, rank)
         self.pivots = nn.Linear(in_features, rank, bias=False)
         self.rest = nn.Linear(rank, out_features - rank, bias=False)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.register_buffer("order", torch.arange(out_features))
 
     @classmethod
     def from_factors(
         cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
-    ) -> PivotLinear:
-        """The layer of `up @ down`, exact up to rounding; `up` must have full column rank."""
-        chosen, coefficients = dominant_rows(up.double())
+    ) -> RowPivotLinear:
+        rank, pivots = down.shape[0], up.double()[: down.shape[0]]
+        rest = torch.linalg.solve(pivots, up.double()[rank:], left=False)
         with torch.device("meta"):
-            layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None)
-        pivots = up.double()[chosen] @ down.double()
-        layer.pivots.weight = nn.Parameter(pivots.to(down.dtype))
-        layer.rest.weight = nn.Parameter(coefficients[len(chosen) :].to(up.dtype))
-        is_pivot = torch.zeros(len(up), dtype=torch.bool, device=up.device)
-        is_pivot[chosen] = True
-        layer.order = torch.cat([chosen, (~is_pivot).nonzero()[:, 0]]).argsort()
+            layer = cls(*_sizes(up, down), bias is not None)
+        layer.pivots.weight = _parameter((pivots @ down.double()).to(down.dtype))
+        layer.rest.weight = _parameter(rest.to(up.dtype))
         if bias is not None:
-            layer.bias = nn.Parameter(bias)
+            layer.bias = _parameter(bias)
         return layer
 
+    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+        return torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight]), self.pivots.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        z = self.pivots(x)
-        y = torch.cat([z, self.rest(z)], dim=-1).index_select(-1, self.order)
+        if self._writes_in_place(x):
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            flat = y.view(-1, self.out_features)
+            z, others = flat[:, : self.rank], flat[:, self.rank :]
+            torch.mm(x.reshape(-1, self.in_features), self.pivots.weight.T, out=z)
+            torch.mm(z, self.rest.weight.T, out=others)
+        else:
+            z = self.pivots(x)
+            y = torch.cat([z, self.rest(z)], dim=-1)
         return y if self.bias is None else y + self.bias
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+    def _writes_in_place(self, x: Tensor) -> bool:
+        """Whether both products may be written straight to their place: no autograd, no tracer, no adapter around."""
+        plain = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (self.pivots, self.rest))
+        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        return plain and not traced and not torch.is_grad_enabled()
 
 
-def dominant_rows(
-    matrix: Float[Tensor, "O R"], tolerance: float = 2.0, max_swaps: int = 1000
-) -> tuple[Int[Tensor, " R"], Float[Tensor, "O R"]]:
-    """R rows that all rows are small combinations of: the rows' numbers, and the coefficients C of all rows.
+class ColumnPivotLinear(CompressedLinear):
+    """The first R inputs are taken as they are, the others only add to them: `y = pivots(x[:R] + rest(x[R:]))`.
 
-    Returns C with the chosen rows first, then the others in their order, so that C[:R] is the identity and no entry
-    exceeds `tolerance` (the maxvol iteration of Goreinov et al. 2010, started from LU with partial pivoting).
+    `R (I + O) - R^2` weights. For the matrix that reads an MLP's neurons (down).
     """
-    rank = matrix.shape[1]
-    permutation = torch.linalg.lu(matrix)[0].argmax(0)  # row that ends up at each place
-    chosen = permutation[:rank].clone()
-    coefficients = torch.linalg.solve(matrix[chosen], matrix, left=False)  # C with matrix = C @ matrix[chosen]
-    for _ in range(max_swaps):
-        row, column = divmod(int(coefficients.abs().argmax()), rank)
-        pivot = coefficients[row, column]
-        if float(pivot.abs()) <= tolerance:
-            break
-        chosen[column] = row
-        change = coefficients[row].clone()
-        change[column] -= 1
-        coefficients -= torch.outer(coefficients[:, column] / pivot, change)
-    others = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
-    others[chosen] = False
-    return chosen, torch.cat([coefficients[chosen], coefficients[others]])
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__(in_features, out_features, rank)
+        self.rest = nn.Linear(in_features - rank, rank, bias=False)
+        self.pivots = nn.Linear(rank, out_features, bias=bias)
+
+    @classmethod
+    def from_factors(
+        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
+    ) -> ColumnPivotLinear:
+        rank, pivots = down.shape[0], down.double()[:, : down.shape[0]]
+        rest = torch.linalg.solve(pivots, down.double()[:, rank:])
+        with torch.device("meta"):
+            layer = cls(*_sizes(up, down), bias is not None)
+        layer.pivots.weight = _parameter((up.double() @ pivots).to(up.dtype))
+        layer.rest.weight = _parameter(rest.to(down.dtype))
+        if bias is not None:
+            layer.pivots.bias = _parameter(bias)
+        return layer
+
+    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+        return self.pivots.weight, torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.pivots.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pivots(x[..., : self.rank] + self.rest(x[..., self.rank :]))
 
 
-FORMATS = {"lowrank": LowRankLinear, "pivot": PivotLinear}
-CompressedLinear = LowRankLinear | PivotLinear
+FORMATS = ("pivot", "lowrank")
+
+
+def layer_class(layer_format: str, reads_neurons: bool) -> type[CompressedLinear]:
+    """The class of a format for a matrix that reads an MLP's neurons, or for one that writes them."""
+    return {"lowrank": LowRankLinear, "pivot": ColumnPivotLinear if reads_neurons else RowPivotLinear}[layer_format]
+
+
+def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]:
+    """An order of the rows whose first R_k rows are a well-conditioned basis of matrix k, for all matrices at once.
+
+    Greedy: the next row is the one with the largest product, over the matrices that still need one, of what is left
+    of it outside the rows taken before (pivoted Cholesky of each `Q Q^T`, Q an orthonormal basis of the columns).
+    """
+    bases = [torch.linalg.qr(matrix.double())[0].float() for matrix in matrices]
+    left = [basis.square().sum(1) for basis in bases]
+    cholesky = [torch.zeros_like(basis).T.contiguous() for basis in bases]
+    free = torch.zeros(len(bases[0]), device=bases[0].device)  # 0, or -inf for a row that is taken
+    order = []
+    for position in range(max(basis.shape[1] for basis in bases)):
+        needing = [k for k, basis in enumerate(bases) if position < basis.shape[1]]
+        chosen = int((free + sum(left[k].clamp_min(1e-12).log() for k in needing)).argmax())
+        order.append(chosen)
+        free[chosen] = -torch.inf
+        for k in needing:
+            known = cholesky[k][:position]
+            column = bases[k] @ bases[k][chosen] - known.T @ known[:, chosen]
+            cholesky[k][position] = column / left[k][chosen].clamp_min(1e-12).sqrt()
+            left[k] = (left[k] - cholesky[k][position].square()).clamp_min(0)
+    others = (free == 0).nonzero()[:, 0]
+    return torch.cat([torch.tensor(order, device=others.device), others])
 
 
 def num_weights(in_features: int, out_features: int, rank: int, layer_format: str) -> int:
-    """Weights of a layer of that format and rank, without its bias and the pivot order, which is not a weight."""
+    """Weights of a layer of that format and rank, without its bias."""
     plain = rank * (in_features + out_features)
-    return plain - rank**2 if layer_format == "pivot" else plain
+    return plain if layer_format == "lowrank" else plain - rank**2
 
 
 def rank_for(in_features: int, out_features: int, budget: float, layer_format: str) -> int:
@@ -131,6 +200,18 @@ def rank_for(in_features: int, out_features: int, budget: float, layer_format: s
     For `pivot` it is the smaller root of `r (I + O) - r^2 = budget`.
     """
     total = in_features + out_features
-    rank = (total - math.sqrt(total**2 - 4 * budget)) / 2 if layer_format == "pivot" else budget / total
+    rank = budget / total if layer_format == "lowrank" else (total - math.sqrt(total**2 - 4 * budget)) / 2
     # the small term keeps a budget that is a whole number of ranks from losing one to rounding
     return max(1, int(rank + 1e-9))
+
+
+def _sizes(up: Tensor, down: Tensor) -> tuple[int, int, int]:
+    return down.shape[1], up.shape[0], down.shape[0]
+
+
+def _identity(like: Tensor, size: int) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().contiguous())

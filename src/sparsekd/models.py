@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear
+from sparsekd.layers import CompressedLinear, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
@@ -341,6 +341,19 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     return found
 
 
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and all(_is_inside(model, mlp, module) for mlp in find_mlps(model)):
+            return list(module)
+    raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
+
+
+def _is_inside(model: PreTrainedModel, mlp: MLP, layers: nn.ModuleList) -> bool:
+    output = model.get_submodule(mlp.output)
+    return any(output is module for module in layers.modules())
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a dense or compressed linear layer."""
     return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
@@ -353,8 +366,11 @@ def shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features  # type: ignore[return-value]
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a dense linear layer as output x input, without a copy."""
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix of a linear layer as output x input: of a dense one without a copy, of a compressed one multiplied."""
+    if isinstance(module, CompressedLinear):
+        up, down = module.factors()
+        return up @ down
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -374,10 +390,15 @@ def compressed_class(base: Any) -> Any:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        layer_class = FORMATS[config.sparsekd["format"]]
+        mlps = find_mlps(self)
+        writing = {name for mlp in mlps for name in mlp.inputs}
+        reading = {mlp.output for mlp in mlps}
         for name, rank in config.sparsekd["ranks"].items():
+            if name not in writing | reading:
+                raise ValueError(f"config.json gives a rank to {name}, which is no matrix of an MLP")
             dense = self.get_submodule(name)
-            replace_module(self, name, layer_class(*shape(dense), rank, dense.bias is not None))
+            layer: Any = layer_class(config.sparsekd["format"], reads_neurons=name in reading)
+            replace_module(self, name, layer(*shape(dense), rank, dense.bias is not None))
 
     return type(f"SparseKD{base.__name__}", (base,), {"config_class": config_class, "__init__": __init__})
 
@@ -387,8 +408,11 @@ def mark_compressed(model: PreTrainedModel, description: dict[str, Any]) -> None
 
     `description` goes to `config.sparsekd`; its `ranks` map module names to ranks.
     """
-    compressed = compressed_class(type(model))
     config: Any = model.config
+    if is_compressed(model):
+        config.sparsekd = description
+        return
+    compressed = compressed_class(type(model))
     config.__class__ = compressed.config_class
     config.sparsekd = description
     model.__class__ = compressed

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import compression, corpus, distillation, files, models, report, sources, teacher
-from sparsekd.cache import Cache
+from sparsekd.cache import Cache, Targets
+from sparsekd.compression import spectrum as spectra
 from sparsekd.console import Console
 from sparsekd.corpus import Corpus
 from sparsekd.device import place
@@ -171,20 +172,28 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         "corpus": blocks.fingerprint,
         "compress": as_dict(options),
         "seed": opened.recipe.seed,
+        "ranks": files.file_sha256(Path(options.ranks_from)) if options.ranks_from else None,
     }
     stage = opened.stage(_COMPRESSED, inputs)
     if stage.summary is not None:
         return stage.summary
     student, tokenizer = dense.loaded
     del dense.loaded  # it is changed in place here; a later stage that needs the dense one reads it again
+    batches = _statistics_batches(blocks, opened.recipe)
+    warning = compression.few_tokens(sum(batch.numel() for batch in batches), student)
+    if warning is not None and options.method != "svd":
+        opened.console.say(f"  warning: {warning}")
+    cache = Cache(opened.folder / _CACHE)
+    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
+
+    def cached(tokens: torch.Tensor) -> Targets:
+        block = tokens.numpy().astype(np.int32)
+        return cache.read(ids[block.tobytes()], block)
+
+    if options.offload:
+        torch.nn.Module.to(student, "cpu")
     plan = compression.truncate(
-        student,
-        _statistics_batches(blocks, opened.recipe),
-        reduction=options.reduction,
-        method=options.method,
-        allocation=options.allocation,
-        layer_format=options.format,
-        seed=opened.recipe.seed,
+        student, batches, options, seed=opened.recipe.seed, teacher=cached, device=dense.placement.device
     )
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     opened.console.say(
@@ -262,6 +271,23 @@ def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             files.write_json(path, measured)
         results[name] = files.read_json(path)
     return stage.finish({"models": results})
+
+
+def spectrum(recipe: Recipe) -> dict[str, Any]:
+    """The spectra of a model's MLP matrices on the recipe's corpus; keeps nothing."""
+    placement = place(recipe.device, recipe.model.dtype)
+    model, tokenizer = models.load(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        dtype=placement.dtype,
+        device=placement.device,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    batches: list[torch.Tensor] = []
+    if recipe.compress.method != "svd":
+        blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
+        batches = _statistics_batches(blocks, recipe)
+    return spectra.as_dict(spectra.spectrum(model, batches, recipe.compress, seed=recipe.seed), recipe.compress)
 
 
 def _model_to_evaluate(opened: Run, dense: Dense, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -35,7 +35,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     placement = place(recipe.device, recipe.model.dtype)
-    structure = compression.plan(skeleton, recipe.compress.reduction, recipe.compress.format)
+    structure = compression.plan(skeleton, recipe.compress)
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len

@@ -83,12 +83,19 @@ class Cache:
 class Compress:
     """The structural step."""
 
-    reduction: float = 0.15  # fraction of the MLP parameters removed
+    reduction: float = 0.15  # fraction of the dense model's MLP parameters removed
     method: Literal["whitened", "svd", "two-sided"] = "whitened"
-    allocation: Literal["uniform", "global"] = "uniform"  # global: one budget over all matrices; needs two-sided
+    # energy: the paper's threshold and tiers; global: one budget over all matrices, by curvature or by the probe
+    allocation: Literal["uniform", "energy", "global"] = "uniform"
     format: Literal["pivot", "lowrank"] = "pivot"  # r(m+n) - r^2 weights a matrix, or r(m+n)
     num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
+    offload: bool = False  # the model stays in host memory; its layers visit the device one at a time
+    probe_tokens: int = 0  # measure each matrix's true KL on so many tokens before ranks are chosen; 0: do not
+    rank_floor: float = 0.2  # global: no matrix gets less than this share of its uniform rank
+    rank_cap: float = 1.0  # no matrix keeps more than this share of its rank; 1: it may stay as it is
+    rank_multiple: int = 1  # ranks are multiples of this, for GPUs 8, 16 or 64
+    ranks_from: str | None = None  # take the ranks from an earlier plan (compressed/stage.json) instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,8 +318,6 @@ def check(recipe: Recipe) -> None:
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     ranges = [
         ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < 2**53),
-        ("compress.reduction", recipe.compress.reduction, "(0, 0.95]", 0 < recipe.compress.reduction <= 0.95),
-        ("compress.num_tokens", recipe.compress.num_tokens, ">= 1", recipe.compress.num_tokens >= 1),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
@@ -331,7 +336,7 @@ def check(recipe: Recipe) -> None:
         ("evaluate.stride", evaluate.stride, "1 to evaluate.context", 1 <= evaluate.stride <= evaluate.context),
         ("evaluate.max_tokens", evaluate.max_tokens, ">= 2", (evaluate.max_tokens or 2) >= 2),
     ]
-    for section in ("cache", "compress", "distill", "evaluate"):
+    for section in ("cache", "distill", "evaluate"):
         size = getattr(recipe, section).batch_size
         ranges.append((f"{section}.batch_size", size, ">= 1", size >= 1))
     micro = distill.micro_batch_size
@@ -347,17 +352,42 @@ def check(recipe: Recipe) -> None:
         where = _dotted("corpus.sources", name)
         ranges.append((f"{where}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))
         ranges.append((f"{where}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
-    for name, value, expected, holds in ranges:
-        if not holds:
-            raise UsageError(f"{name} is {value}: expected {expected}")
+    _check_ranges(ranges)
+    check_compress(recipe.compress)
     _check_places(recipe)
 
 
-def _check_places(recipe: Recipe) -> None:
-    if recipe.compress.allocation == "global" and recipe.compress.method != "two-sided":
+def check_compress(options: Compress) -> None:
+    """Raises `UsageError` for a value of this section outside its range, or for options that do not go together."""
+    _check_ranges(
+        [
+            ("compress.reduction", options.reduction, "(0, 0.95]", 0 < options.reduction <= 0.95),
+            ("compress.num_tokens", options.num_tokens, ">= 1", options.num_tokens >= 1),
+            ("compress.batch_size", options.batch_size, ">= 1", options.batch_size >= 1),
+            ("compress.probe_tokens", options.probe_tokens, ">= 0", options.probe_tokens >= 0),
+            ("compress.rank_floor", options.rank_floor, "[0, 1]", 0 <= options.rank_floor <= 1),
+            ("compress.rank_cap", options.rank_cap, "(0, 1]", 0 < options.rank_cap <= 1),
+            ("compress.rank_multiple", options.rank_multiple, ">= 1", options.rank_multiple >= 1),
+        ]
+    )
+    for name, kind in typing.get_type_hints(Compress).items():
+        value, known = getattr(options, name), typing.get_args(kind)
+        if typing.get_origin(kind) is Literal and value not in known:
+            raise UsageError(f"compress.{name} is {value!r}: expected one of {', '.join(known)}")
+    if options.allocation == "global" and options.method != "two-sided" and not options.probe_tokens:
         raise UsageError(
-            f"compress.allocation is global: expected compress.method two-sided, not {recipe.compress.method}"
+            f"compress.allocation is global, which compares matrices by curvature or by the probe: expected "
+            f"compress.method two-sided or compress.probe_tokens above 0, found {options.method} and 0"
         )
+
+
+def _check_ranges(ranges: list[tuple[str, Any, str, bool]]) -> None:
+    for name, value, expected, holds in ranges:
+        if not holds:
+            raise UsageError(f"{name} is {value}: expected {expected}")
+
+
+def _check_places(recipe: Recipe) -> None:
     if not recipe.corpus.sources:
         raise UsageError("corpus.sources is empty: name at least one, for example {wiki: {path: wiki.txt}}")
     for name, source in recipe.corpus.sources.items():

@@ -21,6 +21,7 @@ class Curve:
     ranks: np.ndarray
     costs: np.ndarray  # parameters
     losses: np.ndarray
+    energy: float = 1.0  # the loss at rank 0
 
 
 def allocate(curves: list[Curve], budget: float) -> list[int]:
@@ -62,3 +63,40 @@ def _lower_hull(curve: Curve) -> list[int]:
             hull.pop()
         hull.append(point)
     return hull
+
+
+def tiered_thresholds(threshold: float, depth: int) -> list[float]:
+    """The paper's tiers: energy that a matrix of each layer keeps. The first and the last quarter of the layers lose a
+    third of what the middle ones, which keep `threshold`, lose.
+
+    The paper (section IV-B) says that early and late layers keep more and gives no numbers; the third is ours.
+    """
+    quarter = round(depth / 4)
+    outer = 1 - (1 - threshold) / 3
+    return [threshold if quarter <= layer < depth - quarter else outer for layer in range(depth)]
+
+
+def allocate_energy(curves: list[Curve], depths: list[int], budget: float) -> list[int]:
+    """Ranks that keep the tiers' share of each curve's energy, for the highest threshold that meets the budget.
+
+    `depths[i]` is the layer of curve i. The threshold is found by bisection, to 1e-9.
+    """
+    depth = max(depths) + 1
+
+    def ranks(threshold: float) -> list[int]:
+        kept = tiered_thresholds(threshold, depth)
+        return [_first_within(curve, 1 - kept[layer]) for curve, layer in zip(curves, depths, strict=True)]
+
+    def cost(places: list[int]) -> float:
+        return float(sum(curve.costs[place] for curve, place in zip(curves, places, strict=True)))
+
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(ranks(middle)) <= budget else (low, middle)
+    return [int(curve.ranks[place]) for curve, place in zip(curves, ranks(low), strict=True)]
+
+
+def _first_within(curve: Curve, share: float) -> int:
+    """The first place whose loss is at most `share` of the whole energy."""
+    return int(np.flatnonzero(curve.losses <= share * curve.energy)[0])

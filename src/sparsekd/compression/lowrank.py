@@ -29,34 +29,44 @@ _ISOTROPIC_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Projection:
-    """Output directions of one matrix, most important first, and what each carries: `W' = left_r right_r^T W`."""
+    """Output directions of one matrix, most important first, and what each carries: `W' = left_r (G left_r)^T W`.
 
-    left: Float[Tensor, "O K"]  # float64
-    right: Float[Tensor, "O K"]  # float64, right^T left = 1; the same as left unless curvature bends the metric
+    `left^T G left = 1` in the metric G, which is the identity, a diagonal or a matrix.
+    """
+
+    left: Float[Tensor, "O K"]  # float32, half the memory; everything before and after is float64
+    metric: Float[Tensor, " O"] | Float[Tensor, "O O"] | None  # G; None: identity
     energy: Float[Tensor, " K"]  # float64, descending: what leaving out a direction costs
 
     def factors(self, weight: Float[Tensor, "O I"], rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
         """`up`, `down` of the approximation of rank R <= K, balanced so that `|up_k| = |down_k|`."""
-        up, down = self.left[:, :rank], self.right[:, :rank].T @ weight.double()
+        up = self.left[:, :rank].double()
+        right = up if self.metric is None else _times(self.metric, up)
+        down = right.T @ weight.double()
         # equal norms give both factors equal gradients, which Adam and weight decay assume
         scale = (down.norm(dim=1).clamp_min(1e-30) / up.norm(dim=0).clamp_min(1e-30)).sqrt()
         return (up * scale).to(weight.dtype), (down / scale[:, None]).to(weight.dtype)
 
+    def lost(self) -> Float[Tensor, " M"]:
+        """Energy that a truncation to rank 0, 1, ..., K loses, M = K + 1 values: `sum_{k>r} energy_k`."""
+        return torch.cat([self.energy, self.energy.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+
     def relative_error(self, rank: int) -> float:
-        """Share that a truncation to `rank` loses: `sum_{k>r} energy / sum energy`."""
-        total = float(self.energy.sum())
-        return float(self.energy[rank:].sum()) / total if total > 0 else 0.0
+        """Share of the energy that a truncation to `rank` loses."""
+        lost = self.lost()
+        return float(lost[rank] / lost[0]) if float(lost[0]) > 0 else 0.0
 
 
 def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None) -> Projection:
     """For a matrix whose outputs were seen: eigenvectors of `K = E[y y^T]`, or of `T K T` with `T^2 = curvature`."""
     if curvature is None:
         energy, basis = torch.linalg.eigh(gram.double())
-        return Projection(basis.flip(1), basis.flip(1), energy.flip(0).clamp_min(0))
-    values, vectors = torch.linalg.eigh(_regularised(curvature.double()))
+        return Projection(basis.flip(1).float(), None, energy.flip(0).clamp_min(0))
+    metric = _regularised(curvature.double())
+    values, vectors = torch.linalg.eigh(metric)
     root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
     energy, basis = torch.linalg.eigh(root @ gram.double() @ root)
-    return Projection(inverse @ basis.flip(1), root @ basis.flip(1), energy.flip(0).clamp_min(0))
+    return Projection((inverse @ basis.flip(1)).float(), metric, energy.flip(0).clamp_min(0))
 
 
 def from_input_gram(
@@ -74,9 +84,14 @@ def from_input_gram(
     weighted = weight.double() @ root  # W S
     if curvature is None:
         return _directions(weighted)
-    rows = _regularised(curvature.double()).sqrt()[:, None]
+    metric = _regularised(curvature.double())
+    rows = metric.sqrt()[:, None]
     found = _directions(rows * weighted)
-    return Projection(found.left / rows, found.right * rows, found.energy)
+    return Projection((found.left / rows).float(), metric, found.energy)
+
+
+def _times(metric: Tensor, columns: Tensor) -> Tensor:
+    return metric[:, None] * columns if metric.ndim == 1 else metric @ columns
 
 
 def _directions(weighted: Float[Tensor, "O I"]) -> Projection:
@@ -87,7 +102,7 @@ def _directions(weighted: Float[Tensor, "O I"]) -> Projection:
     kept = max(1, int((energy > _RELATIVE_FLOOR * energy[0]).sum()))
     # the quotient loses orthogonality for small eigenvalues; a QR restores it without mixing earlier columns
     basis, _ = torch.linalg.qr(weighted @ vectors[:, :kept])
-    return Projection(basis, basis, energy[:kept].clamp_min(0))
+    return Projection(basis.float(), None, energy[:kept].clamp_min(0))
 
 
 def _regularised(curvature: Tensor) -> Tensor:

@@ -5,49 +5,66 @@ intermediate-size matrix ever appears (SmolLM2-135M: 80 MB instead of 323 MB, a 
 
 Curvature is the Fisher matrix of the KL to the teacher: `E[g g^T]` of the gradients g that cross-entropy against
 labels drawn from the model's own distribution has at a layer's outputs. It is kept whole for the MLP's output and as
-a diagonal for the intermediate-size outputs. The backward pass goes through activations only, no weight gradient is
-formed, so it costs as much as a forward pass.
+a diagonal for the intermediate-size outputs, where the whole matrix was measured to be no better (it is noisier).
+The backward pass goes one layer at a time, from recorded layer inputs, so one layer's graph is all that is in memory;
+no weight gradient is formed.
+
+Sums are kept on the host in float64. In several processes each takes its share of the batches and the sums are added.
 
 Shape letters: N tokens, H hidden size, F features of a layer's output, B blocks, L positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
+from sparsekd.layerwise import Layers
 from sparsekd.models import MLP, find_mlps, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
 # alone would decide the top directions. A token counts with at most this multiple of the median norm.
 NORM_CAP = 4.0
+GRADIENT_CAP = 10.0  # gradients are heavy-tailed by nature: only the wildest are kept from deciding alone
+TOKENS_PER_DIMENSION = 10  # fewer make a poor second moment: directions are then fitted to the sample
 
 
 class Gram:
     """Running sum of `x x^T`, or of its diagonal: products in the activations' precision, sums in float64."""
 
-    def __init__(self, size: int, diagonal: bool = False):
-        self.diagonal = diagonal
+    def __init__(self, size: int, *, cap: float = NORM_CAP, diagonal: bool = False):
+        self.cap, self.diagonal = cap, diagonal
         self.sum = torch.zeros(size if diagonal else (size, size), dtype=torch.float64)
         self.num_tokens = 0
 
     def add(self, x: Float[Tensor, "N F"]) -> None:
         x = x.detach().float()
         norm = x.norm(dim=-1, keepdim=True)
-        cap = NORM_CAP * norm.median().clamp_min(1e-30)
+        cap = self.cap * norm.median().clamp_min(1e-30)
         x = x * (cap / norm.clamp_min(1e-30)).clamp_max(1.0)
         self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).double().cpu()
         self.num_tokens += len(x)
 
     def mean(self) -> Tensor:
         return self.sum / max(1, self.num_tokens)
+
+    def add_processes(self) -> None:
+        """Makes the sum that of all processes."""
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        for value in (self.sum, torch.tensor([float(self.num_tokens)], dtype=torch.float64)):
+            shared = value.to(device)
+            torch.distributed.all_reduce(shared)
+            value.copy_(shared)
+        self.num_tokens = int(value)  # the second one
 
 
 @dataclass
@@ -59,78 +76,180 @@ class Moments:
     output_curvature: Gram
     input_curvature: dict[str, Gram] = field(default_factory=dict)  # by matrix, diagonal
 
-    def is_finite(self) -> bool:
-        grams = [self.input, self.output, self.output_curvature, *self.input_curvature.values()]
-        return all(bool(torch.isfinite(gram.sum).all()) for gram in grams)
+    def grams(self) -> list[Gram]:
+        return [self.input, self.output, self.output_curvature, *self.input_curvature.values()]
 
 
 def collect(
-    model: PreTrainedModel, batches: Iterable[Int[Tensor, "_ _"]], *, curvature: bool = False, seed: int = 0
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    *,
+    curvature: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> dict[MLP, Moments]:
     """Moments of each MLP over all tokens of `batches`; with `curvature`, labels are drawn with `seed`.
 
-    Raises `DataError` naming the MLP when a number is not finite.
+    With a `device` other than the model's the weights stay where they are and each layer visits the device for its
+    turn. Raises `DataError` naming the MLP when a number is not finite.
     """
     hidden = model.config.get_text_config().hidden_size
     moments, handles = {}, []
     for mlp in find_mlps(model):
-        seen = moments[mlp] = Moments(Gram(hidden), Gram(hidden), Gram(hidden))
+        seen = moments[mlp] = Moments(Gram(hidden), Gram(hidden), Gram(hidden, cap=GRADIENT_CAP))
         first, last = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
-        handles.append(first.register_forward_pre_hook(_reads_input(seen.input)))
-        handles.append(last.register_forward_hook(_reads_output(seen.output)))
+        # with curvature each layer runs twice: to record, and then with a graph, when it counts
+        handles.append(first.register_forward_pre_hook(_reads_input(seen.input, curvature)))
+        handles.append(last.register_forward_hook(_reads_output(seen.output, curvature)))
         if curvature:
             handles.append(last.register_forward_hook(_reads_gradient(seen.output_curvature)))
             for name in mlp.inputs:
                 module = model.get_submodule(name)
-                seen.input_curvature[name] = Gram(shape(module)[1], diagonal=True)
+                seen.input_curvature[name] = Gram(shape(module)[1], cap=GRADIENT_CAP, diagonal=True)
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
-    generator = torch.Generator().manual_seed(seed)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers, home = Layers(model), model.device
+    device = device or home
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for batch in batches:
-            if curvature:
-                _backward(model, batch.to(model.device), generator)
-            else:
-                with torch.inference_mode():
-                    model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
+        with _without_weight_gradients(model), _all_but_layers_on(model, layers, device):
+            for number, batch in enumerate(batches):
+                if number % world != rank:
+                    continue
+                tokens = batch.to(device)
+                if curvature:  # labels depend on the batch alone, not on which process takes it
+                    labels = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    _backward(model, layers, tokens, home, device, labels)
+                else:
+                    with torch.inference_mode(), _in_turn(layers, home, device):
+                        model.get_decoder()(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
     for mlp, seen in moments.items():
-        if not seen.is_finite():
+        if shared:
+            for gram in seen.grams():
+                gram.add_processes()
+        if not all(bool(torch.isfinite(gram.sum).all()) for gram in seen.grams()):
             raise DataError(f"activations around {mlp.output} are not finite: the model's weights are damaged")
     return moments
 
 
-def _backward(model: PreTrainedModel, tokens: Int[Tensor, "B L"], generator: torch.Generator) -> None:
+def _backward(
+    model: PreTrainedModel,
+    layers: Layers,
+    tokens: Int[Tensor, "B L"],
+    home: torch.device,
+    device: torch.device,
+    generator: torch.Generator,
+) -> None:
     """One forward pass and one backward pass of cross-entropy against labels that the model itself would draw."""
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
-    probabilities = logits.detach().softmax(-1).cpu()
-    if not bool(torch.isfinite(probabilities).all()):
-        raise DataError("the model's output is not finite: its weights are damaged")
-    labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+    def decoder() -> None:
+        model.get_decoder()(input_ids=tokens, use_cache=False)
+
+    with torch.no_grad(), _in_turn(layers, home, device):
+        hidden = layers.record(decoder)
+    top = hidden.pop()
+    gradient = torch.cat(
+        [
+            _output_gradient(model, layers, row[None], last[None], len(hidden), generator)
+            for row, last in zip(tokens, top, strict=True)
+        ]
+    )
+    for number in reversed(range(len(hidden))):
+        below = hidden.pop(number).requires_grad_()
+        layers.modules[number].to(device)
+        _, output = layers.run(decoder, below, number, number + 1)
+        output.backward(gradient)
+        gradient = below.grad
+        layers.modules[number].to(home)
+
+
+def _output_gradient(
+    model: PreTrainedModel,
+    layers: Layers,
+    tokens: Int[Tensor, "1 L"],
+    top: Float[Tensor, "1 L H"],
+    depth: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "1 L H"]:
+    """Gradient at the last layer's output; one block at a time, because logits are large."""
+    top.requires_grad_()
+    logits, _ = layers.run(lambda: model(input_ids=tokens, use_cache=False).logits[0].float(), top, depth)
+    with torch.no_grad():
+        probabilities = logits.softmax(-1).cpu()
+        if not bool(torch.isfinite(probabilities).all()):
+            raise DataError("the model's output is not finite: its weights are damaged")
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
     F.cross_entropy(logits, labels, reduction="sum").backward()
+    assert top.grad is not None
+    return top.grad
 
 
-def _reads_input(gram: Gram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda _, args: gram.add(args[0].flatten(0, -2))
+@contextmanager
+def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
-def _reads_output(gram: Gram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+@contextmanager
+def _all_but_layers_on(model: PreTrainedModel, layers: Layers, device: torch.device) -> Iterator[None]:
+    """Embedding, final norm and output projection stay on `device`; the decoder layers come and go."""
+    home = model.device
+    if device == home:
+        yield
+        return
+    inside = {id(value) for layer in layers.modules for value in (*layer.parameters(), *layer.buffers())}
+    try:
+        for value in (*model.parameters(), *model.buffers()):
+            if id(value) not in inside:
+                value.data = value.data.to(device)
+        yield
+    finally:
+        nn.Module.to(model, home)
+
+
+@contextmanager
+def _in_turn(layers: Layers, home: torch.device, device: torch.device) -> Iterator[None]:
+    """Each decoder layer visits `device` for its forward pass."""
+    handles = []
+    for layer in layers.modules if device != home else []:
+        handles.append(layer.register_forward_pre_hook(lambda module, _: module.to(device) and None))
+        handles.append(layer.register_forward_hook(lambda module, *_: module.to(home) and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reads_input(gram: Gram, with_graph: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() == with_graph:
+            gram.add(args[0].flatten(0, -2))
+
+    return hook
+
+
+def _reads_output(gram: Gram, with_graph: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        bias = getattr(module, "bias", None)
-        gram.add((output if bias is None else output - bias).flatten(0, -2))
+        if torch.is_grad_enabled() == with_graph:
+            bias = getattr(module, "bias", None)
+            gram.add((output if bias is None else output - bias).flatten(0, -2))
 
     return hook
 
 
 def _reads_gradient(gram: Gram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        output.register_hook(lambda gradient: gram.add(gradient.flatten(0, -2)))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gram.add(gradient.flatten(0, -2)))
 
     return hook

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; grey axes stand out on white and on black
@@ -52,10 +53,7 @@ def loss_curve(history: dict[str, Any]) -> str:
 def ranks(plan: dict[str, Any]) -> str:
     """Rank of each matrix by layer, as a share of full rank, and the output energy lost."""
     figure, (left, right) = _figures(2)
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for matrix in plan["matrices"]:
-        kinds.setdefault(matrix["name"].rpartition(".")[2], []).append(matrix)
-    for (name, members), color, marker in zip(kinds.items(), (_BLUE, _ORANGE, _GREEN), "os^", strict=False):
+    for (name, members), color, marker in _by_kind(plan["matrices"]):
         layers = range(len(members))
         full = [min(m["in_features"], m["out_features"]) for m in members]
         style = {"color": color, "marker": marker, "ms": 4, "label": name}
@@ -65,6 +63,48 @@ def ranks(plan: dict[str, Any]) -> str:
     right.set(xlabel="layer", ylabel="output energy lost", yscale="log")
     right.legend(**_LEGEND)
     return _svg(figure)
+
+
+def spectrum(found: dict[str, Any]) -> str:
+    """Energy left out against rank kept (median and range over layers), effective ranks, and the predicted loss."""
+    figure, (left, middle, right) = _figures(3)
+    for (name, members), color, marker in _by_kind(found["matrices"]):
+        left_out = np.array([_left_out(m) for m in members])
+        shares = np.linspace(0, 1, left_out.shape[1])
+        left.fill_between(shares, left_out.min(0), left_out.max(0), color=color, alpha=0.15, lw=0)
+        left.plot(shares, np.median(left_out, 0), color=color, label=name)
+        layers = range(len(members))
+        full = [min(m["in_features"], m["out_features"]) for m in members]
+        style = {"color": color, "marker": marker, "ms": 4}
+        middle.plot(layers, [m["effective_rank"] / f for m, f in zip(members, full, strict=True)], label=name, **style)
+        middle.plot(
+            layers, [m["weight_effective_rank"] / f for m, f in zip(members, full, strict=True)], ":", color=color
+        )
+        kl = members[0]["predicted_kl"] is not None
+        right.plot(layers, [m["predicted_kl" if kl else "relative_error"] for m in members], **style)
+    left.set(xlabel="rank kept / full rank", ylabel="energy left out", yscale="log", ylim=(1e-5, 1.2))
+    middle.set(xlabel="layer", ylabel="effective rank / full rank", ylim=(0, 1.05), title="dotted: of the weight alone")
+    what = "predicted KL (nats a token)" if kl else "energy lost"
+    right.set(xlabel="layer", ylabel=f"{what} at {found['reduction']:.0%}", yscale="log")
+    left.legend(**_LEGEND)
+    return _svg(figure)
+
+
+def _left_out(matrix: dict[str, Any]) -> Any:
+    """Energy left out at 101 shares of full rank."""
+    full = min(matrix["in_features"], matrix["out_features"])
+    lost = np.zeros(full + 1)
+    energy = np.array(matrix["energy"])
+    lost[: len(energy)] = energy[::-1].cumsum()[::-1]
+    return np.maximum(np.interp(np.linspace(0, full, 101), np.arange(full + 1), lost), 1e-12)
+
+
+def _by_kind(matrices: list[dict[str, Any]]) -> Any:
+    """(kind such as gate_proj, its matrices in depth order), colour, marker."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for matrix in matrices:
+        kinds.setdefault(matrix["name"].rpartition(".")[2], []).append(matrix)
+    return zip(kinds.items(), (_BLUE, _ORANGE, _GREEN), "os^", strict=False)
 
 
 def perplexities(evaluation: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ Rows = list[list[str]]
 PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte", "paper's protocol", "tokens"]
 MATRIX_HEADER = ["matrix", "shape", "rank", "parameters", "after", "output energy lost"]
 
+SPECTRUM_HEADER = ["matrix", "shape", "effective rank", "of the weight", "rank kept", "energy lost", "predicted KL"]
+
 
 def number(value: float) -> str:
     """Two decimals, or thousands separated where decimals say nothing."""
@@ -55,6 +57,27 @@ def matrices(plan: dict[str, Any]) -> Rows:
             ]
         )
     return rows
+
+
+def spectrum_title(found: dict[str, Any]) -> str:
+    """What the spectra were taken by, and of which cut the last columns speak."""
+    return f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}"
+
+
+def spectrum(found: dict[str, Any]) -> Rows:
+    """A row a matrix: how many directions carry it, and what a uniform cut would lose."""
+    return [
+        [
+            m["name"],
+            f"{m['out_features']} x {m['in_features']}",
+            f"{m['effective_rank']:.0f}",
+            f"{m['weight_effective_rank']:.0f}",
+            str(m["rank"]),
+            f"{m['relative_error']:.2%}",
+            "" if m["predicted_kl"] is None else f"{m['predicted_kl']:.5f}",
+        ]
+        for m in found["matrices"]
+    ]
 
 
 def sizes(plan: dict[str, Any]) -> Rows:

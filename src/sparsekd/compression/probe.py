@@ -1,0 +1,68 @@
+"""The true damage of truncating one matrix: KL to the teacher with only that matrix changed.
+
+Curvature predicts this from one backward pass; the probe measures it. The layers before the matrix compute what they
+always did, so their output is recorded once and every measurement starts at the matrix's own layer.
+
+Shape letters: B blocks, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekd.cache import Targets
+from sparsekd.compression.formats import Factors
+from sparsekd.layers import LowRankLinear
+from sparsekd.layerwise import Layers
+from sparsekd.losses import bucket_loss
+from sparsekd.models import replace_module
+
+
+class Probe:
+    """KL to the teacher's distributions on some blocks, in nats a position, while `model` stays what it is."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "B L"], teacher: Sequence[Targets], batch_size: int):
+        """`teacher` holds the targets of each block: row t of a block is the distribution of token t + 1."""
+        self._model, self._layers = model, Layers(model)
+        self._batches = []
+        for start in range(0, len(blocks), batch_size):
+            tokens = blocks[start : start + batch_size].to(model.device)
+            hidden = self._layers.record(lambda tokens=tokens: model.get_decoder()(input_ids=tokens, use_cache=False))
+            rows = teacher[start : start + batch_size]
+            targets = Targets(*(torch.stack(column).to(model.device) for column in zip(*rows, strict=True)))
+            self._batches.append((tokens, hidden, targets))
+        self._numbers = {
+            id(module): number for number, layer in enumerate(self._layers.modules) for module in layer.modules()
+        }
+
+    def of_one(self, name: str, factors: Factors) -> float:
+        """The KL with the matrix `name` replaced by `up @ down`; it is put back afterwards."""
+        module = self._model.get_submodule(name)
+        replace_module(self._model, name, LowRankLinear.from_factors(*factors, getattr(module, "bias", None)))
+        try:
+            return self._kl(self._numbers[id(module)])
+        finally:
+            replace_module(self._model, name, module)
+
+    def of_all(self) -> float:
+        """The KL of the model as it is now."""
+        return self._kl(0)
+
+    @torch.inference_mode()
+    def _kl(self, first: int) -> float:
+        total, count = 0.0, 0
+        for tokens, hidden, targets in self._batches:
+            logits, _ = self._layers.run(
+                lambda tokens=tokens: self._model(input_ids=tokens, use_cache=False).logits, hidden[first], first
+            )
+            for row in range(len(tokens)):
+                part = Targets(*(column[row] for column in targets))
+                loss = bucket_loss(logits[row, :-1], tokens[row, 1:], part, alpha=1.0, temperature=1.0, denominator=1)
+                total, count = total + loss.kd.item(), count + len(part.log_tail)
+        return total / count
