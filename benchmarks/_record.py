@@ -14,7 +14,7 @@ from sparsekd.run import versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, figures: dict[str, Any]) -> None:
+def record(name: str, figures: dict[str, Any], *, show: bool = True) -> None:
     """Saves and prints `figures` with the command, the commit, the processor and the versions."""
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False)
@@ -27,7 +27,8 @@ def record(name: str, figures: dict[str, Any]) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    if show:
+        print(json.dumps(result, indent=1))
 
 
 def _processor() -> str:

@@ -343,7 +343,7 @@ def test_a_full_disk_stops_before_the_first_shard(
 
 
 @pytest.mark.parametrize("options", [("--dry-run",), ()])
-def test_a_compressed_model_is_not_compressed_again(
+def test_a_compressed_model_is_not_cut_to_more_than_it_has(
     options: tuple[str, ...], refused: Any, small_model: Any, tiny_recipe: Path, tmp_path: Path
 ) -> None:
     values = yaml.safe_load(tiny_recipe.read_text())
@@ -411,3 +411,27 @@ def test_fresh_killed_at_any_removal_can_be_called_again(
         assert sparsekd("distill", tiny_recipe, "--out", out, "--fresh").code == 130
     assert sparsekd("distill", tiny_recipe, "--out", out).code == 0
     assert not list(out.glob("*.tmp-*"))
+
+
+# ---- spectrum
+
+
+@pytest.mark.parametrize("method", ["svd", "two-sided"])
+def test_spectrum_prints_a_row_a_matrix_and_keeps_a_picture(
+    method: str, sparsekd: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "spectra"
+    arguments = ["spectrum", str(tiny_recipe), "--set", f"compress.method={method}", "--reduction", "0.4"]
+    outcome = sparsekd(*arguments, "--out", str(out))
+    assert outcome.code == 0
+    assert outcome.out.count("mlp.") == 6
+    found = json.loads((out / "spectrum.json").read_text())
+    assert found["reduction"] == 0.4
+    for matrix in found["matrices"]:
+        assert len(matrix["singular_values"]) == 32
+        assert 1 <= matrix["effective_rank"] <= 32
+        assert sum(matrix["energy"]) == pytest.approx(1)
+        assert (matrix["predicted_kl"] is None) == (method == "svd")
+        lost = sum(matrix["energy"][matrix["rank"] :])
+        assert matrix["relative_error"] == pytest.approx(lost, abs=1e-9)
+    assert (out / "spectrum.svg").read_text().startswith("<svg")

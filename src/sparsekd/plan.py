@@ -47,7 +47,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "cache_bytes": cached * bytes_per_token(recipe.cache.top_k, sizes.vocab),
         "cache_bytes_per_token": bytes_per_token(recipe.cache.top_k, sizes.vocab),
         "model_bytes": sizes.parameters * placement.dtype.itemsize,
-        "peak_memory_bytes": _memory(recipe, sizes, structure.model_parameters_after, placement.dtype.itemsize),
+        "peak_memory_bytes": _memory(recipe, sizes, structure, placement.dtype.itemsize),
         "seconds": _seconds(recipe, sizes, structure, cached, measured_flops(placement)),
     }
 
@@ -67,16 +67,18 @@ def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:
     )
 
 
-def _memory(recipe: Recipe, sizes: _Sizes, parameters_after: int, itemsize: int) -> float:
-    """The larger of training (weights, gradients, two moments, the best copy, activations) and evaluation."""
+def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize: int) -> float:
+    """The largest of training (weights, gradients, two moments, the best copy, activations), evaluation and
+    truncation (weights, three hidden-size sums a layer, the directions of every matrix)."""
     tokens = recipe.distill.micro_batch_size * recipe.corpus.seq_len
     activations = tokens * sizes.layers * (14 * sizes.hidden + 5 * sizes.widest) * 4
     head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
-    training = 5 * 4 * parameters_after + activations + head
+    training = 5 * 4 * structure.model_parameters_after + activations + head
     logits = recipe.evaluate.batch_size * recipe.evaluate.context * sizes.vocab * 4
     evaluation = itemsize * sizes.parameters + 3 * logits
-    statistics = itemsize * sizes.parameters + sizes.layers * 2 * 8 * sizes.hidden**2
-    return _RUNTIME_BYTES + max(training, evaluation, statistics)
+    directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices)
+    truncation = itemsize * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
+    return _RUNTIME_BYTES + max(training, evaluation, truncation)
 
 
 def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float) -> dict[str, float]:
@@ -87,10 +89,12 @@ def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached:
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     trained = corpus.num_blocks * corpus.seq_len * distill.epochs
     validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
-    passes = {"svd": 0, "whitened": 1, "two-sided": 2.5}[recipe.compress.method]  # curvature: a backward pass as well
+    # curvature: forward to record, then forward and backward; the probe starts in the middle of the model on average
+    passes = {"svd": 0, "whitened": 1, "two-sided": 3.5}[recipe.compress.method]
+    probed = len(structure.matrices) * 0.65 * recipe.compress.probe_tokens
     return {
         "cache": forward * cached,
-        "compress": forward * passes * recipe.compress.num_tokens + solver / (flops * _SOLVER_EFFICIENCY),
+        "compress": forward * (passes * recipe.compress.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY),
         "distill": smaller * (3 * trained + validated),
         "evaluate": (forward + 2 * smaller) * scored,
     }

@@ -58,9 +58,7 @@ class Stage:
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Writes what came out, with time and memory; from here on the stage is reused."""
         seconds = time.monotonic() - self._start
-        # ru_maxrss: KiB on Linux, bytes on macOS; the process's highest so far, so it never falls from stage to stage
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.summary = summary | {"seconds": seconds, "peak_memory_bytes": peak}
+        self.summary = summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
         files.write_json(self.folder / "stage.json", self.summary)
         self._run.log("stage", name=self.name, seconds=seconds)
         return self.summary
@@ -190,6 +188,12 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far; it never falls."""
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return highest * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> dict[str, str]:

@@ -23,8 +23,8 @@ from torch import Tensor
 _RELATIVE_FLOOR = 1e-12  # eigenvalues below this share of the largest are rounding noise of float64 products
 
 
-# Sampled gradients are few and heavy-tailed: a third of isotropic curvature keeps their noise out of the directions.
-_ISOTROPIC_SHARE = 0.3
+# Sampled gradients are few and heavy-tailed: some isotropic curvature keeps their noise out of the directions.
+_ISOTROPIC_SHARE = 0.1
 
 
 @dataclass(frozen=True)
