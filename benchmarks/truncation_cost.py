@@ -24,7 +24,7 @@ from sparsekd.models import num_parameters
 from sparsekd.recipe import Compress, load_recipe
 from sparsekd.run import peak_memory_bytes
 
-NUM_TOKENS, ROUNDS, PROBE_TOKENS = 16_384, 3, 2048
+NUM_TOKENS, ROUNDS, PROBE_TOKENS = 16_384, 3, 1024
 
 
 def main() -> None:

@@ -32,25 +32,25 @@ from sparsekd.layerwise import Layers
 from sparsekd.models import MLP, find_mlps, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
-# alone would decide the top directions. A token counts with at most this multiple of the median norm.
+# alone would decide the top directions. A token counts with at most this multiple of the median norm. Gradients are
+# heavy-tailed by nature and are left as they are: capping them was measured to hurt.
 NORM_CAP = 4.0
-GRADIENT_CAP = 10.0  # gradients are heavy-tailed by nature: only the wildest are kept from deciding alone
 TOKENS_PER_DIMENSION = 10  # fewer make a poor second moment: directions are then fitted to the sample
 
 
 class Gram:
     """Running sum of `x x^T`, or of its diagonal: products in the activations' precision, sums in float64."""
 
-    def __init__(self, size: int, *, cap: float = NORM_CAP, diagonal: bool = False):
+    def __init__(self, size: int, *, cap: float | None = NORM_CAP, diagonal: bool = False):
         self.cap, self.diagonal = cap, diagonal
         self.sum = torch.zeros(size if diagonal else (size, size), dtype=torch.float64)
         self.num_tokens = 0
 
     def add(self, x: Float[Tensor, "N F"]) -> None:
         x = x.detach().float()
-        norm = x.norm(dim=-1, keepdim=True)
-        cap = self.cap * norm.median().clamp_min(1e-30)
-        x = x * (cap / norm.clamp_min(1e-30)).clamp_max(1.0)
+        if self.cap is not None:
+            norm = x.norm(dim=-1, keepdim=True)
+            x = x * (self.cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
         self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).double().cpu()
         self.num_tokens += len(x)
 
@@ -96,7 +96,7 @@ def collect(
     hidden = model.config.get_text_config().hidden_size
     moments, handles = {}, []
     for mlp in find_mlps(model):
-        seen = moments[mlp] = Moments(Gram(hidden), Gram(hidden), Gram(hidden, cap=GRADIENT_CAP))
+        seen = moments[mlp] = Moments(Gram(hidden), Gram(hidden), Gram(hidden, cap=None))
         first, last = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
         # with curvature each layer runs twice: to record, and then with a graph, when it counts
         handles.append(first.register_forward_pre_hook(_reads_input(seen.input, curvature)))
@@ -105,7 +105,7 @@ def collect(
             handles.append(last.register_forward_hook(_reads_gradient(seen.output_curvature)))
             for name in mlp.inputs:
                 module = model.get_submodule(name)
-                seen.input_curvature[name] = Gram(shape(module)[1], cap=GRADIENT_CAP, diagonal=True)
+                seen.input_curvature[name] = Gram(shape(module)[1], cap=None, diagonal=True)
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
     layers, home = Layers(model), model.device
     device = device or home
