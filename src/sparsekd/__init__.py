@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekd.cache import Cache as Cache
     from sparsekd.compression import compress as compress
+    from sparsekd.compression import convert as convert
     from sparsekd.corpus import blocks_from_texts as blocks_from_texts
     from sparsekd.distillation import distill as distill
     from sparsekd.errors import SparseKDError as SparseKDError
@@ -26,6 +27,7 @@ _PUBLIC = {
     "blocks_from_texts": "corpus",
     "cache_teacher": "teacher",
     "compress": "compression",
+    "convert": "compression",
     "distill": "distillation",
     "load": "models",
     "load_recipe": "recipe",
