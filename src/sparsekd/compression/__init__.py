@@ -84,9 +84,10 @@ def truncate(
     chosen = choose(model, uniform, found, options, probe)
     factors = {}
     for matrix in chosen.matrices:
+        projection = found.pop(matrix.name)  # from here on the factors stand for it: not both in memory
         if matrix.rank is not None:
             weight = linear_weight(model.get_submodule(matrix.name)).detach()
-            factors[matrix.name] = found[matrix.name].factors(weight, matrix.rank)
+            factors[matrix.name] = projection.factors(weight, matrix.rank)
     put(model, factors, options.format)
     ranks = {matrix.name: matrix.rank for matrix in chosen.matrices if matrix.rank is not None}
     description = {"format": options.format, "method": options.method, "allocation": options.allocation}

@@ -37,9 +37,9 @@ def convert(model: PreTrainedModel, layer_format: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def put(model: PreTrainedModel, factors: Mapping[str, Factors], layer_format: str) -> None:
+def put(model: PreTrainedModel, factors: dict[str, Factors], layer_format: str) -> None:
     """Replaces each linear layer named in `factors` by a layer of that format, after all of them are made: an error
-    leaves the model as it was. The names must contain all layers that are compressed already."""
+    leaves the model as it was. The names must contain all layers that are compressed already. Empties `factors`."""
     if layer_format == "pivot":
         _check_renumbering(model)
     layers: dict[str, nn.Module] = {}
@@ -57,7 +57,7 @@ def put(model: PreTrainedModel, factors: Mapping[str, Factors], layer_format: st
             if bias is not None and rows is not None:
                 bias = bias[rows]
             if name in factors:
-                up, down = factors[name]
+                up, down = factors.pop(name)
                 up, down = (up if rows is None else up[rows]), (down[:, order] if order is not None and reads else down)
                 layers[name] = layer_class(layer_format, reads).from_factors(up, down, bias)
             elif order is not None:

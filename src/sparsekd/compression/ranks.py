@@ -224,9 +224,8 @@ def _measure(
     """The plan with each matrix's true KL at its planned rank; a matrix that stays dense is probed a little below."""
     matrices = []
     for matrix in planned.matrices:
-        rank = min(
-            matrix.rank or matrix.max_rank, max(1, matrix.max_rank * 7 // 8), len(projections[matrix.name].energy)
-        )
+        highest = min(len(projections[matrix.name].energy), max(1, matrix.max_rank * 7 // 8))
+        rank = min(matrix.rank or highest, highest)
         weight = linear_weight(model.get_submodule(matrix.name)).detach()
         measured = probe.of_one(matrix.name, projections[matrix.name].factors(weight, rank))
         predicted = float(losses[matrix.name][rank])
@@ -268,7 +267,8 @@ def _read_ranks(uniform: Plan, path: Path, options: Compress) -> Plan:
                 f"{path} is for another model: {matrix.name} is {matrix.out_features} x {matrix.in_features}, "
                 f"there it is {'missing' if inputs is None else f'{outputs} x {inputs}'}"
             )
-        if rank is not None and not (isinstance(rank, int) and 1 <= rank <= matrix.max_rank):
+        dense = rank is None and matrix.max_rank == min(inputs, outputs)
+        if not dense and not (type(rank) is int and 1 <= rank <= matrix.max_rank):
             raise DataError(f"{path}: rank {rank} of {matrix.name}: expected 1 to {matrix.max_rank}")
         matrices.append(_with_rank(matrix, rank, options.format))
     if ranks:

@@ -51,17 +51,27 @@ def loss_curve(history: dict[str, Any]) -> str:
 
 
 def ranks(plan: dict[str, Any]) -> str:
-    """Rank of each matrix by layer, as a share of full rank, and the output energy lost."""
-    figure, (left, right) = _figures(2)
+    """Rank of each matrix by layer, as a share of full rank; the output energy lost; and, where the KL of cutting each
+    matrix alone is known, what was predicted and, where it was probed, what was measured."""
+    known = plan["predicted_kl"] is not None
+    figure, (left, middle, *right) = _figures(3 if known else 2)
     for (name, members), color, marker in _by_kind(plan["matrices"]):
         layers = range(len(members))
         full = [min(m["in_features"], m["out_features"]) for m in members]
         style = {"color": color, "marker": marker, "ms": 4, "label": name}
         left.plot(layers, [(m["rank"] or f) / f for m, f in zip(members, full, strict=True)], **style)
-        right.plot(layers, [m["relative_error"] or math.nan for m in members], **style)  # dense: nothing lost
+        middle.plot(layers, [m["relative_error"] or math.nan for m in members], **style)  # dense: nothing lost
+        if known:
+            right[0].plot(layers, [m["predicted_kl"] or math.nan for m in members], **style)
+            measured = [m["probed_kl"] or math.nan for m in members]
+            right[0].plot(layers, measured, marker, ms=8, mfc="none", color=color)
     left.set(xlabel="layer", ylabel="rank / full rank", ylim=(0, 1.05))
-    right.set(xlabel="layer", ylabel="output energy lost", yscale="log")
-    right.legend(**_LEGEND)
+    middle.set(xlabel="layer", ylabel="output energy lost", yscale="log")
+    middle.legend(**_LEGEND)
+    if known:
+        right[0].set(xlabel="layer", ylabel="KL predicted (nats a token)", yscale="log")
+        if any(m["probed_kl"] for m in plan["matrices"]):
+            right[0].set_title("open: measured, at the rank first planned", fontsize=9)
     return _svg(figure)
 
 

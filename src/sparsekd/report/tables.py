@@ -9,7 +9,16 @@ from rich.table import Table
 Rows = list[list[str]]
 
 PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte", "paper's protocol", "tokens"]
-MATRIX_HEADER = ["matrix", "shape", "rank", "parameters", "after", "output energy lost"]
+MATRIX_HEADER = [
+    "matrix",
+    "shape",
+    "rank",
+    "parameters",
+    "after",
+    "output energy lost",
+    "predicted KL",
+    "probed KL at rank",
+]
 
 SPECTRUM_HEADER = ["matrix", "shape", "effective rank", "of the weight", "rank kept", "energy lost", "predicted KL"]
 
@@ -54,6 +63,8 @@ def matrices(plan: dict[str, Any]) -> Rows:
                 f"{m['parameters_before']:,}",
                 f"{m['parameters_after']:,}",
                 "" if lost is None else f"{lost:.2%}",
+                "" if m["predicted_kl"] is None else f"{m['predicted_kl']:.5f}",
+                "" if m["probed_kl"] is None else f"{m['probed_kl']:.5f} at {m['probed_rank']}",
             ]
         )
     return rows
