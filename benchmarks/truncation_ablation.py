@@ -65,7 +65,8 @@ def main() -> None:
     recipe = load_recipe(str(Path(__file__).parents[1] / "recipes" / "local-mixture.yaml"), overrides)
     model, tokenizer = sparsekd.load()
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-    sample = built.tokens(built.order(recipe.seed, 0)[: STATISTICS_TOKENS // recipe.corpus.seq_len].tolist())
+    count = (STATISTICS_TOKENS + PROBE_TOKENS) // recipe.corpus.seq_len
+    sample = built.tokens(built.order(recipe.seed, 0)[:count].tolist())
     batches = list(torch.from_numpy(np.stack(sample).astype(np.int64)).split(4))
 
     def measure(measured: Any) -> dict[str, Any]:
@@ -77,7 +78,8 @@ def main() -> None:
     dense = measure(model)
     found["dense_perplexity"] = {text: [p.perplexity, p.standard_error] for text, p in dense.items()}
     kept = Path(tempfile.gettempdir()) / f"{NAME}_{built.fingerprint}"
-    moments = _statistics(model, batches, kept.with_suffix(".pt"))
+    seen = batches[: STATISTICS_TOKENS // batches[0].numel()]  # the probe's tokens are others
+    moments = _statistics(model, seen, kept.with_suffix(".pt"))
     data = _training_data(model, built, recipe.seed, kept) if given.train else None
 
     def save(key: str, part: str, value: Any) -> None:

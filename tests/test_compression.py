@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import sparsekd
 from sparsekd import files, teacher
 from sparsekd.cache import Targets
-from sparsekd.compression import convert, few_tokens, lowrank, plan, statistics, truncate
+from sparsekd.compression import convert, directions, few_tokens, lowrank, plan, statistics, truncate
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
@@ -203,7 +204,8 @@ def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeMo
     assert lost["whitened"] < 0.8 * lost["svd"]
 
 
-def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: MakeModel) -> None:
+def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: MakeModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr(directions, "ISOTROPIC_INPUT", 0.0)
     model = make_model("llama")
     blocks = tokens(model)
     seen: list[torch.Tensor] = []
@@ -404,8 +406,11 @@ def test_probe_measures_what_a_whole_pass_measures(architecture: str, make_model
     """From the matrix's own layer on, and with the model as it was afterwards."""
     model = make_model(architecture)
     blocks = tokens(model)
-    targets = teacher.distributions(model, blocks, top_k=model.config.vocab_size - 1)
-    probe = Probe(model, blocks, targets, batch_size=3)
+
+    def everything(block: torch.Tensor) -> Targets:
+        return teacher.distributions(model, block[None], top_k=model.config.vocab_size - 1)[0]
+
+    probe = Probe(model, blocks.split(3), everything)
     log_p = model(blocks).logits[:, :-1].log_softmax(-1)
     assert abs(probe.of_all()) < 1e-6
     name = find_mlps(model)[1].output
@@ -439,6 +444,35 @@ def test_curvature_predicts_what_the_probe_measures(make_model: MakeModel) -> No
     assert all(0.5 < ratio < 2 for ratio in ratios)
     assert result.measured_kl is not None and result.predicted_kl is not None
     assert 0 < result.measured_kl < 10 * result.predicted_kl
+
+
+def test_the_probes_tokens_are_not_those_of_the_statistics(make_model: MakeModel, monkeypatch: Any) -> None:
+    model = make_model("llama")
+    blocks, seen, probed = tokens(model), [], []
+    collect = statistics.collect
+    monkeypatch.setattr(
+        statistics, "collect", lambda m, batches, **rest: seen.extend(batches) or collect(m, batches, **rest)
+    )
+    options = Compress(reduction=0.3, method="two-sided", allocation="global", probe_tokens=40, batch_size=2)
+    truncate(model, blocks, options, teacher=lambda b: probed.append(b) or teacher.distributions(model, b[None], 32)[0])
+    assert torch.equal(torch.cat(seen), blocks[:6])
+    assert torch.equal(torch.stack(probed), blocks[6:])
+    with pytest.raises(UsageError, match="probe_tokens is 999"):
+        truncate(make_model("llama"), blocks, Compress(probe_tokens=999))
+
+
+def test_isotropic_inputs_mix_the_plain_svd_in() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(16, 24, dtype=torch.float64), torch.randn(400, 24, dtype=torch.float64)
+    gram = x.T @ x / 400
+    by_input = lowrank.with_isotropic_inputs(gram, 0.5)
+    assert torch.allclose(by_input, gram + 0.5 * gram.trace() / 24 * torch.eye(24))
+    outputs = lowrank.with_isotropic_inputs(weight @ gram @ weight.T, 0.5, weight)
+    share = 0.5 * (weight @ gram @ weight.T).trace() / (weight @ weight.T).trace()
+    assert torch.allclose(outputs, weight @ (gram + share * torch.eye(24)) @ weight.T)
+    plain = lowrank.from_input_gram(weight, None).factors(weight, 5)
+    mixed = lowrank.from_input_gram(weight, lowrank.with_isotropic_inputs(gram, 1e9)).factors(weight, 5)
+    assert torch.allclose(plain[0] @ plain[1], mixed[0] @ mixed[1], atol=1e-4)
 
 
 def test_probe_makes_global_allocation_possible_for_every_method(make_model: MakeModel) -> None:

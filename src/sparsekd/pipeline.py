@@ -316,7 +316,7 @@ def _measure(
 
 
 def _statistics_batches(blocks: Corpus, recipe: Recipe) -> list[torch.Tensor]:
-    """Batches of equally long training blocks, in the first epoch's order, up to `compress.num_tokens`."""
+    """Batches of equally long training blocks, in the first epoch's order, enough for statistics and probe."""
     batches, batch, total = [], [], 0
     for block_id in blocks.order(recipe.seed, 0):
         tokens = blocks.blocks[block_id].tokens
@@ -325,7 +325,7 @@ def _statistics_batches(blocks: Corpus, recipe: Recipe) -> list[torch.Tensor]:
             batch = []
         batch.append(tokens)
         total += len(tokens)
-        if total >= recipe.compress.num_tokens:
+        if total >= recipe.compress.num_tokens + recipe.compress.probe_tokens:
             break
     return [torch.from_numpy(np.stack(batch).astype(np.int64)) for batch in [*batches, batch]]
 

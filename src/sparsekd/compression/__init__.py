@@ -30,7 +30,6 @@ from sparsekd.compression.ranks import plan as plan
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import linear_weight, mark_compressed
 from sparsekd.recipe import Compress, check_compress
-from sparsekd.teacher import distributions
 
 
 def compress(
@@ -79,8 +78,9 @@ def truncate(
     batches: list[Tensor] = []
     if blocks is not None:
         batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
+    batches, probed = _split(batches, options.probe_tokens)
     found = directions_of(model, batches, options.method, seed=seed, device=device)
-    probe = _probe(model, batches, options, teacher)
+    probe = Probe(model, probed, teacher) if probed else None
     chosen = choose(model, uniform, found, options, probe)
     factors = {}
     for matrix in chosen.matrices:
@@ -95,17 +95,12 @@ def truncate(
     return chosen if probe is None else replace(chosen, measured_kl=probe.of_all())
 
 
-def _probe(
-    model: PreTrainedModel,
-    batches: list[Tensor],
-    options: Compress,
-    teacher: Callable[[Int[Tensor, " L"]], Targets] | None,
-) -> Probe | None:
-    if not options.probe_tokens:
-        return None
-    rows = [row for batch in batches for row in batch if len(row) == batches[0].shape[1]]
-    if not rows:
-        raise UsageError("compress.probe_tokens needs token blocks to measure on")
-    blocks = torch.stack(rows[: max(1, options.probe_tokens // len(rows[0]))])
-    targets = [teacher(block) if teacher else distributions(model, block[None], top_k=32)[0] for block in blocks]
-    return Probe(model, blocks, targets, options.batch_size)
+def _split(batches: list[Tensor], probe_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The batches to take statistics from, and the last ones, of `probe_tokens` tokens at least, for the probe: on
+    what the statistics are fitted to, a truncation looks better than it is."""
+    count = 0
+    while sum(batch.numel() for batch in batches[len(batches) - count :]) < probe_tokens:
+        count += 1
+        if count >= len(batches):
+            raise UsageError(f"compress.probe_tokens is {probe_tokens}: no blocks are left to take statistics from")
+    return batches[: len(batches) - count], batches[len(batches) - count :]

@@ -8,7 +8,7 @@ Shape letters: B blocks, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -21,22 +21,27 @@ from sparsekd.layers import LowRankLinear
 from sparsekd.layerwise import Layers
 from sparsekd.losses import bucket_loss
 from sparsekd.models import replace_module
+from sparsekd.teacher import distributions
 
 
 class Probe:
     """KL to the teacher's distributions on some blocks, in nats a position, while `model` stays what it is."""
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, blocks: Int[Tensor, "B L"], teacher: Sequence[Targets], batch_size: int):
-        """`teacher` holds the targets of each block: row t of a block is the distribution of token t + 1."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Int[Tensor, "_ _"]],
+        teacher: Callable[[Int[Tensor, " L"]], Targets] | None = None,
+    ):
+        """`teacher` gives a block's targets, row t for token t + 1; None: the model's own distributions as it is."""
         self._model, self._layers = model, Layers(model)
         self._batches = []
-        for start in range(0, len(blocks), batch_size):
-            tokens = blocks[start : start + batch_size].to(model.device)
+        for batch in batches:
+            tokens = batch.to(model.device)
             hidden = self._layers.record(lambda tokens=tokens: model.get_decoder()(input_ids=tokens, use_cache=False))
-            rows = teacher[start : start + batch_size]
-            targets = Targets(*(torch.stack(column).to(model.device) for column in zip(*rows, strict=True)))
-            self._batches.append((tokens, hidden, targets))
+            rows = [teacher(block) for block in batch] if teacher else distributions(model, batch, top_k=32)
+            self._batches.append((tokens, hidden, [Targets(*(c.to(model.device) for c in row)) for row in rows]))
         self._numbers = {
             id(module): number for number, layer in enumerate(self._layers.modules) for module in layer.modules()
         }
@@ -61,8 +66,7 @@ class Probe:
             logits, _ = self._layers.run(
                 lambda tokens=tokens: self._model(input_ids=tokens, use_cache=False).logits, hidden[first], first
             )
-            for row in range(len(tokens)):
-                part = Targets(*(column[row] for column in targets))
+            for row, part in enumerate(targets):
                 loss = bucket_loss(logits[row, :-1], tokens[row, 1:], part, alpha=1.0, temperature=1.0, denominator=1)
                 total, count = total + loss.kd.item(), count + len(part.log_tail)
         return total / count
