@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import sparsekd
 from sparsekd import files, teacher
 from sparsekd.cache import Targets
-from sparsekd.compression import convert, directions, few_tokens, lowrank, plan, statistics, truncate
+from sparsekd.compression import convert, few_tokens, lowrank, plan, statistics, truncate
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
@@ -204,8 +204,7 @@ def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeMo
     assert lost["whitened"] < 0.8 * lost["svd"]
 
 
-def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: MakeModel, monkeypatch: Any) -> None:
-    monkeypatch.setattr(directions, "ISOTROPIC_INPUT", 0.0)
+def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: MakeModel) -> None:
     model = make_model("llama")
     blocks = tokens(model)
     seen: list[torch.Tensor] = []
@@ -459,20 +458,6 @@ def test_the_probes_tokens_are_not_those_of_the_statistics(make_model: MakeModel
     assert torch.equal(torch.stack(probed), blocks[6:])
     with pytest.raises(UsageError, match="probe_tokens is 999"):
         truncate(make_model("llama"), blocks, Compress(probe_tokens=999))
-
-
-def test_isotropic_inputs_mix_the_plain_svd_in() -> None:
-    torch.manual_seed(0)
-    weight, x = torch.randn(16, 24, dtype=torch.float64), torch.randn(400, 24, dtype=torch.float64)
-    gram = x.T @ x / 400
-    by_input = lowrank.with_isotropic_inputs(gram, 0.5)
-    assert torch.allclose(by_input, gram + 0.5 * gram.trace() / 24 * torch.eye(24))
-    outputs = lowrank.with_isotropic_inputs(weight @ gram @ weight.T, 0.5, weight)
-    share = 0.5 * (weight @ gram @ weight.T).trace() / (weight @ weight.T).trace()
-    assert torch.allclose(outputs, weight @ (gram + share * torch.eye(24)) @ weight.T)
-    plain = lowrank.from_input_gram(weight, None).factors(weight, 5)
-    mixed = lowrank.from_input_gram(weight, lowrank.with_isotropic_inputs(gram, 1e9)).factors(weight, 5)
-    assert torch.allclose(plain[0] @ plain[1], mixed[0] @ mixed[1], atol=1e-4)
 
 
 def test_probe_makes_global_allocation_possible_for_every_method(make_model: MakeModel) -> None:

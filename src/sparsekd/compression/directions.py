@@ -7,13 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.compression import statistics
-from sparsekd.compression.lowrank import Projection, from_input_gram, from_output_gram, with_isotropic_inputs
+from sparsekd.compression.lowrank import Projection, from_input_gram, from_output_gram
 from sparsekd.errors import UsageError
 from sparsekd.models import MLP, find_mlps, linear_weight
-
-# A few ten thousand tokens miss directions that rarer text uses; a tenth of isotropic input keeps what serves them.
-# Measured on text outside the statistics: docs/experiments.md.
-ISOTROPIC_INPUT = 0.1
 
 
 def directions_of(
@@ -48,11 +44,10 @@ def directions_of(
                 projections[name] = from_input_gram(weight, None)
             elif name == mlp.output:
                 curvature = seen.output_curvature.mean().to(weight.device) if two_sided else None
-                gram = with_isotropic_inputs(seen.output.mean().to(weight.device), ISOTROPIC_INPUT, weight)
-                projections[name] = from_output_gram(gram, curvature)
+                projections[name] = from_output_gram(seen.output.mean().to(weight.device), curvature)
             else:
                 curvature = seen.input_curvature[name].mean().to(weight.device) if two_sided else None
-                gram = with_isotropic_inputs(seen.input.mean().to(weight.device), ISOTROPIC_INPUT)
+                gram = seen.input.mean().to(weight.device)
                 projections[name] = from_input_gram(weight, gram, curvature)
     return projections
 

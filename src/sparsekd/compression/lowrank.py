@@ -9,9 +9,6 @@ Two-sided: with the curvature `G = T T^T` of the loss at the outputs, the error 
 optimum is the same projection in the metric of G, `W' = T^-T U_r U_r^T T^T W` with U from `T^T W`; T is the symmetric
 root of a regularised G, so its inverse is harmless.
 
-Both take a share of isotropic inputs into the statistics where asked (`with_isotropic_inputs`): the error is then that
-of a mixture of the calibration corpus and of inputs in every direction, which interpolates to the plain SVD.
-
 Shape letters: O output features, I input features, R rank, K directions.
 """
 
@@ -58,19 +55,6 @@ class Projection:
         """Share of the energy that a truncation to `rank` loses."""
         lost = self.lost()
         return float(lost[rank] / lost[0]) if float(lost[0]) > 0 else 0.0
-
-
-def with_isotropic_inputs(
-    gram: Float[Tensor, "F F"], share: float, weight: Float[Tensor, "F I"] | None = None
-) -> Float[Tensor, "F F"]:
-    """`gram` plus `share` times the Gram that isotropic inputs of the same energy would give.
-
-    `gram` is of the inputs; or, with `weight`, of its outputs, where isotropic inputs give `W W^T`.
-    """
-    isotropic = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    if weight is not None:
-        isotropic = weight.to(gram.dtype) @ weight.to(gram.dtype).T
-    return gram + share * gram.trace() / isotropic.trace().clamp_min(1e-300) * isotropic
 
 
 def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None) -> Projection:
