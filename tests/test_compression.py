@@ -253,15 +253,26 @@ def test_non_finite_weight_is_named_and_the_model_unchanged(make_model: MakeMode
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
-def test_non_finite_activations_are_refused(make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    ("method", "where"), [("whitened", r"layers\.0\.mlp\.down_proj"), ("two-sided", "before decoder layer 0")]
+)
+def test_non_finite_activations_name_layer_and_blocks(method: str, where: str, make_model: MakeModel) -> None:
     model = make_model("llama")
     with torch.no_grad():
-        model.model.norm.weight.mul_(1)
         model.model.embed_tokens.weight[5] = torch.inf
     blocks = tokens(model)
-    blocks[0, 0] = 5
-    with pytest.raises(DataError, match="not finite"):
-        sparsekd.compress(model, blocks)
+    blocks[blocks == 5] = 6
+    blocks[3, 0] = 5
+    with pytest.raises(DataError, match=rf"{where}.* not finite in blocks 2 to 3"):
+        sparsekd.compress(model, blocks, method=method, batch_size=2)
+
+
+def test_a_weight_that_is_no_matrix_is_refused(make_model: MakeModel) -> None:
+    """As packed weights of quantised layers are."""
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(1024, 1))
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj is \(1024, 1\).* expected .* \(64, 32\)"):
+        sparsekd.compress(model, tokens(model))
 
 
 def test_global_allocation_needs_curvature_or_the_probe(make_model: MakeModel) -> None:

@@ -73,7 +73,13 @@ def truncate(
     check_compress(options)
     uniform = plan(model, options)
     for matrix in uniform.matrices:
-        if not torch.isfinite(linear_weight(model.get_submodule(matrix.name))).all():
+        weight = linear_weight(model.get_submodule(matrix.name))
+        if weight.shape != (matrix.out_features, matrix.in_features) or not weight.is_floating_point():
+            raise DataError(
+                f"the weight of {matrix.name} is {tuple(weight.shape)} {weight.dtype}: expected floating point numbers "
+                f"of shape {(matrix.out_features, matrix.in_features)}; a quantised model cannot be compressed"
+            )
+        if not torch.isfinite(weight).all():
             raise DataError(f"the weight of {matrix.name} is not finite: the model is damaged")
     batches: list[Tensor] = []
     if blocks is not None:

@@ -119,26 +119,38 @@ def collect(
                 tokens = batch.to(device)
                 if curvature:  # labels depend on the batch alone, not on which process takes it
                     labels = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                    _backward(model, layers, tokens, home, device, labels)
+                    _backward(model, layers, tokens, number, home, device, labels)
                 else:
                     with torch.inference_mode(), _in_turn(layers, home, device):
                         model.get_decoder()(input_ids=tokens, use_cache=False)
+                _check_finite(moments, number, len(batch))
     finally:
         for handle in handles:
             handle.remove()
-    for mlp, seen in moments.items():
-        if shared:
-            for gram in seen.grams():
-                gram.add_processes()
-        if not all(bool(torch.isfinite(gram.sum).all()) for gram in seen.grams()):
-            raise DataError(f"activations around {mlp.output} are not finite: the model's weights are damaged")
+    for seen in moments.values() if shared else []:
+        for gram in seen.grams():
+            gram.add_processes()
     return moments
+
+
+def _check_finite(moments: dict[MLP, Moments], number: int, size: int) -> None:
+    """Raises `DataError` naming the first MLP around which something was not finite, and the batch it came with."""
+    for mlp, seen in moments.items():
+        diagonals = [gram.sum if gram.diagonal else gram.sum.diagonal() for gram in seen.grams()]
+        if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
+            raise _not_finite(f"activations around {mlp.output}", number, size)
+
+
+def _not_finite(what: str, number: int, size: int) -> DataError:
+    blocks = f"blocks {number * size} to {number * size + size - 1} of the statistics"
+    return DataError(f"{what} are not finite in {blocks}: the model's weights are damaged")
 
 
 def _backward(
     model: PreTrainedModel,
     layers: Layers,
     tokens: Int[Tensor, "B L"],
+    number: int,
     home: torch.device,
     device: torch.device,
     generator: torch.Generator,
@@ -150,6 +162,9 @@ def _backward(
 
     with torch.no_grad(), _in_turn(layers, home, device):
         hidden = layers.record(decoder)
+    for layer, states in enumerate(hidden):
+        if not bool(torch.isfinite(states).all()):
+            raise _not_finite(f"hidden states before decoder layer {layer}", number, len(tokens))
     top = hidden.pop()
     gradient = torch.cat(
         [
@@ -157,13 +172,13 @@ def _backward(
             for row, last in zip(tokens, top, strict=True)
         ]
     )
-    for number in reversed(range(len(hidden))):
-        below = hidden.pop(number).requires_grad_()
-        layers.modules[number].to(device)
-        _, output = layers.run(decoder, below, number, number + 1)
+    for layer in reversed(range(len(hidden))):
+        below = hidden.pop(layer).requires_grad_()
+        layers.modules[layer].to(device)
+        _, output = layers.run(decoder, below, layer, layer + 1)
         output.backward(gradient)
         gradient = below.grad
-        layers.modules[number].to(home)
+        layers.modules[layer].to(home)
 
 
 def _output_gradient(
