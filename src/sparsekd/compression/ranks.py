@@ -52,7 +52,7 @@ class Plan:
 
     matrices: list[MatrixPlan]
     model_parameters_before: int  # of the dense model
-    predicted_kl: float | None = None  # the sum over the matrices: errors of different matrices add to more than this
+    predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
 
     @property
