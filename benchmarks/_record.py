@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ def record(name: str, figures: dict[str, Any], *, show: bool = True) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False)
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        # a folder of this machine says nothing elsewhere
+        "command": shlex.join(["python", *("DATA" if Path(word).is_absolute() else word for word in sys.argv)]),
         "commit": commit.stdout.strip() + (" with changes in src" if changed.stdout.strip() else ""),
         "processor": _processor(),
         "versions": versions(),

@@ -343,15 +343,11 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
+    outputs = {id(model.get_submodule(mlp.output)) for mlp in find_mlps(model)}
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and all(_is_inside(model, mlp, module) for mlp in find_mlps(model)):
+        if isinstance(module, nn.ModuleList) and outputs <= {id(inner) for inner in module.modules()}:
             return list(module)
     raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
-
-
-def _is_inside(model: PreTrainedModel, mlp: MLP, layers: nn.ModuleList) -> bool:
-    output = model.get_submodule(mlp.output)
-    return any(output is module for module in layers.modules())
 
 
 def is_linear(module: nn.Module) -> bool:

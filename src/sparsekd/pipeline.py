@@ -19,7 +19,7 @@ from sparsekd.cache import Cache, Targets
 from sparsekd.compression import spectrum as spectra
 from sparsekd.console import Console
 from sparsekd.corpus import Corpus
-from sparsekd.device import place
+from sparsekd.device import Placement, place
 from sparsekd.errors import QualityError
 from sparsekd.evaluate import Perplexity, perplexity
 from sparsekd.recipe import Recipe, as_dict
@@ -85,15 +85,9 @@ class Dense:
 
     @functools.cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model = self._run.recipe.model
-        self._run.console.say(f"loading {model.name} ({self.placement.device}, {self.placement.reason})")
-        return models.load(
-            model.name,
-            revision=model.revision,
-            dtype=self.placement.dtype,
-            device=self.placement.device,
-            trust_remote_code=model.trust_remote_code,
-        )
+        name = self._run.recipe.model.name
+        self._run.console.say(f"loading {name} ({self.placement.device}, {self.placement.reason})")
+        return _load(self._run.recipe, self.placement)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -102,6 +96,16 @@ class Dense:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded[1]
+
+
+def _load(recipe: Recipe, placement: Placement) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return models.load(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        dtype=placement.dtype,
+        device=placement.device,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
 
 
 def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
@@ -275,14 +279,7 @@ def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
 
 def spectrum(recipe: Recipe) -> dict[str, Any]:
     """The spectra of a model's MLP matrices on the recipe's corpus; keeps nothing."""
-    placement = place(recipe.device, recipe.model.dtype)
-    model, tokenizer = models.load(
-        recipe.model.name,
-        revision=recipe.model.revision,
-        dtype=placement.dtype,
-        device=placement.device,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    model, tokenizer = _load(recipe, place(recipe.device, recipe.model.dtype))
     batches: list[torch.Tensor] = []
     if recipe.compress.method != "svd":
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
