@@ -2,11 +2,14 @@
 
     python benchmarks/truncation_ablation.py DATA [--reductions 0.15 0.35 0.65] [--train] [--seeds 42] [--arms NAME ...]
 
-DATA is a folder as recipes/local-mixture.yaml describes it. Every arm has the same corpus, statistics (32,768 tokens),
-budget and training, so what differs is the truncation alone; the learning rate follows the damage by one rule. Ratios
-of strict perplexity to the dense model's on 4,096 tokens of WikiText-2 test and of held-out C4. `SVD-LLM` and `ASVD`
-are the published algorithms, uniform ranks, on the same tokens: the truncated SVD of W S, with S the Cholesky factor of
-E[x x^T], or S = diag(E|x|)^0.5. The perplexities are the product's; so is everything not named here.
+DATA is a folder as recipes/local-mixture.yaml describes it. Every arm has the same corpus, statistics (98,304 tokens),
+budget and training (one pass over 200 of the blocks), so what differs is the truncation alone; the learning rate
+follows the damage by one rule. Ratios of strict perplexity to the dense model's on 4,096 tokens of WikiText-2 test and
+of held-out C4. `SVD-LLM` and `ASVD` are the published algorithms, uniform ranks, on the same tokens: the truncated SVD
+of W S, with S the Cholesky factor of E[x x^T], or S = diag(E|x|)^0.5. `shared basis` stacks gate and up on one input
+basis at the ranks that the pivot format of the stack affords, and trains it as two factors: the same matrices, another
+parametrisation; so does `pivot ranks, two factors` with the matrices of `two-sided, no probe`. The perplexities are the
+product's; so is everything not named here.
 
 An arm that benchmarks/results/truncation_ablation.json holds already is not run again: kill it and go on at any time.
 """
@@ -14,12 +17,14 @@ An arm that benchmarks/results/truncation_ablation.json holds already is not run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,10 +39,11 @@ from sparsekd.compression import lowrank, statistics
 from sparsekd.compression.allocate import Curve, allocate
 from sparsekd.compression.formats import put
 from sparsekd.evaluate import ratio
-from sparsekd.models import find_mlps, linear_weight, mark_compressed
+from sparsekd.layers import LowRankLinear
+from sparsekd.models import find_mlps, linear_weight, mark_compressed, replace_module
 from sparsekd.recipe import Compress, load_recipe
 
-NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 32_768, 200, 1024, 4096
+NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096
 ARMS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "format": "lowrank"},
     "svd, tiers": {"method": "svd", "format": "lowrank", "allocation": "energy"},
@@ -49,7 +55,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "+ two-sided": {"method": "two-sided", "format": "pivot", "allocation": "global", "probe_tokens": PROBE_TOKENS},
     "two-sided, no probe": {"method": "two-sided", "format": "pivot", "allocation": "global"},
     "two-sided, uniform": {"method": "two-sided", "format": "pivot"},
-    "+ shared": {},
+    "two-sided, lowrank": {"method": "two-sided", "format": "lowrank", "allocation": "global"},
+    "pivot ranks, two factors": {"method": "two-sided", "format": "pivot", "allocation": "global"},
+    "shared basis": {},
 }
 
 
@@ -61,12 +69,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--train", action="store_true")
     given = parser.parse_args()
-    overrides = (f"corpus.root={given.data}", f"corpus.num_blocks={TRAINING_BLOCKS}")
+    num_blocks = (STATISTICS_TOKENS + PROBE_TOKENS) // 256
+    overrides = (f"corpus.root={given.data}", "corpus.seq_len=256", f"corpus.num_blocks={num_blocks}")
     recipe = load_recipe(str(Path(__file__).parents[1] / "recipes" / "local-mixture.yaml"), overrides)
     model, tokenizer = sparsekd.load()
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-    count = (STATISTICS_TOKENS + PROBE_TOKENS) // recipe.corpus.seq_len
-    sample = built.tokens(built.order(recipe.seed, 0)[:count].tolist())
+    ids = built.order(recipe.seed, 0)
+    sample = built.tokens(ids.tolist())
     batches = list(torch.from_numpy(np.stack(sample).astype(np.int64)).split(4))
 
     def measure(measured: Any) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def main() -> None:
     kept = Path(tempfile.gettempdir()) / f"{NAME}_{built.fingerprint}"
     seen = batches[: STATISTICS_TOKENS // batches[0].numel()]  # the probe's tokens are others
     moments = _statistics(model, seen, kept.with_suffix(".pt"))
-    data = _training_data(model, built, recipe.seed, kept) if given.train else None
+    data = _training_data(model, built, ids[:TRAINING_BLOCKS], kept) if given.train else None
 
     def save(key: str, part: str, value: Any) -> None:
         found["arms"].setdefault(key, {})[part] = value
@@ -103,9 +112,11 @@ def main() -> None:
                 if f"after, seed {seed}" in found["arms"][key]:
                     continue
                 trained = copy.deepcopy(student)
-                order = functools.partial(built.order, seed)
+                order = functools.partial(_order, ids[:TRAINING_BLOCKS], seed)
                 rate = _rate(before)
-                options = dataclasses.replace(recipe.distill, learning_rate=rate, micro_batch_size=2, validations=2)
+                options = dataclasses.replace(
+                    recipe.distill, learning_rate=rate, epochs=1, micro_batch_size=2, validations=2
+                )
                 distillation.train(trained, dataclasses.replace(data, order=order), options)
                 save(key, f"after, seed {seed}", _ratios(measure(trained), dense))
                 save(key, "learning_rate", rate)
@@ -124,35 +135,39 @@ def _rate(before: dict[str, Any]) -> float:
 def _statistics(model: Any, batches: list[torch.Tensor], path: Path) -> Any:
     """What all arms share, and what the published methods need; kept outside the repository for the next call here."""
     if not path.exists():
-        torch.save((statistics.collect(model, batches, curvature=True), _inputs(model, batches)), path)
+        with _inputs(model) as inputs:
+            moments = statistics.collect(model, batches, curvature=True)
+        torch.save((moments, inputs), path)
     return torch.load(path, weights_only=False)
 
 
-def _inputs(model: Any, batches: list[torch.Tensor]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _inputs(model: Any) -> Iterator[dict[str, Any]]:
     """E[x x^T] and E|x| of every MLP matrix's input, as the published methods take them: no token is capped."""
     sums: dict[str, Any] = {}
+    mlps = find_mlps(model)
 
     def reads(name: str) -> Any:
         def hook(_: Any, args: Any) -> None:
+            if torch.is_grad_enabled():  # each layer runs a second time for the curvature
+                return
             x = args[0].flatten(0, -2)
-            gram, absolute = sums.get(name, (0, 0))
-            sums[name] = (gram + (x.T @ x).double(), absolute + x.abs().sum(0).double())
+            count, gram, absolute = sums.get(name, (0, 0, 0))
+            sums[name] = (count + len(x), gram + (x.T @ x).double(), absolute + x.abs().sum(0).double())
 
         return hook
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(reads(name))
-        for mlp in find_mlps(model)
+        for mlp in mlps
         for name in (mlp.inputs[0], mlp.output)
     ]
-    with torch.inference_mode():
-        for batch in batches:
-            model.get_decoder()(input_ids=batch, use_cache=False)
+    means: dict[str, Any] = {}
+    yield means
     for handle in handles:
         handle.remove()
-    num_tokens = sum(batch.numel() for batch in batches)
-    means = {name: (gram / num_tokens, absolute / num_tokens) for name, (gram, absolute) in sums.items()}
-    return means | {mlp.inputs[1]: means[mlp.inputs[0]] for mlp in find_mlps(model)}
+    means.update({name: (gram / count, absolute / count) for name, (count, gram, absolute) in sums.items()})
+    means.update({mlp.inputs[1]: means[mlp.inputs[0]] for mlp in mlps})
 
 
 def _truncated(
@@ -163,11 +178,13 @@ def _truncated(
     start = time.perf_counter()
     if name in ("SVD-LLM", "ASVD"):
         plan = _published(student, inputs, name, reduction)
-    elif name == "+ shared":
+    elif name == "shared basis":
         return student, _share(student, moments, reduction)
     else:
         with patch.object(statistics, "collect", lambda *args, **options: dict(moments)):
             plan = compression.truncate(student, batches, Compress(reduction=reduction, **ARMS[name]))
+    if name == "pivot ranks, two factors":
+        compression.convert(student, "lowrank")
     facts = plan.as_dict()
     facts["seconds"] = time.perf_counter() - start
     del facts["matrices"]
@@ -195,8 +212,7 @@ def _published(student: Any, inputs: dict[str, Any], name: str, reduction: float
 
 
 def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
-    """Gate and up stacked on one input basis, in the pivot format of the stack, two-sided, one global budget: the
-    weights that such a model would have, in dense layers, for the damage before training."""
+    """Gate and up stacked on one input basis, two-sided, one global budget counted in the pivot format of the stack."""
     curves, found = [], []
     for mlp in find_mlps(student):
         seen = moments[mlp]
@@ -217,16 +233,24 @@ def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
         if rank == min(weight.shape):
             continue
         up, down = projection.factors(weight, rank)
-        for name, part in zip(names, (up @ down).chunk(len(names)), strict=True):
-            student.get_submodule(name).weight.data = part.contiguous()
+        basis = torch.nn.Parameter(down)
+        for name, part in zip(names, up.chunk(len(names)), strict=True):
+            layer = LowRankLinear.from_factors(part, down, None)
+            layer.down.weight = basis
+            replace_module(student, name, layer)
     return {"mlp_reduction": reduction}
 
 
-def _training_data(model: Any, built: corpus.Corpus, seed: int, folder: Path) -> distillation.Data:
+def _order(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(ids)
+
+
+def _training_data(model: Any, built: corpus.Corpus, ids: np.ndarray, folder: Path) -> distillation.Data:
     blocks = [block.tokens for block in built.blocks]
+    used = {int(i): blocks[i] for i in (*ids, *built.validation_ids)}
     made_from = {"tokenizer": "benchmark", "corpus_fingerprint": built.fingerprint}
-    cache = teacher.fill(model, folder, dict(enumerate(blocks)), **made_from)
-    return distillation.Data(blocks, functools.partial(built.order, seed), built.validation_ids.tolist(), cache)
+    cache = teacher.fill(model, folder, used, **made_from)
+    return distillation.Data(blocks, functools.partial(_order, ids, 42), built.validation_ids.tolist(), cache)
 
 
 if __name__ == "__main__":
