@@ -1,6 +1,8 @@
 """The truncation: optimality against the Cholesky form, every architecture, and bad numbers."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import sparsekd
 from sparsekd import files, teacher
 from sparsekd.cache import Targets
-from sparsekd.compression import convert, few_tokens, lowrank, plan, statistics, truncate
+from sparsekd.compression import convert, lowrank, plan, statistics, truncate
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
@@ -23,7 +25,7 @@ ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 MakeModel = Callable[..., PreTrainedModel]
 
 
-def tokens(model: PreTrainedModel, count: int = 8, length: int = 32) -> torch.Tensor:
+def tokens(model: PreTrainedModel, count: int = 12, length: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, model.config.vocab_size, (count, length), generator=generator)
 
@@ -402,10 +404,16 @@ def test_ranks_of_an_earlier_plan(make_model: MakeModel, tmp_path: Path) -> None
 
 def test_too_few_tokens(make_model: MakeModel) -> None:
     model = make_model("llama")
-    with pytest.raises(UsageError, match=r"at least 32 of them, better 320, found 31"):
+    with pytest.raises(UsageError, match=r"32 dimensions from 31 tokens: expected at least 32, better 320"):
         truncate(model, tokens(model)[:1, :31], Compress())
-    assert few_tokens(320, model) is None
-    assert "at least 320" in str(few_tokens(319, model))
+    with pytest.warns(UserWarning, match=r"32 dimensions from 319 tokens: at least 320"):
+        truncate(copy.deepcopy(model), tokens(model)[:10].flatten()[None, :319], Compress())
+    heard: list[str] = []
+    options = Compress(method="two-sided", allocation="global", probe_tokens=32, batch_size=1)
+    truncate(model, tokens(model), options, warn=heard.append)
+    assert heard == []
+    truncate(make_model("llama"), tokens(model), replace(options, probe_tokens=96), warn=heard.append)
+    assert len(heard) == 1 and "from 288 tokens" in heard[0]  # the probe's tokens do not count
 
 
 # ---- the probe
@@ -465,8 +473,8 @@ def test_the_probes_tokens_are_not_those_of_the_statistics(make_model: MakeModel
     )
     options = Compress(reduction=0.3, method="two-sided", allocation="global", probe_tokens=40, batch_size=2)
     truncate(model, blocks, options, teacher=lambda b: probed.append(b) or teacher.distributions(model, b[None], 32)[0])
-    assert torch.equal(torch.cat(seen), blocks[:6])
-    assert torch.equal(torch.stack(probed), blocks[6:])
+    assert torch.equal(torch.cat(seen), blocks[:10])
+    assert torch.equal(torch.stack(probed), blocks[10:])
     with pytest.raises(UsageError, match="probe_tokens is 999"):
         truncate(make_model("llama"), blocks, Compress(probe_tokens=999))
 
@@ -474,7 +482,7 @@ def test_the_probes_tokens_are_not_those_of_the_statistics(make_model: MakeModel
 def test_probe_makes_global_allocation_possible_for_every_method(make_model: MakeModel) -> None:
     model = make_model("llama")
     result = truncate(
-        model, tokens(model), Compress(reduction=0.3, method="whitened", allocation="global", probe_tokens=64)
+        model, tokens(model, 16), Compress(reduction=0.3, method="whitened", allocation="global", probe_tokens=64)
     )
     assert 0.3 <= result.mlp_reduction < 0.35
     assert len({matrix.rank for matrix in result.matrices}) > 2

@@ -43,7 +43,7 @@ TOKENS = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
 
 
 def blocks(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 300, (12, 32), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -41,6 +41,9 @@ class Console:
     def say(self, text: str) -> None:
         self._rich.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        self.say(f"  warning: {text}")
+
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         if not self._rich.is_terminal:

@@ -184,9 +184,6 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     student, tokenizer = dense.loaded
     del dense.loaded  # it is changed in place here; a later stage that needs the dense one reads it again
     batches = _statistics_batches(blocks, opened.recipe)
-    warning = compression.few_tokens(sum(batch.numel() for batch in batches), student)
-    if warning is not None and options.method != "svd":
-        opened.console.say(f"  warning: {warning}")
     cache = Cache(opened.folder / _CACHE)
     ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
 
@@ -197,7 +194,13 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     if options.offload:
         torch.nn.Module.to(student, "cpu")
     plan = compression.truncate(
-        student, batches, options, seed=opened.recipe.seed, teacher=cached, device=dense.placement.device
+        student,
+        batches,
+        options,
+        seed=opened.recipe.seed,
+        teacher=cached,
+        device=dense.placement.device,
+        warn=opened.console.warn,
     )
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     opened.console.say(
@@ -284,7 +287,8 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
     if recipe.compress.method != "svd":
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
         batches = _statistics_batches(blocks, recipe)
-    return spectra.as_dict(spectra.spectrum(model, batches, recipe.compress, seed=recipe.seed), recipe.compress)
+    found = spectra.spectrum(model, batches, recipe.compress, seed=recipe.seed, warn=Console().warn)
+    return spectra.as_dict(found, recipe.compress)
 
 
 def _model_to_evaluate(opened: Run, dense: Dense, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

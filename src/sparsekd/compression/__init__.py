@@ -9,6 +9,7 @@ distribution. A model that is compressed already is truncated further, from its 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel
 
 from sparsekd.cache import Targets
 from sparsekd.compression.directions import directions_of
-from sparsekd.compression.directions import few_tokens as few_tokens
 from sparsekd.compression.formats import convert as convert
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
@@ -64,11 +64,13 @@ def truncate(
     seed: int = 42,
     teacher: Callable[[Int[Tensor, " L"]], Targets] | None = None,
     device: torch.device | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Plan:
     """What `compress` does, returning the plan with the damage that was predicted and measured for each matrix.
 
     `teacher` gives the cached distributions of a block, for the probe; without it the model's own are worked out. A
-    `device` other than the model's takes the statistics there, a layer at a time.
+    `device` other than the model's takes the statistics there, a layer at a time. `warn` hears of statistics from too
+    few tokens.
     """
     check_compress(options)
     uniform = plan(model, options)
@@ -85,7 +87,7 @@ def truncate(
     if blocks is not None:
         batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
     batches, probed = _split(batches, options.probe_tokens)
-    found = directions_of(model, batches, options.method, seed=seed, device=device)
+    found = directions_of(model, batches, options.method, seed=seed, device=device, warn=warn)
     probe = Probe(model, probed, teacher) if probed else None
     chosen = choose(model, uniform, found, options, probe)
     factors = {}

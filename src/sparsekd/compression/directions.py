@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,21 +22,16 @@ def directions_of(
     *,
     seed: int = 42,
     device: torch.device | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Projection]:
     """The directions of every MLP matrix by its name, most important first, from the statistics the method needs.
 
-    Raises `UsageError` for fewer tokens than the hidden size has dimensions.
+    Raises `UsageError` for fewer tokens than the hidden size has dimensions; `warn` hears of too few.
     """
     moments: dict[MLP, statistics.Moments] = {}
     two_sided = method == "two-sided"
     if method != "svd":
-        hidden = model.config.get_text_config().hidden_size
-        num_tokens = sum(batch.numel() for batch in batches)
-        if num_tokens < hidden:
-            raise UsageError(
-                f"method {method!r} takes statistics of {hidden} dimensions from tokens: expected at least "
-                f"{hidden} of them, better {statistics.TOKENS_PER_DIMENSION * hidden}, found {num_tokens}"
-            )
+        _check_tokens(sum(batch.numel() for batch in batches), model, warn)
         moments = statistics.collect(model, batches, curvature=two_sided, seed=seed, device=device)
     projections = {}
     for mlp in find_mlps(model):
@@ -52,10 +50,11 @@ def directions_of(
     return projections
 
 
-def few_tokens(num_tokens: int, model: PreTrainedModel) -> str | None:
-    """A warning when the statistics of `num_tokens` tokens are fitted to the sample; None when they are enough."""
+def _check_tokens(num_tokens: int, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
     hidden = model.config.get_text_config().hidden_size
-    enough = statistics.TOKENS_PER_DIMENSION * hidden
-    if num_tokens >= enough:
-        return None
-    return f"statistics from {num_tokens} tokens: at least {enough}, ten for each of {hidden} dimensions, are advised"
+    enough = statistics.TOKENS_PER_DIMENSION * hidden  # below it the statistics are fitted to the sample
+    found = f"statistics of {hidden} dimensions from {num_tokens} tokens"
+    if num_tokens < hidden:
+        raise UsageError(f"{found}: expected at least {hidden}, better {enough}")
+    if num_tokens < enough:
+        warn(f"{found}: at least {enough} are advised")

@@ -6,7 +6,8 @@ directions that never carry anything look like any other; the spectrum of the ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,11 +39,16 @@ class Spectrum:
 
 
 def spectrum(
-    model: PreTrainedModel, blocks: Iterable[Int[Tensor, "_ _"]], options: Compress, *, seed: int = 42
+    model: PreTrainedModel,
+    blocks: Iterable[Int[Tensor, "_ _"]],
+    options: Compress,
+    *,
+    seed: int = 42,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> list[Spectrum]:
     """The spectrum of every MLP matrix in depth order, on `blocks`, by `options.method` and for `options.reduction`."""
     planned = ranks.plan(model, options)
-    found = directions_of(model, list(blocks), options.method, seed=seed)
+    found = directions_of(model, list(blocks), options.method, seed=seed, warn=warn)
     result = []
     for matrix in planned.matrices:
         projection = found[matrix.name]
