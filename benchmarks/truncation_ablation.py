@@ -24,7 +24,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,7 +41,7 @@ from sparsekd.compression.formats import put
 from sparsekd.evaluate import ratio
 from sparsekd.layers import LowRankLinear
 from sparsekd.models import find_mlps, linear_weight, mark_compressed, replace_module
-from sparsekd.recipe import Compress, load_recipe
+from sparsekd.recipe import Compress, Recipe, load_recipe
 
 NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096
 ARMS: dict[str, dict[str, Any]] = {
@@ -61,6 +61,53 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclasses.dataclass
+class Setup:
+    """What all arms share."""
+
+    recipe: Recipe
+    model: Any
+    batches: list[torch.Tensor]  # of the statistics, then of the probe
+    moments: Any
+    ids: np.ndarray  # of the blocks to train on
+    data: distillation.Data | None
+    measure: Callable[[Any], dict[str, Any]]
+
+
+def prepare(folder: str, *, train: bool) -> Setup:
+    num_blocks = (STATISTICS_TOKENS + PROBE_TOKENS) // 256
+    overrides = (f"corpus.root={folder}", "corpus.seq_len=256", f"corpus.num_blocks={num_blocks}")
+    recipe = load_recipe(str(Path(__file__).parents[1] / "recipes" / "local-mixture.yaml"), overrides)
+    model, tokenizer = sparsekd.load()
+    built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
+    ids = built.order(recipe.seed, 0)
+    batches = list(torch.from_numpy(np.stack(built.tokens(ids.tolist())).astype(np.int64)).split(4))
+    seen = batches[: STATISTICS_TOKENS // batches[0].numel()]  # the probe's tokens are others
+    kept = Path(tempfile.gettempdir()) / f"{NAME}_{built.fingerprint}"
+    moments = _statistics(model, seen, kept.with_suffix(".pt"))
+    ids = ids[:TRAINING_BLOCKS]
+
+    def measure(measured: Any) -> dict[str, Any]:
+        texts = built.texts.items()
+        return {name: sparsekd.perplexity(measured, tokenizer, text, max_tokens=TEST_TOKENS) for name, text in texts}
+
+    return Setup(
+        recipe, model, batches, moments, ids, _training_data(model, built, ids, kept) if train else None, measure
+    )
+
+
+def train(setup: Setup, student: Any, learning_rate: float, seed: int = 42, num_blocks: int = TRAINING_BLOCKS) -> Any:
+    """A trained copy of the student: one pass over the first `num_blocks` blocks, in the order of the seed."""
+    assert setup.data is not None
+    trained = copy.deepcopy(student)
+    data = dataclasses.replace(setup.data, order=functools.partial(_order, setup.ids[:num_blocks], seed))
+    options = dataclasses.replace(
+        setup.recipe.distill, learning_rate=learning_rate, epochs=1, micro_batch_size=2, validations=2
+    )
+    distillation.train(trained, data, options)
+    return trained
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data")
@@ -69,27 +116,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--train", action="store_true")
     given = parser.parse_args()
-    num_blocks = (STATISTICS_TOKENS + PROBE_TOKENS) // 256
-    overrides = (f"corpus.root={given.data}", "corpus.seq_len=256", f"corpus.num_blocks={num_blocks}")
-    recipe = load_recipe(str(Path(__file__).parents[1] / "recipes" / "local-mixture.yaml"), overrides)
-    model, tokenizer = sparsekd.load()
-    built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-    ids = built.order(recipe.seed, 0)
-    sample = built.tokens(ids.tolist())
-    batches = list(torch.from_numpy(np.stack(sample).astype(np.int64)).split(4))
-
-    def measure(measured: Any) -> dict[str, Any]:
-        texts = built.texts.items()
-        return {name: sparsekd.perplexity(measured, tokenizer, text, max_tokens=TEST_TOKENS) for name, text in texts}
-
+    setup = prepare(given.data, train=given.train)
     path = RESULTS / f"{NAME}.json"
     found = json.loads(path.read_text()) if path.exists() else {"arms": {}}
-    dense = measure(model)
+    dense = setup.measure(setup.model)
     found["dense_perplexity"] = {text: [p.perplexity, p.standard_error] for text, p in dense.items()}
-    kept = Path(tempfile.gettempdir()) / f"{NAME}_{built.fingerprint}"
-    seen = batches[: STATISTICS_TOKENS // batches[0].numel()]  # the probe's tokens are others
-    moments = _statistics(model, seen, kept.with_suffix(".pt"))
-    data = _training_data(model, built, ids[:TRAINING_BLOCKS], kept) if given.train else None
 
     def save(key: str, part: str, value: Any) -> None:
         found["arms"].setdefault(key, {})[part] = value
@@ -102,27 +133,21 @@ def main() -> None:
             wanted = ["before"] + [f"after, seed {seed}" for seed in given.seeds if given.train]
             if all(part in found["arms"].get(key, {}) for part in wanted):
                 continue
-            student, facts = _truncated(model, moments, batches, name, reduction)
+            student, facts = truncated(setup, name, reduction)
             before = found["arms"].get(key, {}).get("before")
             if before is None:
-                before = _ratios(measure(student), dense)
+                before = ratios(setup.measure(student), dense)
                 save(key, "plan", facts)
                 save(key, "before", before)
-            for seed in given.seeds if data is not None else []:
+            for seed in given.seeds if given.train else []:
                 if f"after, seed {seed}" in found["arms"][key]:
                     continue
-                trained = copy.deepcopy(student)
-                order = functools.partial(_order, ids[:TRAINING_BLOCKS], seed)
-                rate = _rate(before)
-                options = dataclasses.replace(
-                    recipe.distill, learning_rate=rate, epochs=1, micro_batch_size=2, validations=2
-                )
-                distillation.train(trained, dataclasses.replace(data, order=order), options)
-                save(key, f"after, seed {seed}", _ratios(measure(trained), dense))
-                save(key, "learning_rate", rate)
+                trained = train(setup, student, _rate(before), seed)
+                save(key, f"after, seed {seed}", ratios(setup.measure(trained), dense))
+                save(key, "learning_rate", _rate(before))
 
 
-def _ratios(measured: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+def ratios(measured: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     return {text: ratio(measured[text], dense[text]) for text in measured}
 
 
@@ -170,11 +195,9 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
     means.update({mlp.inputs[1]: means[mlp.inputs[0]] for mlp in mlps})
 
 
-def _truncated(
-    model: Any, shared: Any, batches: list[torch.Tensor], name: str, reduction: float
-) -> tuple[Any, dict[str, Any]]:
-    moments, inputs = shared
-    student = copy.deepcopy(model)
+def truncated(setup: Setup, name: str, reduction: float) -> tuple[Any, dict[str, Any]]:
+    moments, inputs = setup.moments
+    student = copy.deepcopy(setup.model)
     start = time.perf_counter()
     if name in ("SVD-LLM", "ASVD"):
         plan = _published(student, inputs, name, reduction)
@@ -182,7 +205,7 @@ def _truncated(
         return student, _share(student, moments, reduction)
     else:
         with patch.object(statistics, "collect", lambda *args, **options: dict(moments)):
-            plan = compression.truncate(student, batches, Compress(reduction=reduction, **ARMS[name]))
+            plan = compression.truncate(student, setup.batches, Compress(reduction=reduction, **ARMS[name]))
     if name == "pivot ranks, two factors":
         compression.convert(student, "lowrank")
     facts = plan.as_dict()
