@@ -367,8 +367,20 @@ LAYER = "model.layers.0.mlp.up_proj"
         (ranks({LAYER: 10_000})),
         (ranks({"model.layers.9.mlp.up_proj": 4})),
         (ranks({"model.norm": 4})),
+        (lambda sparsekd: {key: value for key, value in sparsekd.items() if key != "method"}),
     ],
-    ids=["empty", "format", "none", "text", "list", "negative", "too-large", "no-such-layer", "no-linear-layer"],
+    ids=[
+        "empty",
+        "format",
+        "none",
+        "text",
+        "list",
+        "negative",
+        "too-large",
+        "no-such-layer",
+        "no-linear-layer",
+        "no-method",
+    ],
 )
 def test_a_damaged_description_of_a_compressed_model_is_refused(
     damage: Callable[[dict[str, Any]], Any],

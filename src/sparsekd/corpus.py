@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsekd import files, sources
-from sparsekd.errors import DataError, UsageError
+from sparsekd.errors import DataError
 from sparsekd.recipe import Corpus as CorpusRecipe
-from sparsekd.recipe import Source, Text
+from sparsekd.recipe import Source, Text, check_text_name
 
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
 _SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
@@ -301,8 +301,7 @@ def save(corpus: Corpus, folder: Path) -> None:
 
 def text_path(folder: Path, name: str) -> Path:
     """Where an evaluation text lies; raises `UsageError` for a name that is not a plain file name."""
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UsageError(f"evaluate.texts.{name}: expected a name of letters, digits, '.', '_' and '-'")
+    check_text_name(name)
     return folder / f"text-{name}.txt"
 
 

@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
-from sparsekd.layers import CompressedLinear, layer_class
+from sparsekd.layers import FORMATS, CompressedLinear, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
@@ -164,8 +164,21 @@ def _config_and_class(place: _Place, options: dict[str, Any]) -> tuple[PreTraine
     if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
         return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
     base = CONFIG_MAPPING[model_type.removeprefix(_PREFIX)]
+    _check_description(raw.get("sparsekd"), place.source)
     model_class = compressed_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])
     return model_class.config_class.from_dict(raw), model_class
+
+
+def _check_description(found: Any, source: str) -> None:
+    """Raises `DataError` when a compressed model's config does not say what its layers are."""
+    ranks = found.get("ranks") if isinstance(found, dict) else None
+    whole = isinstance(ranks, dict) and all(type(rank) is int and rank > 0 for rank in ranks.values())
+    known = whole and found.get("format") in FORMATS and {"method", "reduction"} <= found.keys()
+    if not known:
+        raise DataError(
+            f"model {source}: `sparsekd` in config.json is damaged: expected format ({' or '.join(FORMATS)}), method, "
+            "reduction and ranks"
+        )
 
 
 def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def run(
     Finished stages are reused. Raises what the stages raise; whatever was finished stays and the next call continues.
     `QualityError` comes last, after the report is written: the distilled model is worse than before distillation.
     """
+    given = recipe.model
+    models.find_mlps(models.skeleton(given.name, revision=given.revision, trust_remote_code=given.trust_remote_code))
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         dense = Dense(opened)
         blocks = make_corpus(opened, dense)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import reprlib
 import types
 import typing
@@ -398,6 +399,7 @@ def _check_places(recipe: Recipe) -> None:
         if source.hub is not None and source.holdout:
             raise UsageError(f"corpus.sources.{name}: a stream has no last documents: holdout works for files only")
     for name, text in recipe.evaluate.texts.items():
+        check_text_name(name)
         if (text.path is None) == (text.holdout_of is None):
             raise UsageError(f"evaluate.texts.{name}: expected exactly one of path, holdout_of")
         if text.holdout_of is None:
@@ -405,6 +407,12 @@ def _check_places(recipe: Recipe) -> None:
         source = recipe.corpus.sources.get(text.holdout_of)
         if source is None or not source.holdout:
             raise UsageError(f"evaluate.texts.{name}: corpus.sources has no {text.holdout_of!r} with a holdout above 0")
+
+
+def check_text_name(name: str) -> None:
+    """Raises `UsageError` for a name that is not a plain file name, which it becomes a part of."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UsageError(f"evaluate.texts.{name}: expected a name of letters, digits, '.', '_' and '-'")
 
 
 def as_dict(value: Any) -> dict[str, Any]:

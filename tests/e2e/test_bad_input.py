@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from sparsekd import cli
 
@@ -164,3 +164,22 @@ def test_stale_cache_is_named(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) 
     code, messages = sparsekd("distill", str(tiny_recipe), *out)
     assert code == 3
     assert "part-00000.parquet is damaged" in messages[0]
+
+
+def test_a_model_without_mlps_is_refused_before_anything_is_made(
+    sparsekd: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "experts"
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    recipe = changed(tiny_recipe, model={"name": str(folder)})
+    expect(sparsekd("run", recipe, "--out", str(tmp_path / "out")), 2, "no MLP found")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_text_needs_a_plain_name(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = changed(tiny_recipe, evaluate={"texts": {"../up": {"holdout_of": "learn"}}})
+    expect(sparsekd("run", recipe, "--out", str(tmp_path / "out")), 2, "evaluate.texts.../up", "letters, digits")
