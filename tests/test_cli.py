@@ -261,8 +261,8 @@ def test_eval_of_a_dense_and_a_compressed_model(
     for folder in (small_model[0], model_folder("llama")):
         outcome = sparsekd("eval", folder, *options, "--json")
         assert outcome.code == 0, outcome.err
-        assert list(outcome.json) == [text_file.name]
-        results[folder.name] = outcome.json[text_file.name]["perplexity"]
+        assert list(outcome.json["models"]) == [str(folder)]
+        results[folder.name] = outcome.json["models"][str(folder)][text_file.name]["perplexity"]
         assert results[folder.name] > 1
         assert f"{results[folder.name]:.2f}" in sparsekd("eval", folder, *options).out.replace(",", "")
     assert results["small"] != results["llama"]
@@ -276,8 +276,9 @@ def test_eval_of_two_texts(sparsekd: Any, model_folder: Any, text_file: Path, tm
     options = ("--context", "64", "--stride", "64", "--max-tokens", "200", "--json")
     outcome = sparsekd("eval", model_folder("llama"), "--text", text_file, "--text", other, *options)
     assert outcome.code == 0, outcome.err
-    assert list(outcome.json) == [str(text_file), str(other)]
-    assert len({result["perplexity"] for result in outcome.json.values()}) == 2
+    (found,) = outcome.json["models"].values()
+    assert list(found) == [str(text_file), str(other)]
+    assert len({result["perplexity"] for result in found.values()}) == 2
 
 
 # ---- bad input, beside tests/e2e/test_bad_input.py

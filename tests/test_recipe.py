@@ -119,6 +119,9 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "distill.micro_batch_size=0",
         "evaluate.stride=513",
         "evaluate.max_tokens=1",
+        "evaluate.max_tokens=0",
+        "evaluate.task_limit=0",
+        "evaluate.tasks=piqa",
         "seed=9007199254740992",  # 2^53: a whole number goes through a float, which skips some from there on
         "seed=-1e30",
         "distill.checkpoint_minutes=-1",
