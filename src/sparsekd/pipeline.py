@@ -365,11 +365,11 @@ def _run_tasks(loaded: Loaded, name: str, folder: Path) -> None:
 
 
 def _result(folder: Path, name: str, text: str) -> Path:
-    return folder / f"text-{text}" / f"{name}.json"
+    return folder / f"{name}-text-{text}.json"
 
 
 def _tasks(folder: Path, name: str) -> Path:
-    return folder / "tasks" / f"{name}.json"
+    return folder / f"{name}-tasks.json"
 
 
 def _token_counts(blocks: Corpus, vocab_size: int) -> torch.Tensor:

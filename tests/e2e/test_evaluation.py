@@ -55,8 +55,8 @@ def test_what_was_measured_already_is_kept(tiny_recipe: Path, rows: Path, tmp_pa
     """As after a kill: the stage is not finished, one text and one model's tasks are missing."""
     folder = tmp_path / "run" / "round-01" / "eval"
     before = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
-    kept = [folder / "text-held" / "dense.json", folder / "tasks" / "compressed.json"]
-    lost = [folder / "text-other" / "distilled.json", folder / "tasks" / "dense.json"]
+    kept = [folder / "dense-text-held.json", folder / "compressed-tasks.json"]
+    lost = [folder / "distilled-text-other.json", folder / "dense-tasks.json"]
     times = [path.stat().st_mtime_ns for path in kept]
     for path in (folder / "stage.json", *lost):
         path.unlink()
