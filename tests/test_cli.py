@@ -261,8 +261,8 @@ def test_eval_of_a_dense_and_a_compressed_model(
     for folder in (small_model[0], model_folder("llama")):
         outcome = sparsekd("eval", folder, *options, "--json")
         assert outcome.code == 0, outcome.err
-        assert list(outcome.json) == [text_file.name]
-        results[folder.name] = outcome.json[text_file.name]["perplexity"]
+        assert list(outcome.json["models"]) == [str(folder)]
+        results[folder.name] = outcome.json["models"][str(folder)][text_file.name]["perplexity"]
         assert results[folder.name] > 1
         assert f"{results[folder.name]:.2f}" in sparsekd("eval", folder, *options).out.replace(",", "")
     assert results["small"] != results["llama"]
@@ -276,8 +276,51 @@ def test_eval_of_two_texts(sparsekd: Any, model_folder: Any, text_file: Path, tm
     options = ("--context", "64", "--stride", "64", "--max-tokens", "200", "--json")
     outcome = sparsekd("eval", model_folder("llama"), "--text", text_file, "--text", other, *options)
     assert outcome.code == 0, outcome.err
-    assert list(outcome.json) == [str(text_file), str(other)]
-    assert len({result["perplexity"] for result in outcome.json.values()}) == 2
+    (found,) = outcome.json["models"].values()
+    assert list(found) == [str(text_file), str(other)]
+    assert len({result["perplexity"] for result in found.values()}) == 2
+
+
+def test_eval_against_a_teacher_and_on_a_task(
+    sparsekd: Any, small_model: Any, model_folder: Any, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    rows = "\n".join(json.dumps({"goal": f"To {i}", "sol1": "river", "sol2": "a garden", "label": 0}) for i in range(5))
+    (tmp_path / "tasks" / "piqa_val.jsonl").write_text(rows)
+    small, dense = str(small_model[0]), str(model_folder("llama"))
+    options = ["--text", text_file, "--teacher", dense, "--context", "64", "--stride", "32", "--max-tokens", "300"]
+    options += ["--tasks", "local_piqa", "--root", tmp_path, "--limit", "4"]
+    found = sparsekd("eval", small, *options, "--json").json
+    assert found["models"][small][text_file.name]["agreement"]["kl"]["value"] > 0
+    assert found["models"][dense][text_file.name]["agreement"] is None
+    assert found["tasks"][small]["local_piqa"]["num_rows"] == 4
+    printed = sparsekd("eval", small, *options).out
+    for title in ("Perplexity", "Calibration", "Agreement with the teacher", "Tasks"):
+        assert title in printed
+    only_task = sparsekd("eval", small, "--tasks", "local_piqa", "--root", tmp_path)
+    assert only_task.code == 0
+    assert "acc_norm" in only_task.out and "Perplexity" not in only_task.out
+
+
+def test_eval_on_nothing_or_of_another_tokenizer_is_refused(
+    refused: Any, model_folder: Any, make_model: Any, text_file: Path, tmp_path: Path
+) -> None:
+    model = model_folder("llama")
+    assert "nothing to evaluate on" in refused("eval", model, error=errors.UsageError)
+    line = refused("eval", model, "--tasks", "local_piqa", "--teacher", model, error=errors.UsageError)
+    assert "--teacher compares on texts" in line
+    line = refused("eval", model, "--tasks", "local_piqa", "--root", tmp_path, error=errors.DataError)
+    assert "piqa_val.jsonl: no such file" in line
+    line = refused("eval", model, "--tasks", "local_pica", error=errors.UsageError)
+    assert "known are local_arc_easy" in line
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    line = refused("eval", model, "--text", text_file, "--teacher", other, error=errors.DataError)
+    assert "its tokenizer is not that of" in line
 
 
 # ---- bad input, beside tests/e2e/test_bad_input.py

@@ -12,7 +12,7 @@ import sparsekd
 from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import ratio
-from sparsekd.evaluate.perplexity import _windows
+from sparsekd.evaluate.windows import split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 
@@ -115,7 +115,7 @@ def test_non_finite_loss_is_refused(model: PreTrainedModel, tokenizer: Any) -> N
 
 
 def test_windows_cover_every_token_and_the_last_is_short_not_padded() -> None:
-    assert _windows(20, 8, 4) == [(0, 8), (4, 12), (8, 16), (12, 20)]
-    assert _windows(18, 8, 4) == [(0, 8), (4, 12), (8, 16), (12, 18)]
-    assert _windows(5, 8, 4) == [(0, 5)]
-    assert _windows(9, 8, 8) == [(0, 8)]  # one token alone predicts nothing
+    assert [window[:2] for window in split(20, 8, 4)] == [(0, 8), (4, 12), (8, 16), (12, 20)]
+    assert [window[:2] for window in split(18, 8, 4)] == [(0, 8), (4, 12), (8, 16), (12, 18)]
+    assert [window[:2] for window in split(5, 8, 4)] == [(0, 5)]
+    assert [window[:2] for window in split(9, 8, 8)] == [(0, 8)]  # one token alone predicts nothing

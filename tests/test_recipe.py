@@ -119,6 +119,8 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "distill.micro_batch_size=0",
         "evaluate.stride=513",
         "evaluate.max_tokens=1",
+        "evaluate.max_tokens=0",
+        "evaluate.task_limit=0",
         "seed=9007199254740992",  # 2^53: a whole number goes through a float, which skips some from there on
         "seed=-1e30",
         "distill.checkpoint_minutes=-1",
@@ -151,6 +153,8 @@ def test_a_global_budget_needs_curvature_or_the_probe(tmp_path: Path) -> None:
         ("corpus: {sources: {a: {path: a.txt, hub: b}}}", "found path and hub"),
         ("corpus: {sources: {a: {hub: b, holdout: 0.1}}}", "holdout works for files only"),
         ("corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {}}}", "exactly one of path, holdout_of"),
+        ("preset: demo\nevaluate: {tasks: piqa}", "evaluate.tasks must be a list such as [a, b], found 'piqa'"),
+        ("preset: demo\nevaluate: {tasks: [[piqa]]}", "evaluate.tasks is ['piqa']: expected str"),
         (
             "corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {holdout_of: a}}}",
             "no 'a' with a holdout above 0",

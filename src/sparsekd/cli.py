@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsekd.errors import SparseKDError, UsageError
+from sparsekd.errors import DataError, SparseKDError, UsageError
 from sparsekd.recipe import PRESETS, Recipe, load_recipe
 
 app = typer.Typer(
@@ -74,41 +74,54 @@ _stage_verb("distill", "distill", "Run until the compressed model is trained.")
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, dense or compressed: folder, Hub id, .gguf, smollm2-135m.")],
-    text: Annotated[list[Path], typer.Option(help="A text to measure on (.txt, .jsonl, .parquet); repeatable.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text to measure on (.txt, .jsonl, .parquet); repeatable.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="A model of the same tokenizer to compare with.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness; local_... read files in --root.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the local tasks' files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task; all by default.", min=1)] = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
     stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of each text; all by default.", min=2)] = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of any model on any text: the strict protocol, the paper's, bits per byte, standard errors."""
+    """Perplexity, calibration, agreement with a teacher and harness tasks of any model, with standard errors."""
     from sparsekd import corpus, models
-    from sparsekd.console import Console
     from sparsekd.device import place
-    from sparsekd.evaluate import perplexity
+    from sparsekd.evaluate import harness
     from sparsekd.recipe import Corpus, Text
-    from sparsekd.report import tables
 
     _quiet()
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    if not text and not names:
+        raise UsageError("there is nothing to evaluate on: give --text FILE, --tasks NAME or both")
+    if teacher is not None and not text:
+        raise UsageError("--teacher compares on texts: give --text FILE as well")
     if stride > context:
         raise UsageError(f"--stride is {stride}: expected at most --context ({context})")
-    names = [path.name for path in text]
-    titles = {path: path.name if names.count(path.name) == 1 else str(path) for path in text}
+    folder = str(root) if root else None
+    harness.check(names, folder)
+    titles = _titles(text or [])
     contents = {title: corpus.read_text(Text(path=str(path)), Corpus()) for path, title in titles.items()}
     placement = place()
     loaded, tokenizer = models.load(model, revision=revision, dtype=placement.dtype, device=placement.device)
-    results = {}
-    for name, content in contents.items():
-        expected = min(max_tokens or sys.maxsize, len(corpus.encode(tokenizer, content))) * context // stride
-        with Console().bar(f"evaluating {name}", expected) as bar:
-            results[name] = perplexity(
-                loaded, tokenizer, content, context=context, stride=stride, max_tokens=max_tokens, on_tokens=bar.advance
-            ).as_dict()
-    if as_json:
-        _print_json(results)
-        return
-    report = {"evaluation": {"models": {model: results}, "ratios": {}}}
-    _print_table(tables.console_table("Perplexity", tables.PERPLEXITY_HEADER, tables.perplexities(report)))
+    compared = {model: loaded}
+    if teacher is not None:
+        reference, its_tokenizer = models.load(teacher, dtype=placement.dtype, device=placement.device)
+        if models.tokenizer_hash(its_tokenizer) != models.tokenizer_hash(tokenizer):
+            raise DataError(
+                f"--teacher {teacher}: its tokenizer is not that of {model}, so their tokens do not compare"
+            )
+        compared = {teacher: reference, model: loaded}
+    options = {"context": context, "stride": stride, "max_tokens": max_tokens}
+    measured = _measure_texts(compared, tokenizer, contents, teacher, options)
+    scores = harness.run_tasks(loaded, tokenizer, names, root=folder, limit=limit) if names else {}
+    found = {"models": measured, "tasks": {model: {name: score.as_dict() for name, score in scores.items()}}}
+    _show_evaluation(found, as_json)
 
 
 @app.command()
@@ -164,6 +177,41 @@ def doctor(as_json: AsJson = False) -> None:
     from sparsekd.inspection import diagnose
 
     _print_facts(diagnose(), as_json)
+
+
+def _titles(paths: list[Path]) -> dict[Path, str]:
+    """What each text is called: its file name, or the whole path where two share one."""
+    names = [path.name for path in paths]
+    return {path: path.name if names.count(path.name) == 1 else str(path) for path in paths}
+
+
+def _measure_texts(
+    compared: dict[str, Any], tokenizer: Any, contents: dict[str, str], teacher: str | None, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What `measure` says, by model and text, with a bar for each text."""
+    from sparsekd import corpus
+    from sparsekd.console import Console
+    from sparsekd.evaluate import measure
+
+    results: dict[str, dict[str, Any]] = {name: {} for name in compared}
+    for title, content in contents.items():
+        num_tokens = min(options["max_tokens"] or sys.maxsize, len(corpus.encode(tokenizer, content)))
+        expected = num_tokens * options["context"] // options["stride"] * len(compared)
+        with Console().bar(f"evaluating {title}", expected) as bar:
+            found = measure(compared, tokenizer, content, teacher=teacher, on_tokens=bar.advance, **options)
+        for name, measurement in found.items():
+            results[name][title] = measurement.as_dict()
+    return results
+
+
+def _show_evaluation(found: dict[str, Any], as_json: bool) -> None:
+    from sparsekd.report import tables
+
+    if as_json:
+        _print_json(found)
+        return
+    for title, header, rows in tables.evaluation({"ratios": {}} | found):
+        _print_table(tables.console_table(title, header, rows))
 
 
 def _run_stages(
@@ -228,7 +276,7 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     plan = gathered["compression"]
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(plan)))
-    _print_table(tables.console_table("Perplexity", tables.PERPLEXITY_HEADER, tables.perplexities(gathered)))
+    _show_evaluation(gathered["evaluation"], as_json=False)
     seconds = [[name, tables.duration(value)] for name, value in gathered["seconds"].items()]
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
     _print_table(tables.console_table("Time", ["stage", ""], [*seconds, total]))
@@ -282,11 +330,14 @@ def _print_json(value: Any) -> None:
 
 
 def _quiet() -> None:
-    """Silences transformers' own bars and notes; ours say what is going on."""
-    from transformers.utils import logging
+    """Silences the notes of transformers and of the harness; ours say what is going on."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as notes
+
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def main() -> None:

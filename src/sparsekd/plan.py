@@ -75,7 +75,8 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
     training = 5 * 4 * structure.model_parameters_after + activations + head
     logits = recipe.evaluate.batch_size * recipe.evaluate.context * sizes.vocab * 4
-    evaluation = itemsize * sizes.parameters + 3 * logits
+    together = 2 if recipe.evaluate.agreement else 1  # models beside the dense one
+    evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_after) + (2 + together) * logits
     directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices)
     truncation = itemsize * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
     return _RUNTIME_BYTES + max(training, evaluation, truncation)

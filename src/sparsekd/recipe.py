@@ -118,13 +118,17 @@ class Distill:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Perplexity of the dense, the compressed and the distilled model."""
+    """Quality of the dense, the compressed and the distilled model."""
 
     texts: dict[str, Text] = field(default_factory=dict)
     context: int = 512  # tokens in a window
     stride: int = 256  # tokens between the starts of two windows
     max_tokens: int | None = None  # of each text; none: all of it
-    batch_size: int = 2  # windows in one forward pass
+    batch_size: int = 2  # windows, or rows of a task, in one forward pass
+    agreement: bool = True  # compare with the dense model's distributions; keeps all three models in memory
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness; local_...: files under corpus.root
+    task_limit: int | None = None  # rows of each task; none: all
+    skip_missing_tasks: bool = False  # name a task that is not available here and go on; false: an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +285,10 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
             for key, item in value.items()
             if item is not None  # `--set corpus.sources.python=null` takes a source out
         }
+    if origin is list:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: {name} must be a list such as [a, b], found {_short(value)}")
+        return [_build(arguments[0], item, where, name) for item in value]
     if origin is Literal:
         if value not in arguments:
             raise UsageError(f"{where}: {name} is {_short(value)}: expected one of {', '.join(map(str, arguments))}")
@@ -335,7 +343,8 @@ def check(recipe: Recipe) -> None:
         ("distill.validations", distill.validations, ">= 1", distill.validations >= 1),
         ("evaluate.context", evaluate.context, ">= 2", evaluate.context >= 2),
         ("evaluate.stride", evaluate.stride, "1 to evaluate.context", 1 <= evaluate.stride <= evaluate.context),
-        ("evaluate.max_tokens", evaluate.max_tokens, ">= 2", (evaluate.max_tokens or 2) >= 2),
+        ("evaluate.max_tokens", evaluate.max_tokens, ">= 2", evaluate.max_tokens is None or evaluate.max_tokens >= 2),
+        ("evaluate.task_limit", evaluate.task_limit, ">= 1", evaluate.task_limit is None or evaluate.task_limit >= 1),
     ]
     for section in ("cache", "distill", "evaluate"):
         size = getattr(recipe, section).batch_size

@@ -64,7 +64,7 @@ def _file(path: Path, source: Source) -> Iterator[tuple[str, str]]:
             raise UsageError(f"{path}: split {source.split!r} is not a regular expression: {error}") from None
         rows: Iterator[str] = (piece for piece in split.split(read_txt(path)) if piece is not None)
     elif path.suffix == ".jsonl":
-        rows = (_column(row, source.text, f"{path}:{number}") for number, row in _jsonl(path))
+        rows = (_column(row, source.text, f"{path}:{number}") for number, row in read_jsonl(path))
     elif path.suffix == ".parquet":
         rows = _parquet(path, source.text)
     else:
@@ -80,7 +80,8 @@ def read_txt(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}: convert it first") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, row) of each row; raises `DataError` naming the line that is not JSON."""
     with path.open("rb") as lines:  # bytes: some texts contain Unicode line separators, which are not row ends
         for number, line in enumerate(lines, start=1):
             if not line.strip():

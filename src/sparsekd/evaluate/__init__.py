@@ -1,5 +1,6 @@
-"""What a model costs in quality: perplexity by two protocols, with its uncertainty."""
+"""What a model costs in quality: perplexity in two protocols, calibration, agreement with the teacher, tasks."""
 
+from sparsekd.evaluate.measure import Measurement, measure
 from sparsekd.evaluate.perplexity import Perplexity, perplexity, ratio
 
-__all__ = ["Perplexity", "perplexity", "ratio"]
+__all__ = ["Measurement", "Perplexity", "measure", "perplexity", "ratio"]

@@ -1,14 +1,7 @@
 """Perplexity by a sliding window, in the paper's protocol and in the strict one, from one pass over the text.
 
-Windows of `context` tokens start every `stride` tokens; the last one is shorter, never padded. The paper (section
-IV-A) counts every prediction of every window, so most tokens count twice, once with little context. The strict
-protocol counts a token only in the first window that predicts it; that is what other tools report. The first token
-of the text is not scored: nothing predicts it.
-
-The standard error comes from the spread of the windows' sums, not of single tokens, because tokens of one window rise
-and fall together.
-
-Shape letters: B windows, L positions, V vocabulary.
+The paper (section IV-A) counts every prediction of every window, so most tokens count twice, once with little
+context. The strict protocol counts a token only in the first window that predicts it; that is what other tools report.
 """
 
 from __future__ import annotations
@@ -24,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekd.corpus import encode
 from sparsekd.errors import DataError
+from sparsekd.evaluate.windows import CHUNK, Prediction, mean_and_error, predictions, split, token_ids
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,41 @@ class Perplexity:
         return asdict(self)
 
 
+class Losses:
+    """Sums of negative log-likelihood by window, as both protocols count them."""
+
+    def __init__(self) -> None:
+        self._strict: list[tuple[float, int]] = []
+        self._paper: list[tuple[float, int]] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Raises `DataError` for a loss that is not finite: a window is never left out."""
+        nll = token_nll(prediction.logits, prediction.labels)
+        if not bool(torch.isfinite(nll).all()):
+            raise DataError("the model's loss on the evaluation text is not finite")
+        fresh = nll[prediction.window.fresh :]
+        self._strict.append((float(fresh.sum()), len(fresh)))
+        self._paper.append((float(nll.sum()), len(nll)))
+
+    def result(self, scored_text: str, context: int, stride: int) -> Perplexity:
+        window_nll, window_tokens = map(list, zip(*self._strict, strict=True))
+        strict = mean_and_error(window_nll, window_tokens)
+        paper = mean_and_error(*map(list, zip(*self._paper, strict=True)))
+        return Perplexity(
+            perplexity=_exp(strict.value),
+            standard_error=_exp(strict.value) * strict.standard_error,
+            bits_per_byte=sum(window_nll) / math.log(2) / max(1, len(scored_text.encode())),
+            num_tokens=sum(window_tokens),
+            paper_perplexity=_exp(paper.value),
+            paper_standard_error=_exp(paper.value) * paper.standard_error,
+            paper_num_tokens=sum(count for _, count in self._paper),
+            context=context,
+            stride=stride,
+            window_nll=window_nll,
+            window_tokens=window_tokens,
+        )
+
+
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
@@ -64,42 +92,12 @@ def perplexity(
 
     Raises `DataError` for a text of fewer than two tokens or a loss that is not finite.
     """
-    ids = torch.tensor(encode(tokenizer, text)[:max_tokens])
-    if len(ids) < 2:
-        raise DataError("the evaluation text has fewer than two tokens")
-    strict_nll, strict_count, paper_nll, paper_count = [], [], [], []
-    scored = 1  # tokens [1, scored) have been counted by the strict protocol
-    windows = _windows(len(ids), context, stride)
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        lengths = {end - start for start, end in batch}
-        for rows in [batch] if len(lengths) == 1 else [[window] for window in batch]:
-            nll = _token_nll(model, torch.stack([ids[start:end] for start, end in rows]))
-            on_tokens(nll.numel())
-            for (start, end), window in zip(rows, nll, strict=True):
-                fresh = window[max(scored, start + 1) - start - 1 :]
-                scored = end
-                strict_nll.append(float(fresh.sum()))
-                strict_count.append(len(fresh))
-                paper_nll.append(float(window.sum()))
-                paper_count.append(len(window))
-    mean, error = _mean_and_error(strict_nll, strict_count)
-    paper_mean, paper_error = _mean_and_error(paper_nll, paper_count)
-    scored_text: Any = tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
-    num_bytes = len(scored_text.encode())
-    return Perplexity(
-        perplexity=_exp(mean),
-        standard_error=_exp(mean) * error,
-        bits_per_byte=sum(strict_nll) / math.log(2) / max(1, num_bytes),
-        num_tokens=sum(strict_count),
-        paper_perplexity=_exp(paper_mean),
-        paper_standard_error=_exp(paper_mean) * paper_error,
-        paper_num_tokens=sum(paper_count),
-        context=context,
-        stride=stride,
-        window_nll=strict_nll,
-        window_tokens=strict_count,
-    )
+    ids = token_ids(tokenizer, text, max_tokens)
+    losses = Losses()
+    for prediction in predictions(model, ids, split(len(ids), context, stride), batch_size):
+        losses.add(prediction)
+        on_tokens(len(prediction.labels))
+    return losses.result(decode(tokenizer, ids[1:]), context, stride)
 
 
 def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float]:
@@ -110,37 +108,20 @@ def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float]:
     if model.window_tokens != reference.window_tokens:
         raise DataError("the two perplexities were measured on different text or windows")
     differences = [a - b for a, b in zip(model.window_nll, reference.window_nll, strict=True)]
-    mean, error = _mean_and_error(differences, model.window_tokens)
-    return _exp(mean), _exp(mean) * error
+    logarithm = mean_and_error(differences, model.window_tokens)
+    return _exp(logarithm.value), _exp(logarithm.value) * logarithm.standard_error
 
 
-def _windows(num_tokens: int, context: int, stride: int) -> list[tuple[int, int]]:
-    windows = []
-    for start in range(0, num_tokens, stride):
-        windows.append((start, min(start + context, num_tokens)))
-        if start + context >= num_tokens:
-            break
-    return [(start, end) for start, end in windows if end - start >= 2]
+def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """Nats for each predicted token, in float64 on the CPU; the logarithm is taken in float32."""
+    pairs = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).double().cpu()
 
 
-def _token_nll(model: PreTrainedModel, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B M"]:
-    """Nats for each predicted token, M = L - 1."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    if not bool(torch.isfinite(nll).all()):
-        raise DataError("the model's loss on the evaluation text is not finite")
-    return nll.view(ids.shape[0], -1).double().cpu()
-
-
-def _mean_and_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
-    """Mean a token, and its standard error from the spread over windows (ratio estimator); 0 for one window."""
-    total = sum(counts)
-    mean = sum(sums) / total
-    if len(sums) < 2:
-        return mean, 0.0
-    squares = sum((s - n * mean) ** 2 for s, n in zip(sums, counts, strict=True))
-    return mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / total
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> str:
+    """The text of token ids, every byte of it."""
+    text: Any = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _exp(nats: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +64,6 @@ def _ratios(models: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
-    return ratio(Perplexity(**result), Perplexity(**dense))
+    names = [field.name for field in dataclasses.fields(Perplexity)]
+    model, reference = (Perplexity(**{name: values[name] for name in names}) for values in (result, dense))
+    return ratio(model, reference)

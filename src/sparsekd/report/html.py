@@ -21,6 +21,7 @@ def render(report: dict[str, Any]) -> str:
     )
     pictures = {
         "perplexities": plots.perplexities(report["evaluation"]),
+        "calibration": plots.calibration(report["evaluation"]),
         "loss": plots.loss_curve(report["distillation"]),
         "ranks": plots.ranks(report["compression"]),
     }
@@ -29,8 +30,9 @@ def render(report: dict[str, Any]) -> str:
         report=report,
         pictures={name: Markup(svg) for name, svg in pictures.items()},  # noqa: S704 - our own SVG
         sizes=tables.sizes(report["compression"]),
-        perplexity_header=tables.PERPLEXITY_HEADER,
-        perplexities=tables.perplexities(report),
+        evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
+        frequency_header=tables.FREQUENCY_HEADER,
+        frequencies=tables.agreements_by_frequency(report["evaluation"]),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(report["compression"]),
         seconds=seconds,

@@ -135,6 +135,28 @@ def perplexities(evaluation: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def calibration(evaluation: dict[str, Any]) -> str:
+    """Accuracy against confidence in bins of equal mass; below the diagonal a model is too sure of itself."""
+    models = evaluation["models"]
+    texts = list(models["dense"])
+    figure, all_axes = _figures(len(texts))
+    for axes, text in zip(all_axes, texts, strict=True):
+        axes.plot([0, 1], [0, 1], ":", color=_GREY)
+        for (name, results), color, marker in zip(models.items(), (_GREY, _ORANGE, _BLUE), "os^", strict=True):
+            bins = results[text]["calibration"]["bins"]
+            axes.plot(
+                [b["confidence"] for b in bins],
+                [b["accuracy"] for b in bins],
+                color=color,
+                marker=marker,
+                ms=4,
+                label=name,
+            )
+        axes.set(title=text, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    all_axes[0].legend(**_LEGEND)
+    return _svg(figure)
+
+
 def _figure() -> tuple[Figure, Any]:
     figure, axes = _figures(1)
     return figure, axes[0]

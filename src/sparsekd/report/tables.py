@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 Rows = list[list[str]]
 
+
+class Titled(NamedTuple):
+    """A table with its title."""
+
+    title: str
+    header: list[str]
+    rows: Rows
+
+
 PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte", "paper's protocol", "tokens"]
+CALIBRATION_HEADER = ["text", "model", "calibration error", "overconfidence", "accuracy", "Brier score", "entropy"]
+AGREEMENT_HEADER = ["text", "model", "KL to the teacher", "same likeliest token"]
+FREQUENCY_HEADER = ["text", "model", "occurrences", *AGREEMENT_HEADER[2:], "tokens"]
+TASK_HEADER = ["task", "model", "metric", "score", "rows"]
 MATRIX_HEADER = [
     "matrix",
     "shape",
@@ -28,26 +42,99 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
 
 
-def perplexities(report: dict[str, Any]) -> Rows:
+def evaluation(found: dict[str, Any]) -> list[Titled]:
+    """All that was measured on texts and tasks, without the tables that have no row."""
+    tables = [
+        Titled("Perplexity", PERPLEXITY_HEADER, perplexities(found)),
+        Titled("Calibration", CALIBRATION_HEADER, calibrations(found)),
+        Titled("Agreement with the teacher", AGREEMENT_HEADER, agreements(found)),
+        Titled("Tasks", TASK_HEADER, tasks(found)),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def perplexities(evaluation: dict[str, Any]) -> Rows:
     """A row a text and model: strict perplexity +- standard error, ratio to dense, and the paper's protocol."""
-    evaluation = report["evaluation"]
     rows = []
+    for text, name, result in _results(evaluation):
+        compared = evaluation["ratios"].get(name, {}).get(text)
+        rows.append(
+            [
+                text,
+                _model(name),
+                f"{number(result['perplexity'])} \u00b1 {number(result['standard_error'])}",
+                f"{number(compared['ratio'])} \u00b1 {number(compared['standard_error'])}" if compared else "",
+                f"{result['bits_per_byte']:.3f}",
+                f"{number(result['paper_perplexity'])} \u00b1 {number(result['paper_standard_error'])}",
+                f"{result['num_tokens']:,}",
+            ]
+        )
+    return rows
+
+
+def calibrations(evaluation: dict[str, Any]) -> Rows:
+    """A row a text and model: calibration error, and overconfidence, accuracy, Brier score, entropy +- error."""
+    rows = []
+    for text, name, result in _results(evaluation):
+        found = result["calibration"]
+        estimates = [_estimate(found[key]) for key in ("overconfidence", "accuracy", "brier", "entropy")]
+        rows.append([text, _model(name), f"{found['expected_calibration_error']:.3f}", *estimates])
+    return rows
+
+
+def agreements(evaluation: dict[str, Any]) -> Rows:
+    """A row a text and model that was compared with its teacher: KL in nats a token and top-1 agreement +- error."""
+    return [
+        [text, _model(name), _estimate(result["agreement"]["kl"]), _estimate(result["agreement"]["top1"])]
+        for text, name, result in _results(evaluation)
+        if result["agreement"] is not None
+    ]
+
+
+def agreements_by_frequency(evaluation: dict[str, Any]) -> Rows:
+    """The same for each fifth of the text, by how often the predicted token occurs in the training blocks."""
+    return [
+        [
+            text,
+            _model(name),
+            f"{part['least']:,}" if part["least"] == part["most"] else f"{part['least']:,} to {part['most']:,}",
+            _estimate(part["kl"]),
+            _estimate(part["top1"]),
+            f"{part['num_tokens']:,}",
+        ]
+        for text, name, result in _results(evaluation)
+        if result["agreement"] is not None
+        for part in result["agreement"]["by_frequency"]
+    ]
+
+
+def tasks(evaluation: dict[str, Any]) -> Rows:
+    """A row a task, model and metric, with the harness's standard error, or why the task was skipped."""
+    rows = []
+    for task in dict.fromkeys(task for found in evaluation["tasks"].values() for task in found):
+        for name, found in evaluation["tasks"].items():
+            result = found[task]
+            if result["skipped"] is not None:
+                rows.append([task, _model(name), "skipped", result["skipped"], ""])
+            for metric, score in result["scores"].items():
+                rows.append([task, _model(name), metric, _estimate(score), f"{result['num_rows']:,}"])
+    return rows
+
+
+def _results(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(text, model, what was measured), the models of a text side by side."""
     for text in next(iter(evaluation["models"].values())):
         for name, results in evaluation["models"].items():
-            result = results[text]
-            compared = evaluation["ratios"].get(name, {}).get(text)
-            rows.append(
-                [
-                    text,
-                    {"compressed": "compressed, not distilled"}.get(name, name),
-                    f"{number(result['perplexity'])} \u00b1 {number(result['standard_error'])}",
-                    f"{number(compared['ratio'])} \u00b1 {number(compared['standard_error'])}" if compared else "",
-                    f"{result['bits_per_byte']:.3f}",
-                    f"{number(result['paper_perplexity'])} \u00b1 {number(result['paper_standard_error'])}",
-                    f"{result['num_tokens']:,}",
-                ]
-            )
-    return rows
+            yield text, name, results[text]
+
+
+def _model(name: str) -> str:
+    return {"compressed": "compressed, not distilled"}.get(name, name)
+
+
+def _estimate(found: dict[str, Any]) -> str:
+    error = found["standard_error"]
+    return f"{found['value']:.3f}" if error is None else f"{found['value']:.3f} \u00b1 {error:.3f}"
 
 
 def matrices(plan: dict[str, Any]) -> Rows:

@@ -1,0 +1,90 @@
+"""Stage `evaluate` on tiny real models: what the report shows, what is made again, and what memory can be saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparsekd
+from sparsekd import pipeline
+from sparsekd.recipe import load_recipe
+
+TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "tasks" / "lambada_openai_test.jsonl"
+    path.parent.mkdir()
+    path.write_text(
+        "\n".join(json.dumps({"context": f"The quiet river {i}", "continuation": "bridge"}) for i in range(9))
+    )
+    return path
+
+
+def report_of(folder: Path, recipe: Path, *overrides: str) -> dict[str, Any]:
+    try:
+        pipeline.run(load_recipe(str(recipe), overrides), folder)
+    except sparsekd.SparseKDError as error:
+        if error.exit_code != 5:  # a random model has nothing to restore
+            raise
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_everything_measured_is_in_the_report(tiny_recipe: Path, rows: Path, tmp_path: Path) -> None:
+    found = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
+    assert list(found["models"]) == list(found["tasks"]) == ["dense", "compressed", "distilled"]
+    for name, texts in found["models"].items():
+        for result in texts.values():
+            bins = result["calibration"]["bins"]
+            assert sum(b["num_tokens"] for b in bins) == result["num_tokens"]
+            assert (result["agreement"] is None) == (name == "dense")
+            if name != "dense":
+                assert result["agreement"]["kl"]["value"] > 0
+                assert sum(b["num_tokens"] for b in result["agreement"]["by_frequency"]) == result["num_tokens"]
+    assert found["tasks"]["distilled"]["local_lambada"]["num_rows"] == 4
+    assert "piqa_val.jsonl: no such file" in found["tasks"]["dense"]["local_piqa"]["skipped"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    for heading in ("Does it know what it does not know?", "How far from the dense model?", "<h2>Tasks</h2>"):
+        assert heading in page
+    assert "piqa_val.jsonl: no such file" in page
+
+
+def test_what_was_measured_already_is_kept(tiny_recipe: Path, rows: Path, tmp_path: Path) -> None:
+    """As after a kill: the stage is not finished, one text and one model's tasks are missing."""
+    folder = tmp_path / "run" / "round-01" / "eval"
+    before = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
+    kept = [folder / "dense-text-held.json", folder / "compressed-tasks.json"]
+    lost = [folder / "distilled-text-other.json", folder / "dense-tasks.json"]
+    times = [path.stat().st_mtime_ns for path in kept]
+    for path in (folder / "stage.json", *lost):
+        path.unlink()
+    after = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
+    for key in ("models", "tasks", "ratios"):
+        assert after[key] == before[key]
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_one_model_at_a_time_measures_the_same_without_agreement(tiny_recipe: Path, tmp_path: Path) -> None:
+    together = report_of(tmp_path / "together", tiny_recipe)["evaluation"]["models"]
+    alone = report_of(tmp_path / "alone", tiny_recipe, "evaluate.agreement=false")["evaluation"]["models"]
+    for texts in together.values():
+        for result in texts.values():
+            result["agreement"] = None
+    assert alone == together
+    assert "How far from the dense model?" not in (tmp_path / "alone" / "report.html").read_text()
+
+
+def test_a_missing_task_stops_the_run_before_it_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(tiny_recipe), ("evaluate.tasks=[local_lambada]",))
+    with pytest.raises(sparsekd.SparseKDError, match=r"lambada_openai_test\.jsonl: no such file"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_rows_under_a_finished_evaluation_are_noticed(tiny_recipe: Path, rows: Path, tmp_path: Path) -> None:
+    report_of(tmp_path / "run", tiny_recipe, *TASKS)
+    rows.write_text(rows.read_text().replace("quiet", "loud"))
+    with pytest.raises(sparsekd.SparseKDError, match=r"holds another run: task_files\.local_lambada is"):
+        report_of(tmp_path / "run", tiny_recipe, *TASKS)
