@@ -73,6 +73,8 @@ def test_what_is_read_is_what_the_teacher_said(
         assert float((total - 1).abs().max()) < 2e-3
         tail = expected.scatter(-1, found.ids, -torch.inf).logsumexp(-1)
         assert torch.allclose(found.log_tail.double(), tail, rtol=1e-3, atol=1e-4)
+        tail_half = (expected / 2).scatter(-1, found.ids, -torch.inf).logsumexp(-1)
+        assert torch.allclose(found.log_tail_half.double(), tail_half, rtol=1e-3, atol=1e-4)
     assert float(expected.max(-1).values.exp().max()) > 0.1  # not a near-uniform teacher, where anything fits
 
 
@@ -83,6 +85,9 @@ def test_top_k_distribution_sums_the_tail_itself() -> None:
     expected = logits[0, 1:3].double().logsumexp(-1) - logits[0].double().logsumexp(-1)
     assert found.log_tail[0].item() == pytest.approx(expected.item(), rel=1e-6)  # 1 minus the head would be 0 in fp32
     assert found.log_tail[1].item() == -30.0
+    expected = (logits[0, 1:3].double() / 2).logsumexp(-1) - logits[0].double().logsumexp(-1) / 2
+    assert found.log_tail_half[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.log_tail_half[1].item() == -15.0
 
 
 def test_more_kept_than_there_are_tokens(model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path) -> None:
@@ -351,17 +356,20 @@ def test_weights_that_are_not_finite_are_a_data_error(
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("token", "log_prob", "log_tail", "message"),
     [
-        (Targets(torch.tensor([[0]]), torch.tensor([[-1.0]]), torch.tensor([-1.0])), "do not sum to one"),
-        (Targets(torch.tensor([[10]]), torch.tensor([[0.0]]), torch.tensor([-30.0])), "outside the vocabulary of 10"),
-        (Targets(torch.tensor([[-1]]), torch.tensor([[0.0]]), torch.tensor([-30.0])), "outside the vocabulary of 10"),
-        (Targets(torch.tensor([[1]]), torch.tensor([[0.0]]), torch.tensor([torch.nan])), "are not finite"),
+        (0, -1.0, -1.0, "do not sum to one"),
+        (10, 0.0, -30.0, "outside the vocabulary of 10"),
+        (-1, 0.0, -30.0, "outside the vocabulary of 10"),
+        (1, 0.0, torch.nan, "are not finite"),
     ],
 )
 def test_what_is_not_a_distribution_over_the_vocabulary_is_refused(
-    targets: Targets, message: str, tmp_path: Path
+    token: int, log_prob: float, log_tail: float, message: str, tmp_path: Path
 ) -> None:
+    targets = Targets(
+        torch.tensor([[token]]), torch.tensor([[log_prob]]), torch.tensor([log_tail]), torch.tensor([log_tail / 2])
+    )
     with pytest.raises(DataError, match=f"teacher distributions of block 5 .*{message}|block 5 {message}"):
         Writer(tmp_path, {"top_k": 1}, 10).add(0, [5], [np.array([1, 2], np.int32)], [targets])
     assert shards(tmp_path) == {}
@@ -381,18 +389,19 @@ def test_ids_take_two_or_four_bytes(vocab_size: int, width: int, tmp_path: Path)
     tokens = np.array([1, 2, 3], np.int32)
     ids = torch.tensor([[vocab_size - 1, 0], [5, vocab_size - 2]])
     log_probs = torch.tensor([[0.5, 0.25], [0.75, 0.125]]).log()
-    targets = Targets(ids, log_probs, torch.tensor([0.25, 0.125]).log())
+    targets = Targets(ids, log_probs, torch.tensor([0.25, 0.125]).log(), torch.tensor([2.0, 1.5]))
     writer = Writer(tmp_path, {"top_k": 2}, vocab_size)
     assert not writer.has(0, [3])
     writer.add(0, [3], [tokens], [targets])
     writer.finish()
     row = pq.read_table(tmp_path / "part-00000.parquet").to_pylist()[0]
     assert len(row["ids"]) == ids.numel() * width
-    assert len(row["ids"]) + len(row["log_probs"]) + len(row["log_tail"]) == 2 * bytes_per_token(2, vocab_size)
+    assert sum(len(row[name]) for name in Targets._fields) == 2 * bytes_per_token(2, vocab_size)
     found = Cache(tmp_path).read(3, tokens)
     assert torch.equal(found.ids, ids)
     assert torch.allclose(found.log_probs, log_probs, atol=1e-3)
     assert torch.allclose(found.log_tail, targets.log_tail, atol=1e-3)
+    assert torch.allclose(found.log_tail_half, targets.log_tail_half, atol=1e-3)
 
 
 def test_a_shard_says_itself_what_it_was_made_from(

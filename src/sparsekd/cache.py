@@ -6,7 +6,7 @@ pairs each block with its own teacher; a row also carries a hash of its block's 
 differ. Row t of a block is the teacher's distribution of token t + 1, so a block of L tokens has L - 1 rows.
 
 Codec `q16`: token ids as u16 (u32 for vocabularies above 65,536), log-probabilities at temperature 1 over the whole
-vocabulary as fp16, and the log of the tail mass as fp16. Knows no model code.
+vocabulary as fp16, and the logs of the tail's mass and of its sum of p^(1/2) as fp16. Knows no model code.
 
 Shape letters: B blocks, L positions, K kept tokens.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from sparsekd import files
 from sparsekd.errors import DataError, MismatchError
 
-CODEC = "q16-1"
+CODEC = "q16-2"
 ALIGNMENT = "row t predicts token t+1"
 
 
@@ -39,6 +39,14 @@ class Targets(NamedTuple):
     ids: Int[Tensor, "*N K"]
     log_probs: Float[Tensor, "*N K"]  # descending
     log_tail: Float[Tensor, "*N"]
+    log_tail_half: Float[Tensor, "*N"]  # log of the sum of p^(1/2) over the tail: its mass at temperature 2, unscaled
+
+
+class Samples(NamedTuple):
+    """Teacher distributions by importance sampling: `exp(log_weights)` is the teacher on average and sums to one."""
+
+    ids: Int[Tensor, "*N U"]  # distinct, but for unused slots
+    log_weights: Float[Tensor, "*N U"]  # unused slots: -inf
 
 
 def tokens_hash(tokens: np.ndarray) -> str:
@@ -83,6 +91,7 @@ class Writer:
                     "ids": target.ids.numpy().astype(ids_type).tobytes(),
                     "log_probs": target.log_probs.numpy().astype("<f2").tobytes(),
                     "log_tail": target.log_tail.numpy().astype("<f2").tobytes(),
+                    "log_tail_half": target.log_tail_half.numpy().astype("<f2").tobytes(),
                 }
             )
         metadata = {"codec": CODEC, "identity": self.identity, "block_ids": list(block_ids)}
@@ -123,6 +132,7 @@ _SCHEMA = pa.schema(
         ("ids", pa.large_binary()),
         ("log_probs", pa.large_binary()),
         ("log_tail", pa.large_binary()),
+        ("log_tail_half", pa.large_binary()),
     ]
 )
 
@@ -175,17 +185,18 @@ class Cache:
             shape = (values["num_rows"], self.top_k)
             ids = np.frombuffer(values["ids"], self._ids_type).reshape(shape).astype(np.int64)
             log_probs = np.frombuffer(values["log_probs"], "<f2").reshape(shape).astype(np.float32)
-            log_tail = np.frombuffer(values["log_tail"], "<f2").astype(np.float32)
+            tails = (np.frombuffer(values[name], "<f2").astype(np.float32) for name in ("log_tail", "log_tail_half"))
+            log_tail, log_tail_half = map(torch.from_numpy, tails)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(_damaged(self.folder / name, error)) from error
         if found != (block_id, tokens_hash(tokens)):
             raise MismatchError(f"{self.folder / name}: block {block_id} was cached for other tokens; use --fresh")
-        return Targets(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(log_tail))
+        return Targets(torch.from_numpy(ids), torch.from_numpy(log_probs), log_tail, log_tail_half)
 
 
 def bytes_per_token(top_k: int, vocab_size: int) -> int:
     """Bytes of a position before zstd."""
-    return top_k * (2 + (2 if vocab_size <= 65_536 else 4)) + 2
+    return top_k * (2 + (2 if vocab_size <= 65_536 else 4)) + 4
 
 
 def _shard_name(number: int) -> str:

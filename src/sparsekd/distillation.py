@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from sparsekd import checkpoint
 from sparsekd.cache import Cache, Targets
 from sparsekd.errors import DataError, Stopped, UsageError
-from sparsekd.losses import Loss, bucket_loss, linear_bucket_loss
+from sparsekd.losses import Loss, kd_loss, linear_kd_loss
 from sparsekd.models import output_weight
 from sparsekd.recipe import Distill
 
@@ -252,9 +252,9 @@ def _loss_function(student: PreTrainedModel, tokens: np.ndarray) -> LossFunction
         settings = {"alpha": options.alpha, "temperature": options.temperature, "denominator": denominator}
         if fused:
             hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][predicts]
-            return linear_bucket_loss(hidden, head, labels, targets, **settings)
+            return linear_kd_loss(hidden, head, labels, targets, **settings)
         logits = student(input_ids=tokens, use_cache=False).logits[:, :-1][predicts]
-        return bucket_loss(logits, labels, targets, **settings)
+        return kd_loss(logits, labels, targets, **settings)
 
     return loss_of
 

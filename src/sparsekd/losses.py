@@ -1,32 +1,51 @@
-"""KL to a truncated teacher plus cross-entropy, with the tail of the vocabulary as one bucket.
+"""KL to a truncated teacher plus cross-entropy, from logits or fused with the output projection.
 
-For one position, with student probabilities q, the teacher's kept tokens S, P = sum_S p, r = 1 - P, Q = sum_S q:
+The loss of a batch is the sum over its valid positions of `alpha KD + (1 - alpha) CE`, divided by `denominator`, the
+number of valid positions of the whole global batch: micro batches, processes and padding leave the gradient as it is.
+A position with the label -100 is left out of both terms.
 
-    KD = P log(P/Q) + r log(r/(1-Q))  +  P T^2 sum_S p' log(p'/q')        p' = softmax(log p_S / T), q' likewise
+For one position, with the teacher's kept tokens S and their probabilities p, P = sum_S p, r = 1 - P, the student's
+probabilities q, Q = sum_S q, Q_t its mass off S, and X_T a distribution X tempered to softmax(log X / T):
 
-The first two terms are the exact KL of "which kept token group, or the tail" at temperature 1; the last is the KL
-inside S, tempered in the probability domain. It is zero, with zero gradient, exactly where the student equals the
-teacher, at every temperature; renormalising the kept tokens against the full student, as is common, is not. At T = 1
-it is the KL of the (k+1)-way coarsening. The loss is `alpha KD + (1 - alpha) CE`, summed over positions and divided
-by `denominator`, the number of positions of the whole global batch.
+    bucket       P log(P/Q) + r log(r/Q_t) + P T^2 KL(p|S_T, q|S_T)        the default
+    paper        T^2 KL(p|S_T, q|S_T)                                      the kept tokens among themselves only
+    exact_t      T^2 [sum_S p_T log(p_T/q_T) + r_T log(r_T/Q_t,T)]         tempered over the whole vocabulary
+    sampled      sum_S w log(w/q)                                          S drawn from the teacher, weighted w; T = 1
+    renorm_full  T^2 sum_S p|S_T log(p|S_T / q_T)                          biased; for ablations
 
-Two implementations of the same function: `bucket_loss` from logits, through autograd, for models whose logits are
-not a plain matrix product; `linear_bucket_loss` from hidden states, a chunk of logits at a time with the gradient
-worked out in the forward pass: faster, and never more than a chunk of logits. A test holds them equal.
+`bucket` follows from the chain rule KL = KL(kept or tail) + P KL(inside S) + r KL(inside the tail): the last term is
+not in the cache, and only the second is tempered. At T = 1 it is the KL of the (k+1)-way coarsening, as `exact_t` is.
+All but `renorm_full` have zero gradient where the student equals the teacher, `sampled` on average over draws; there
+`renorm_full`, common elsewhere, still pushes the tail towards zero. The functions below give sources.
 
-Shape letters: N positions, D hidden size, V vocabulary, K kept tokens.
+A mode is a function from the logits of S and the log-sum-exp of the rest to KD. Its gradient comes from autograd on
+those few numbers a position, so T^2 is inside; only its spreading over the vocabulary is written out, in `_chunk`.
+
+Shape letters: N positions, n positions of one chunk, D hidden size, V vocabulary, K kept tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sparsekd.cache import Targets
+from sparsekd.cache import Samples, Targets
+from sparsekd.errors import DataError, UsageError
+
+Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
+
+IGNORED = -100  # the label of a position that is left out, as in torch and transformers
+_TEMPERED = {"exact_t", "renorm_full"}  # look at the whole vocabulary at T; the others temper kept tokens at most
+_ZERO = -1e30  # the logarithm of zero: finite, so that 0 log(0/q) is 0 and not nan
 
 
 class Loss(NamedTuple):
@@ -35,137 +54,304 @@ class Loss(NamedTuple):
     ce: Float[Tensor, ""]  # sum of CE over positions / denominator
 
 
-def _normalised(targets: Targets) -> tuple[Tensor, Tensor]:
-    """log p_S and log r rescaled to sum to exactly one: a rounded cache stays a distribution."""
-    log_probs, log_tail = targets.log_probs.float(), targets.log_tail.float()
-    log_total = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
-    return log_probs - log_total[..., None], log_tail - log_total
+# ---- the modes
 
 
-def bucket_loss(
+class _Logits(NamedTuple):
+    """All that a mode sees of the student, at one temperature, up to a constant for each position."""
+
+    kept: Float[Tensor, "n K"]
+    log_tail: Float[Tensor, " n"]  # log-sum-exp of the other logits
+    log_total: Float[Tensor, " n"]  # log-sum-exp of all logits
+    num_tail: int  # how many others there are
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q)
+
+
+def _bucket(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+    """The KL's chain rule (Cover and Thomas, theorem 2.5.3): kept or tail at temperature 1, plus P times `_paper`."""
+    log_head = teacher.log_probs.logsumexp(-1)
+    log_student_head = student.kept.logsumexp(-1) - student.log_total
+    between = _kl(log_head, log_student_head) + _kl(teacher.log_tail, student.log_tail - student.log_total)
+    return between + log_head.exp() * _paper(teacher, student, temperature)
+
+
+def _paper(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+    """The method's paper read so that its fixed point is right: p^(1/T) renormalised on S, and so the student.
+
+    T^2 keeps the gradient's size (Hinton, Vinyals and Dean 2015, section 2.1). Says nothing of the mass on S.
+    """
+    soft_teacher = F.log_softmax(teacher.log_probs / temperature, -1)
+    return temperature**2 * _kl(soft_teacher, F.log_softmax(student.kept / temperature, -1)).sum(-1)
+
+
+def _exact_t(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+    """The (k+1)-way KL of both distributions tempered over the whole vocabulary; `student` is at `temperature`.
+
+    The tail's sum of p^a, a = 1/T, is interpolated in its logarithm by the quadratic through a = 0 (a count), 1/2 and
+    1: exact at temperatures 1 and 2. One token that stands for the tail, r^(1/T), would be far too little.
+    """
+    a = 1 / temperature
+    log_count = math.log(student.num_tail) if student.num_tail else _ZERO
+    log_tail = (
+        (1 - a) * (1 - 2 * a) * log_count + 4 * a * (1 - a) * teacher.log_tail_half + a * (2 * a - 1) * teacher.log_tail
+    )
+    log_kept = teacher.log_probs / temperature
+    log_total = torch.logaddexp(log_kept.logsumexp(-1), log_tail)
+    kept = _kl(log_kept - log_total[:, None], student.kept - student.log_total[:, None]).sum(-1)
+    return temperature**2 * (kept + _kl(log_tail - log_total, student.log_tail - student.log_total))
+
+
+def _sampled(teacher: Samples, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+    """Importance-sampled KL (Anshumann et al. 2025, arXiv 2503.16870): its gradient q - w is q - p on average."""
+    return _kl(teacher.log_weights, student.kept - student.log_total[:, None]).sum(-1)
+
+
+def _renorm_full(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+    """Kept tokens renormalised against the full softmax (DistillKit's `zero`): least where the student has no tail."""
+    soft_teacher = F.log_softmax(teacher.log_probs / temperature, -1)
+    return temperature**2 * _kl(soft_teacher, student.kept - student.log_total[:, None]).sum(-1)
+
+
+_KD: dict[Mode, Callable[[Any, _Logits, float], Tensor]] = {
+    "bucket": _bucket,
+    "paper": _paper,
+    "exact_t": _exact_t,
+    "sampled": _sampled,
+    "renorm_full": _renorm_full,
+}
+
+
+def _kd_and_ce(
+    picked: Float[Tensor, "n picks"],
+    log_rest: Float[Tensor, "n temperatures"],
+    teacher: Targets | Samples,
+    mode: Mode,
+    temperature: float,
+    num_tail: int,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Both terms, from the logits of the kept tokens and of the label, and the log-sum-exp of the rest.
+
+    `log_rest` is at temperature 1 first and at the mode's last. Samples may repeat an id, so there it is over all.
+    """
+    kept, label = picked[:, :-1], picked[:, -1]
+
+    def at(temperature: float, log_tail: Tensor) -> _Logits:
+        log_head = (kept / temperature).logsumexp(-1)
+        log_total = log_tail if isinstance(teacher, Samples) else torch.logaddexp(log_head, log_tail)
+        return _Logits(kept / temperature, log_tail, log_total, num_tail)
+
+    student = at(1.0, log_rest[:, 0])
+    seen = at(temperature, log_rest[:, -1]) if mode in _TEMPERED else student
+    return _KD[mode](teacher, seen, temperature), student.log_total - label
+
+
+def _temperatures(mode: Mode, temperature: float) -> tuple[float, ...]:
+    """Those at which the log-sum-exp over the vocabulary is needed; 1 is, for the cross-entropy."""
+    return (1.0, temperature) if mode in _TEMPERED and temperature != 1 else (1.0,)
+
+
+# ---- what both implementations start with
+
+
+def _prepared(
+    labels: Tensor, targets: Targets | Samples, mode: Mode, temperature: float, vocab_size: int, dtype: torch.dtype
+) -> tuple[Int[Tensor, " n"], Int[Tensor, "n picks"], Targets | Samples]:
+    """The valid rows, their kept ids and label, and their teacher rescaled to sum to one: a rounded cache does not.
+
+    Raises `UsageError` when mode, temperature and kind of targets do not go together, and `DataError` for an id
+    outside the vocabulary or kept twice, which a sort of K ids a position finds.
+    """
+    if isinstance(targets, Samples) != (mode == "sampled"):
+        found = "sampled" if isinstance(targets, Samples) else "top-k"
+        raise UsageError(
+            f"distill.loss={mode} does not fit a cache of {found} targets: codec and loss `sampled` go together"
+        )
+    if mode == "sampled" and temperature != 1:
+        raise UsageError(f"distill.loss=sampled works at temperature 1, not {temperature}: set distill.temperature=1")
+    if mode == "exact_t" and temperature < 1:
+        raise UsageError(f"distill.loss=exact_t knows the tail at temperatures from 1 on, not at {temperature}")
+    rows = (labels != IGNORED).nonzero()[:, 0]
+    ids, *values = (value[rows] for value in targets)
+    picks = torch.cat([ids, labels[rows, None]], -1)
+    if bool(((picks < 0) | (picks >= vocab_size)).any()):
+        raise DataError(f"the targets or labels name a token outside the student's vocabulary of {vocab_size}")
+    if mode != "sampled" and bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise DataError("the targets keep a token twice at one position; make the cache again with --fresh")
+    values = [value.to(dtype).clamp_min(_ZERO) for value in values]
+    if isinstance(targets, Samples):
+        return rows, picks, Samples(ids, F.log_softmax(values[0], -1).clamp_min(_ZERO))
+    log_probs, log_tail, log_tail_half = values
+    excess = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
+    return rows, picks, Targets(ids, log_probs - excess[:, None], log_tail - excess, log_tail_half - excess / 2)
+
+
+# ---- the loss from logits
+
+
+def kd_loss(
     logits: Float[Tensor, "N V"],
     labels: Int[Tensor, " N"],
-    targets: Targets,
+    targets: Targets | Samples,
     *,
+    mode: Mode = "bucket",
     alpha: float,
     temperature: float,
-    denominator: int,
+    denominator: int | float,
 ) -> Loss:
-    """The loss from full logits, through autograd: the reference, and the way for models that cap or scale logits."""
-    z = logits.float()
-    log_p, log_r = _normalised(targets)
-    log_total = z.logsumexp(-1)
-    kept = z.gather(-1, targets.ids)
-    in_tail = torch.ones_like(z, dtype=torch.bool).scatter_(-1, targets.ids, False)
-    log_head = kept.logsumexp(-1) - log_total
-    log_tail = z.masked_fill(~in_tail, -torch.inf).logsumexp(-1) - log_total
-    kd = _bucket_kl(log_p, log_r, kept, log_head, log_tail, temperature).sum() / denominator
-    ce = F.cross_entropy(z, labels, reduction="sum") / denominator
+    """The loss from full logits, through autograd: the reference, and the way for heads of a shape of their own."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows, picks, teacher = _prepared(labels, targets, mode, temperature, logits.shape[-1], dtype)
+    z = logits[rows].to(dtype)
+    rest = z if isinstance(teacher, Samples) else z.scatter(-1, teacher.ids, _ZERO)
+    log_rest = torch.stack([(rest / t).logsumexp(-1) for t in _temperatures(mode, temperature)], -1)
+    num_tail = z.shape[-1] - teacher.ids.shape[-1]
+    kd, ce = _kd_and_ce(z.gather(-1, picks), log_rest, teacher, mode, temperature, num_tail)
+    kd, ce = kd.sum() / denominator, ce.sum() / denominator
     return Loss(alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
 
 
-def _bucket_kl(
-    log_p: Tensor, log_r: Tensor, kept: Tensor, log_head: Tensor, log_tail: Tensor, temperature: float
-) -> Float[Tensor, " N"]:
-    log_head_p = log_p.logsumexp(-1)  # log P
-    between = log_head_p.exp() * (log_head_p - log_head) + log_r.exp() * (log_r - log_tail)
-    soft_p = F.log_softmax(log_p / temperature, dim=-1)
-    soft_q = F.log_softmax(kept / temperature, dim=-1)
-    inside = (soft_p.exp() * (soft_p - soft_q)).sum(-1)
-    return between + log_head_p.exp() * temperature**2 * inside
+# ---- the same, fused with the output projection
 
 
-def linear_bucket_loss(
+def linear_kd_loss(
     hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
+    weight: Float[Tensor, "W D"],
     labels: Int[Tensor, " N"],
-    targets: Targets,
+    targets: Targets | Samples,
     *,
+    mode: Mode = "bucket",
     alpha: float,
     temperature: float,
-    denominator: int,
+    denominator: int | float,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
     chunk_size: int = 256,
 ) -> Loss:
-    """The same loss of `hidden @ weight.T`, without ever holding more than `chunk_size` rows of logits."""
-    log_p, log_r = _normalised(targets)
-    total, kd, ce = _LinearBucketLoss.apply(
-        hidden, weight, labels, targets.ids, log_p, log_r, alpha, temperature, denominator, chunk_size
-    )  # type: ignore[misc]
-    return Loss(total, kd.detach(), ce.detach())
+    """The loss of the logits `softcap tanh(scale hidden @ weight.T / softcap)`, never more than a chunk of them.
 
-
-class _LinearBucketLoss(torch.autograd.Function):
-    """Gradient in the forward pass: the loss is a scalar, so backward only multiplies by its incoming gradient.
-
-    With s = sum_V e^(z-m), split into s_t over the tail and e_S over the kept tokens (the tail is summed itself;
-    1 - Q would cancel):
-
-        dL/dz_j = q_j ((1-a) + a (1 - r/Q_t))                                   j not in S
-        dL/dz_j = q_j ((1-a) + a (1 - P/Q)) + a P T (q'_j - p'_j)               j in S
-        dL/dz_y -= (1-a)                                                        y the label
+    Rows of `weight` from `vocab_size` on are padding: no probability, no gradient. Memory above the inputs is
+    `chunk_size` x V fp32 numbers, and the gradients of what asks for one: the gradient is worked out here, in the
+    forward pass, so backward only multiplies it by the incoming one. It can be called once.
     """
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    rows, picks, teacher = _prepared(labels, targets, mode, temperature, vocab_size, torch.float32)
+    trains = torch.is_grad_enabled()
+    grad_hidden = torch.zeros_like(hidden) if trains and hidden.requires_grad else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains and weight.requires_grad else None
+    settings = {"mode": mode, "alpha": alpha, "temperature": temperature, "scale": scale, "softcap": softcap}
+    # what the chunk's step holds: the logits, their softmax at another temperature, the slope of the cap
+    num_rows = max(1, chunk_size // (len(_temperatures(mode, temperature)) + (softcap is not None)))
+    share = torch.tensor(1 / denominator, device=hidden.device)  # a tensor: as a number it would be compiled in
+    sums = torch.zeros(2, device=hidden.device)
+    step = _chunk_step(hidden.device.type)
+    with torch.no_grad():
+        matrix = weight[:vocab_size].to(hidden.dtype)
+        for start in range(0, len(rows), num_rows):
+            part = slice(start, start + num_rows)
+            h = hidden[rows[part]]
+            chunk_teacher = type(teacher)(*(value[part] for value in teacher))
+            products = (matrix @ h.T).T  # faster on a CPU than h @ matrix.T
+            gradient, found = step(products.float(), picks[part], chunk_teacher, share, **settings)
+            sums += found
+            if grad_hidden is not None:
+                grad_hidden[rows[part]] = (gradient.to(h.dtype) @ matrix).to(h.dtype)  # under autocast it is bf16
+            if grad_weight is not None:
+                grad_weight[:vocab_size].addmm_(gradient.T, h.float())
+            del products, gradient  # before the next chunk's are made: two chunks would be there at once
+    kd, ce = sums / denominator
+    total = alpha * kd + (1 - alpha) * ce
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return Loss(_WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight), kd, ce)  # type: ignore[arg-type]
+
+
+def _chunk(
+    z: Float[Tensor, "n V"],
+    picks: Int[Tensor, "n picks"],
+    teacher: Targets | Samples,
+    share: Float[Tensor, ""],
+    *,
+    mode: Mode,
+    alpha: float,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "n V"], Float[Tensor, " terms"]]:
+    """From the products `h @ weight.T`, which it overwrites, their gradient, and the sums of KD and CE.
+
+    With e = exp((z - m)/T) over the rest, s its sum, and g the gradient for its logarithm, which a few numbers a
+    position decide, the gradient for a logit of the rest is g e / (s T). The rest is summed itself: 1 - Q cancels.
+    At T = 1 it is e^T: one exponential serves both temperatures.
+    """
+    slope = _scale_and_cap(z, scale, softcap)
+    temperatures = _temperatures(mode, temperature)
+    picked, m = z.gather(-1, picks), z.amax(-1, keepdim=True)
+    picked = picked - m
+    z.sub_(m)
+    if len(temperatures) > 1:
+        z.div_(temperature)
+    z.exp_()
+    if not isinstance(teacher, Samples):
+        z.scatter_(-1, teacher.ids, 0.0)
+    exps = [z] if len(temperatures) == 1 else [z.pow(temperature), z]
+    sums = torch.stack([e.sum(-1) for e in exps], -1).clamp_min(torch.finfo(z.dtype).tiny)
+    num_tail = z.shape[-1] - teacher.ids.shape[-1]
+
+    def loss(picked: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
+        kd, ce = _kd_and_ce(picked, log_rest, teacher, mode, temperature, num_tail)
+        found = torch.stack([kd.sum(), ce.sum()])
+        return share * scale * (alpha * found[0] + (1 - alpha) * found[1]), found
+
+    (of_picked, of_rest), found = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(picked, sums.log())
+    factors = of_rest / (sums * sums.new_tensor(temperatures))
+    gradient = exps[0].mul_(factors[:, :1])
+    if len(exps) > 1:
+        gradient.addcmul_(exps[1], factors[:, 1:])
+    gradient.scatter_add_(-1, picks, of_picked)
+    return gradient if slope is None else gradient.mul_(slope), found
+
+
+def _scale_and_cap(z: Float[Tensor, "n V"], scale: float, softcap: float | None) -> Float[Tensor, "n V"] | None:
+    """Makes logits of `z` in place; the slope of the cap, 1 - tanh^2, if there is one."""
+    if softcap is None:
+        if scale != 1:
+            z.mul_(scale)
+        return None
+    z.mul_(scale / softcap).tanh_()
+    slope = z.square().neg_().add_(1)
+    z.mul_(softcap)
+    return slope
+
+
+@functools.cache
+def _chunk_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_chunk`; compiled on GPUs where Triton is there: a few kernels then do what is ten passes over the logits."""
+    compiled = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    return torch.compile(_chunk) if compiled else _chunk
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known already."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        value: Tensor,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        log_p: Tensor,
-        log_r: Tensor,
-        alpha: float,
-        temperature: float,
-        denominator: int,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        matrix = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        kd_sum = hidden.new_zeros((), dtype=torch.float32)
-        ce_sum = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
-            h, s, y = hidden[rows], ids[rows], labels[rows, None]
-            z = (h @ matrix.T).float()
-            kept, label_logit = z.gather(-1, s), z.gather(-1, y)[:, 0]
-            m = z.amax(-1, keepdim=True)
-            e = z.sub_(m).exp_()  # z is not needed again: its buffer becomes e, then the gradient
-            e_s = e.gather(-1, s)
-            e.scatter_(-1, s, 0.0)
-            sum_tail = e.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            sum_head = e_s.sum(-1)
-            total = sum_head + sum_tail
-            log_total = total.log()
-            log_head, log_tail = sum_head.log() - log_total, sum_tail.log() - log_total
-            kd_sum += _bucket_kl(log_p[rows], log_r[rows], kept, log_head, log_tail, temperature).sum()
-            ce_sum += (m[:, 0] + log_total - label_logit).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            head_p = log_p[rows].logsumexp(-1).exp()
-            off_s = (1 - alpha) + alpha * (1 - torch.exp(log_r[rows] - log_tail))
-            on_s = (1 - alpha) + alpha * (1 - torch.exp(head_p.log() - log_head))
-            soft = torch.softmax(kept / temperature, -1) - torch.softmax(log_p[rows] / temperature, -1)
-            e.mul_((off_s / total)[:, None])
-            e.scatter_(-1, s, e_s * (on_s / total)[:, None] + alpha * temperature * head_p[:, None] * soft)
-            e.scatter_add_(-1, y, torch.full_like(y, alpha - 1.0, dtype=torch.float32))
-            e.mul_(1 / denominator)
-            if grad_hidden is not None:
-                grad_hidden[rows] = e.to(hidden.dtype) @ matrix
-            if grad_weight is not None:
-                grad_weight.addmm_(e.T, h.float())
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        kd, ce = kd_sum / denominator, ce_sum / denominator
-        ctx.mark_non_differentiable(kd, ce)
-        return alpha * kd + (1 - alpha) * ce, kd, ce
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = gradients[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale,
-            None if grad_weight is None else grad_weight * scale,
-            *[None] * 8,
-        )
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # in place: a copy of the weight's gradient would double the peak; autograd then refuses a second backward
+        gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.saved_tensors]
+        return None, *gradients, None, None

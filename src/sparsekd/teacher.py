@@ -39,10 +39,11 @@ def identity(model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, to
 
 @torch.inference_mode()
 def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
-    """The `top_k` likeliest tokens of each row, their log-probabilities over all of V, and the log of the rest's mass.
+    """The `top_k` likeliest tokens of each row, their log-probabilities over all of V, and the logs of the rest's mass
+    and of its sum of p^(1/2).
 
     The tail is summed over the other tokens themselves, not taken as 1 minus the top, so it is exact when tiny. It is
-    at least e^-30, which fp16 can hold as a logarithm.
+    at least e^-30, which fp16 can hold as a logarithm; the sum of roots then is at least e^-15.
     """
     z = logits.float()
     top, ids = z.topk(top_k, dim=-1)
@@ -52,7 +53,8 @@ def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
     tail = e.scatter_(-1, ids, 0.0).sum(-1)
     log_sum = (head + tail).log()
     log_tail = (tail.log() - log_sum).clamp_min(-30.0)
-    return Targets(ids, top - m - log_sum[..., None], log_tail)
+    log_tail_half = (e.sqrt_().sum(-1).log() - log_sum / 2).clamp_min(-15.0)
+    return Targets(ids, top - m - log_sum[..., None], log_tail, log_tail_half)
 
 
 @torch.inference_mode()

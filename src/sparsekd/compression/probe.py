@@ -19,7 +19,7 @@ from sparsekd.cache import Targets
 from sparsekd.compression.formats import Factors
 from sparsekd.layers import LowRankLinear
 from sparsekd.layerwise import Layers
-from sparsekd.losses import bucket_loss
+from sparsekd.losses import kd_loss
 from sparsekd.models import replace_module
 from sparsekd.teacher import distributions
 
@@ -67,6 +67,6 @@ class Probe:
                 lambda tokens=tokens: self._model(input_ids=tokens, use_cache=False).logits, hidden[first], first
             )
             for row, part in enumerate(targets):
-                loss = bucket_loss(logits[row, :-1], tokens[row, 1:], part, alpha=1.0, temperature=1.0, denominator=1)
+                loss = kd_loss(logits[row, :-1], tokens[row, 1:], part, alpha=1.0, temperature=1.0, denominator=1)
                 total, count = total + loss.kd.item(), count + len(part.log_tail)
         return total / count
