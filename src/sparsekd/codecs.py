@@ -193,8 +193,9 @@ class Sampled(Codec):
         return {"ids": ids.T, "log_weights": log_weights.T}
 
     def _unpack(self, arrays: dict[str, np.ndarray]) -> Samples:
-        log_weights = _floats(arrays["log_weights"].T)
-        return Samples(_ids(arrays), log_weights - log_weights.logsumexp(-1, keepdim=True))  # rounded, they sum to ~1
+        log_weights = arrays["log_weights"].astype(np.float32)
+        log_weights -= np.log(np.exp(log_weights).sum(0))  # rounded, they summed to almost one
+        return Samples(_ids(arrays), _floats(log_weights.T))
 
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Q16, Q8, Sampled)}
