@@ -53,7 +53,8 @@ def test_decoded_is_what_was_stored(codec: str, top_k: int, vocab_size: int) -> 
 @settings(deadline=None, max_examples=60)
 @given(st.floats(0.01, 20), st.integers(0, 1000))
 def test_error_of_q8_stays_at_a_rank_and_does_not_add_up(sharpness: float, seed: int) -> None:
-    """Half a step of the drop that was stored, at each of 64 ranks."""
+    """At each of 64 ranks, half a step of the largest drop so far at most: a value that came out too low makes the
+    next one, if it is almost as high, come out as low."""
     targets = teacher(4, 600, 64, sharpness, seed)
     packer = codec_for("q8", 64, 600)
     found = packer.decode(packer.encode(targets), 4)
@@ -62,7 +63,7 @@ def test_error_of_q8_stays_at_a_rank_and_does_not_add_up(sharpness: float, seed:
     within = (-targets.log_probs.diff(dim=-1) < 30).cumprod(-1).bool()  # a larger drop is stored as the largest
     half_step = (math.expm1(math.log1p(32 / 0.2) / 255 / 2)) * (0.2 + stored)
     error = (found.log_probs - targets.log_probs).abs()[:, 1:]
-    assert bool((error <= 1.001 * half_step + 1e-4)[within].all())
+    assert bool((error <= 1.001 * half_step.cummax(-1).values + 2e-3)[within].all())  # and fp16's of the first
 
 
 def test_a_drop_larger_than_the_largest_is_made_up_for() -> None:

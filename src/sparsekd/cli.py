@@ -308,7 +308,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
     for name, size in planned["cache"].items():
         chosen = "  <- this recipe" if name == recipe.cache.codec else ""
-        print(f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {tables.size(size['bytes']):>9}{chosen}")
+        print(
+            f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {tables.size(float(size['bytes'])):>9}{chosen}"
+        )
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
     for name, seconds in planned["seconds"].items():
         print(f"{name:<13} about {tables.duration(seconds)}")
