@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import resource
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekd import files
-from sparsekd.cache import Cache, Targets, Writer, bytes_per_token
-from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError
+from sparsekd.cache import Cache, Part, Samples, Targets, Writer, merge
+from sparsekd.codecs import codec_for
+from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.teacher import cache_teacher, distributions, fill, identity, top_k_distribution
 
 TOP_K = 8
@@ -39,11 +43,20 @@ def blocks() -> dict[int, np.ndarray]:
 
 def filled(model: PreTrainedModel, folder: Path, blocks: dict[int, np.ndarray], **changes: Any) -> Cache:
     options = {"tokenizer": "t", "corpus_fingerprint": "c", "top_k": TOP_K, "blocks_per_shard": 3, "batch_size": 2}
-    return fill(model, folder, blocks, **{**options, **changes})
+    fill(model, folder, blocks, **{**options, **changes})
+    return Cache(folder)
+
+
+def made_of(model: PreTrainedModel, tokenizer: str = "t", corpus: str = "c", top_k: int = TOP_K) -> dict[str, Any]:
+    return identity(model, tokenizer, corpus, codec_for("q16", top_k, 400))
 
 
 def equal(a: Targets, b: Targets) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def targets(token: int, log_prob: float, log_tail: float) -> Targets:
+    return Targets(torch.tensor([[token]]), *map(torch.tensor, ([[log_prob]], [log_tail], [0.0])))
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -73,8 +86,8 @@ def test_what_is_read_is_what_the_teacher_said(
         assert float((total - 1).abs().max()) < 2e-3
         tail = expected.scatter(-1, found.ids, -torch.inf).logsumexp(-1)
         assert torch.allclose(found.log_tail.double(), tail, rtol=1e-3, atol=1e-4)
-        tail_half = (expected / 2).scatter(-1, found.ids, -torch.inf).logsumexp(-1)
-        assert torch.allclose(found.log_tail_half.double(), tail_half, rtol=1e-3, atol=1e-4)
+        half = (expected / 2).scatter(-1, found.ids, -torch.inf).logsumexp(-1)
+        assert torch.allclose(found.log_tail_half.double(), half, rtol=1e-3, atol=1e-4)
     assert float(expected.max(-1).values.exp().max()) > 0.1  # not a near-uniform teacher, where anything fits
 
 
@@ -85,8 +98,6 @@ def test_top_k_distribution_sums_the_tail_itself() -> None:
     expected = logits[0, 1:3].double().logsumexp(-1) - logits[0].double().logsumexp(-1)
     assert found.log_tail[0].item() == pytest.approx(expected.item(), rel=1e-6)  # 1 minus the head would be 0 in fp32
     assert found.log_tail[1].item() == -30.0
-    expected = (logits[0, 1:3].double() / 2).logsumexp(-1) - logits[0].double().logsumexp(-1) / 2
-    assert found.log_tail_half[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert found.log_tail_half[1].item() == -15.0
 
 
@@ -148,12 +159,12 @@ def test_another_corpus_tokenizer_or_width_is_refused(
     with pytest.raises(MismatchError, match=rf"part-00000\.parquet was made with {key} = "):
         filled(model, tmp_path, blocks, **changes)
     assert shards(tmp_path) == before
-    wanted = identity(
+    wanted = made_of(
         model, changes.get("tokenizer", "t"), changes.get("corpus_fingerprint", "c"), changes.get("top_k", TOP_K)
     )
     with pytest.raises(MismatchError, match=f"was made with {key} = "):
         Cache(tmp_path, wanted)
-    Cache(tmp_path, identity(model, "t", "c", TOP_K))
+    Cache(tmp_path, made_of(model))
 
 
 def test_another_model_is_refused(
@@ -246,8 +257,8 @@ def test_a_flipped_byte_is_noticed_or_harmless(
                 assert "\n" not in str(error)
                 errors.append(error)
         noticed += bool(errors)
-        with contextlib.suppress(SparseKDError):  # what a continued run asks
-            assert Writer(tmp_path, cache.manifest["identity"], 400).has(1, inside)
+        with contextlib.suppress(SparseKDError), Writer.open(tmp_path, cache.identity) as writer:
+            assert writer.has(1, inside)  # what a continued run asks
     assert noticed > len(content) / 3 / 2
 
 
@@ -295,7 +306,7 @@ def test_a_missing_shard_is_named_and_made_again(
     (tmp_path / "part-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"part-00001\.parquet is damaged: 0 bytes"):
         Cache(tmp_path)
-    inside = cache.manifest["shards"][1]["block_ids"][0]
+    inside = cache.shards[1]["block_ids"][0]
     with pytest.raises(DataError, match=r"part-00001\.parquet"):
         cache.read(inside, blocks[inside])
     filled(model, tmp_path, blocks)
@@ -316,7 +327,7 @@ def test_shards_that_changed_places_are_noticed(
         path.write_bytes(content)
         shard["bytes"] = len(content)
     files.write_json(tmp_path / "manifest.json", manifest)
-    with pytest.raises(MismatchError, match="block 0 was cached for other tokens"):
+    with pytest.raises(MismatchError, match=r"part-00000\.parquet holds other blocks than it should"):
         Cache(tmp_path).read(0, blocks[0])
 
 
@@ -326,9 +337,14 @@ def test_a_missing_or_damaged_manifest(model: PreTrainedModel, blocks: dict[int,
     filled(model, tmp_path, blocks)
     path = tmp_path / "manifest.json"
     whole = files.read_json(path)
-    needed = ("identity", "vocab_size", "shards")
-    damaged: list[Any] = [{key: value for key, value in whole.items() if key != left} for left in needed]
+    damaged: list[Any] = [
+        {key: value for key, value in whole.items() if key != left} for left in ("identity", "shards")
+    ]
     damaged += [[], None, {**whole, "shards": [{}]}, {**whole, "identity": {"top_k": "many"}}]
+    outside = [
+        {**whole["shards"][0], "name": name} for name in ("../part-00000.parquet", "/etc/passwd", "part-0.parquet")
+    ]
+    damaged += [{**whole, "shards": [shard]} for shard in outside]
     for value in damaged:
         files.write_json(path, value)
         with pytest.raises(DataError, match=r"manifest\.json is damaged"):
@@ -356,52 +372,38 @@ def test_weights_that_are_not_finite_are_a_data_error(
 
 
 @pytest.mark.parametrize(
-    ("token", "log_prob", "log_tail", "message"),
+    ("targets", "message"),
     [
-        (0, -1.0, -1.0, "do not sum to one"),
-        (10, 0.0, -30.0, "outside the vocabulary of 10"),
-        (-1, 0.0, -30.0, "outside the vocabulary of 10"),
-        (1, 0.0, torch.nan, "are not finite"),
+        (targets(0, -1.0, -1.0), "do not sum to one"),
+        (targets(10, 0.0, -30.0), "outside the vocabulary of 10"),
+        (targets(-1, 0.0, -30.0), "outside the vocabulary of 10"),
+        (targets(1, 0.0, torch.nan), "are not finite"),
     ],
 )
 def test_what_is_not_a_distribution_over_the_vocabulary_is_refused(
-    token: int, log_prob: float, log_tail: float, message: str, tmp_path: Path
+    targets: Targets, message: str, tmp_path: Path
 ) -> None:
-    targets = Targets(
-        torch.tensor([[token]]), torch.tensor([[log_prob]]), torch.tensor([log_tail]), torch.tensor([log_tail / 2])
-    )
-    with pytest.raises(DataError, match=f"teacher distributions of block 5 .*{message}|block 5 {message}"):
-        Writer(tmp_path, {"top_k": 1}, 10).add(0, [5], [np.array([1, 2], np.int32)], [targets])
+    with (
+        Writer.open(tmp_path, {"codec": "q16", "top_k": 1, "vocab_size": 10}) as writer,
+        pytest.raises(DataError, match=f"teacher distributions of block 5 .*{message}|block 5 {message}"),
+    ):
+        writer.add(0, [5], [np.array([1, 2], np.int32)], [targets])
     assert shards(tmp_path) == {}
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_first_pass(make_model: Any, tmp_path: Path) -> None:
-    huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.int32), shape=(10**16,), strides=(0,))  # takes no memory
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_pass(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+
+    def forbidden(num_tokens: int) -> None:
+        raise Interrupted
+
     with pytest.raises(ResourceError, match="the teacher cache needs about"):
-        filled(make_model("llama"), tmp_path, {0: huge})
+        filled(model, tmp_path, blocks, on_tokens=forbidden)
 
 
-# ---- widths
-
-
-@pytest.mark.parametrize(("vocab_size", "width"), [(400, 2), (65_536, 2), (65_537, 4), (151_936, 4)])
-def test_ids_take_two_or_four_bytes(vocab_size: int, width: int, tmp_path: Path) -> None:
-    tokens = np.array([1, 2, 3], np.int32)
-    ids = torch.tensor([[vocab_size - 1, 0], [5, vocab_size - 2]])
-    log_probs = torch.tensor([[0.5, 0.25], [0.75, 0.125]]).log()
-    targets = Targets(ids, log_probs, torch.tensor([0.25, 0.125]).log(), torch.tensor([2.0, 1.5]))
-    writer = Writer(tmp_path, {"top_k": 2}, vocab_size)
-    assert not writer.has(0, [3])
-    writer.add(0, [3], [tokens], [targets])
-    writer.finish()
-    row = pq.read_table(tmp_path / "part-00000.parquet").to_pylist()[0]
-    assert len(row["ids"]) == ids.numel() * width
-    assert sum(len(row[name]) for name in Targets._fields) == 2 * bytes_per_token(2, vocab_size)
-    found = Cache(tmp_path).read(3, tokens)
-    assert torch.equal(found.ids, ids)
-    assert torch.allclose(found.log_probs, log_probs, atol=1e-3)
-    assert torch.allclose(found.log_tail, targets.log_tail, atol=1e-3)
-    assert torch.allclose(found.log_tail_half, targets.log_tail_half, atol=1e-3)
+# ---- what a shard holds
 
 
 def test_a_shard_says_itself_what_it_was_made_from(
@@ -409,7 +411,7 @@ def test_a_shard_says_itself_what_it_was_made_from(
 ) -> None:
     filled(model, tmp_path, blocks)
     manifest = files.read_json(tmp_path / "manifest.json")
-    assert manifest["identity"] == identity(model, "t", "c", TOP_K)
+    assert manifest["identity"] == made_of(model)
     listed: list[int] = []
     for shard in manifest["shards"]:
         said = json.loads(pq.read_schema(tmp_path / shard["name"]).metadata[b"sparsekd"])
@@ -419,11 +421,209 @@ def test_a_shard_says_itself_what_it_was_made_from(
     assert listed == sorted(blocks, key=lambda i: (len(blocks[i]), i))  # by length: nothing is padded
 
 
-@pytest.mark.parametrize("key", ["codec", "alignment"])
-def test_a_cache_of_another_format_is_refused(key: str, make_model: Any, tmp_path: Path) -> None:
+def test_a_cache_of_another_format_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     blocks = {0: np.arange(20, dtype=np.int32)}
+    filled(model, tmp_path, blocks)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    of_old = {"codec": "q16-1", **{key: value for key, value in manifest.items() if key != "format"}}
+    for changed, found in ((of_old, "q16-1"), (manifest | {"format": 3}, "3")):
+        (tmp_path / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(MismatchError, match=f"has the cache format {found}, this version reads 2: use --fresh"):
+            Cache(tmp_path)
+
+
+# ---- codecs
+
+
+@pytest.mark.parametrize("codec", ["q16", "q8", "sampled"])
+def test_every_codec_goes_to_disk_and_back(
+    codec: str, model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    cache = filled(model, tmp_path, blocks, codec=codec)
+    assert cache.codec.name == codec
+    for block_id, tokens in blocks.items():
+        found = cache.read(block_id, tokens)
+        (expected,) = distributions(model, torch.from_numpy(tokens.astype(np.int64))[None], TOP_K)
+        if isinstance(found, Samples):
+            assert codec == "sampled"
+            assert torch.allclose(found.log_weights.exp().sum(-1), torch.ones(len(tokens) - 1))
+        else:
+            assert torch.equal(found.ids, expected.ids)
+            assert torch.allclose(found.log_probs, expected.log_probs, atol=0.05)
+
+
+def test_draws_are_a_function_of_seed_and_block(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    for name, changes in (("a", {}), ("b", {"batch_size": 1, "blocks_per_shard": 100}), ("c", {"seed": 7})):
+        filled(model, tmp_path / name, blocks, codec="sampled", **changes)
+    ids = {name: {i: Cache(tmp_path / name).read(i, blocks[i]).ids for i in blocks} for name in "abc"}
+    assert all(torch.equal(ids["a"][i], ids["b"][i]) for i in blocks)
+    assert any(not torch.equal(ids["a"][i], ids["c"][i]) for i in blocks)
+    with pytest.raises(MismatchError, match="seed = 42, now asked for 7"):
+        filled(model, tmp_path / "a", blocks, codec="sampled", seed=7)
+
+
+def test_padding_of_the_embeddings_takes_no_probability(
+    make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path
+) -> None:
+    padded = make_model("llama", vocab_size=512)
+    tokens = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = cache_teacher(padded, tokenizer, tokens, tmp_path)
+    assert cache.vocab_size == len(tokenizer) == 400
+    found = cache.read(0, tokens[0].numpy())
+    with torch.no_grad():
+        expected = padded(tokens[:1]).logits[0, :-1, :400].log_softmax(-1).topk(32)
+    assert torch.equal(found.ids, expected.indices)
+    assert torch.allclose(found.log_probs, expected.values, atol=1e-2)
+
+
+def test_a_vocabulary_larger_than_ids_can_name_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    blocks = {0: np.arange(20, dtype=np.int32)}
+    with pytest.raises(UsageError, match=r"vocabulary has 262,145 tokens: the teacher cache holds at most 262,144"):
+        filled(model, tmp_path, blocks, vocab_size=262_145)
+
+
+def test_a_block_longer_than_the_context_is_refused(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    short = make_model("llama", max_position_embeddings=16)
+    with pytest.raises(DataError, match=r"block 4 has 17 tokens, the model's context is 16: lower corpus\.seq_len"):
+        filled(short, tmp_path, {3: np.arange(16, dtype=np.int32), 4: np.arange(17, dtype=np.int32)})
+    filled(short, tmp_path, {3: np.arange(16, dtype=np.int32)})
+
+
+def test_another_config_of_the_same_weights_is_refused(
+    make_model: Callable[..., PreTrainedModel], blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
     filled(make_model("llama"), tmp_path, blocks)
-    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {key: "of the future"}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(MismatchError, match=key):
-        Cache(tmp_path)
+    with pytest.raises(MismatchError, match="was made with config = "):
+        filled(make_model("llama", rms_norm_eps=1e-3), tmp_path, blocks)
+
+
+# ---- several processes
+
+
+def test_parts_unite_to_the_cache_that_one_process_writes(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    filled(model, tmp_path / "one", blocks)
+    folder = tmp_path / "three"
+    for number in (3, 1):
+        assert fill_part(model, folder, blocks, Part(number, 3)) is None
+    with pytest.raises(DataError, match=r"shard 2/3 is not finished: run sparsekd cache with --shard 2/3"):
+        merge(folder, blocks)
+    with pytest.raises(DataError, match=r"manifest\.json does not exist"):
+        Cache(folder)
+    fill_part(model, folder, blocks, Part(2, 3))
+    with pytest.raises(DataError, match=r"lacks 1 of the 11 blocks that are needed, the first is block 1000"):
+        merge(folder, [*blocks, 1000])
+    for _ in range(2):  # merged once more, it stays what it is
+        assert set(merge(folder, blocks).block_ids) == set(blocks)
+    assert contents(folder) == contents(tmp_path / "one")
+
+
+def test_parts_of_different_things_do_not_unite(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="holds no finished shard"):
+        tmp_path.mkdir(exist_ok=True)
+        merge(tmp_path, blocks)
+    fill_part(model, tmp_path, blocks, Part(1, 2))
+    fill_part(model, tmp_path, blocks, Part(2, 2), corpus_fingerprint="d")
+    with pytest.raises(MismatchError, match=r"manifest-2-of-2\.json was made with corpus = d, now asked for c"):
+        merge(tmp_path, blocks)
+    fill_part(model, tmp_path, blocks, Part(3, 4))
+    with pytest.raises(UsageError, match="manifests of 2 and of 4 shards"):
+        merge(tmp_path, blocks)
+
+
+def test_a_part_lost_after_it_was_finished_is_named(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        fill_part(model, tmp_path, blocks, Part(number, 2))
+    (tmp_path / "part-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-00001\.parquet is damaged: 0 bytes"):
+        merge(tmp_path, blocks)
+    fill_part(model, tmp_path, blocks, Part(2, 2))
+    merge(tmp_path, blocks)
+
+
+def test_two_writers_of_one_part(model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path) -> None:
+    with Writer.open(tmp_path, made_of(model), Part(2, 3)):
+        with pytest.raises(UsageError, match=r"part 2/3 of the cache .* is in use by process \d+"):
+            fill_part(model, tmp_path, blocks, Part(2, 3))
+        (tmp_path / "part-00001.parquet.tmp-1").write_text("at work")
+        fill_part(model, tmp_path, blocks, Part(1, 3))  # another part is free, and leaves the others' files alone
+        assert (tmp_path / "part-00001.parquet.tmp-1").exists()
+    fill_part(model, tmp_path, blocks, Part(2, 3))
+    assert not (tmp_path / "part-00001.parquet.tmp-1").exists()
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def fill_part(
+    model: PreTrainedModel, folder: Path, blocks: dict[int, np.ndarray], part: Part, corpus_fingerprint: str = "c"
+) -> Cache | None:
+    options = {"tokenizer": "t", "corpus_fingerprint": corpus_fingerprint, "top_k": TOP_K, "blocks_per_shard": 3}
+    return fill(model, folder, blocks, **options, batch_size=2, part=part)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- foreign
+
+
+def test_a_shard_of_another_cache_is_noticed(
+    model: PreTrainedModel, make_model: Callable[[str], PreTrainedModel], blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    cache = filled(model, tmp_path / "ours", blocks)
+    filled(make_model("llama"), tmp_path / "theirs", blocks)
+    foreign = (tmp_path / "theirs/part-00001.parquet").read_bytes()
+    (tmp_path / "ours/part-00001.parquet").write_bytes(foreign)
+    manifest = files.read_json(tmp_path / "ours/manifest.json")
+    manifest["shards"][1]["bytes"] = len(foreign)  # as if it were of the same size
+    files.write_json(tmp_path / "ours/manifest.json", manifest)
+    inside = manifest["shards"][1]["block_ids"][0]
+    with pytest.raises(MismatchError, match=r"part-00001\.parquet was made with teacher = "):
+        Cache(tmp_path / "ours").read(inside, blocks[inside])
+    assert list(cache.damaged_shards()) == ["part-00001.parquet"]
+
+
+def test_a_cache_that_covers_too_little_is_refused(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    cache = filled(model, tmp_path, blocks)
+    cache.require(blocks)
+    with pytest.raises(DataError, match=r"lacks 2 of the 12 blocks that are needed, the first is block 5"):
+        cache.require([*blocks, 5, 1000])
+
+
+def test_many_shards_are_read_without_holding_them_open(model: PreTrainedModel, tmp_path: Path) -> None:
+    blocks = {i: np.arange(8, dtype=np.int32) + i for i in range(80)}
+    cache = filled(model, tmp_path, blocks, blocks_per_shard=1)
+    for block_id in [*blocks, *blocks]:
+        cache.read(block_id, blocks[block_id])
+    opened = [path for path in Path("/proc/self/fd").iterdir() if str(path.resolve()).startswith(str(tmp_path))]
+    assert len(opened) <= 64
+
+
+def test_a_full_disk_keeps_the_whole_shards(
+    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    """The system's own limit on the size of a file stands for a disk that fills up."""
+    filled(model, tmp_path / "whole", blocks)
+    sizes = [len(content) for content in shards(tmp_path / "whole").values()]
+    assert sizes[2] > max(sizes[:2])  # blocks come sorted by length
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes[:2]), before[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"no space left while writing .*part-00002\.parquet"):
+            filled(model, tmp_path / "full", blocks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(contents(tmp_path / "full")) == ["part-00000.parquet", "part-00001.parquet"]
+    filled(model, tmp_path / "full", blocks)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")

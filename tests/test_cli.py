@@ -150,8 +150,9 @@ def test_dry_run_plans_and_creates_nothing(sparsekd: Any, tiny_recipe: Path, tmp
     removed = structure["mlp_parameters_before"] - structure["mlp_parameters_after"]
     assert structure["model_parameters_before"] - structure["model_parameters_after"] == removed
     assert outcome.json["recipe"]["compress"]["reduction"] == 0.4
-    assert outcome.json["cache_bytes"] == (12 + 2) * 32 * outcome.json["cache_bytes_per_token"]
-    assert outcome.json["cache_bytes_per_token"] == 8 * (2 + 2) + 2
+    assert outcome.json["cache_tokens"] == (12 + 2) * 32
+    assert outcome.json["cache"]["q16"] == {"bytes_per_token": 8 * (2 + 2) + 4, "bytes": (12 + 2) * 32 * 36}
+    assert outcome.json["cache"]["q8"]["bytes_per_token"] == 101  # not the recipe's: at its usual top_k of 32
     assert set(outcome.json["seconds"]) == {"cache", "compress", "distill", "evaluate"}
     assert all(seconds > 0 for seconds in outcome.json["seconds"].values())
     printed = sparsekd("run", tiny_recipe, "--dry-run")
@@ -165,7 +166,7 @@ def test_dry_run_tells_what_the_run_then_does(sparsekd: Any, tiny_recipe: Path, 
     made = sparsekd("compress", tiny_recipe, "--json", "--reduction", "0.3", "--out", tmp_path / "run").json
     for name in ("model_parameters_before", "model_parameters_after", "mlp_reduction"):
         assert made["compress"][name] == planned["compression"][name]
-    assert made["cache"]["bytes"] < 2 * planned["cache_bytes"] + 20_000  # zstd and the tables' own bytes
+    assert made["cache"]["bytes"] < 2 * planned["cache"]["q16"]["bytes"] + 20_000  # zstd and the tables' own bytes
     loaded, _ = models.load(str(tmp_path / "run/round-01/compressed/model"))
     assert models.num_parameters(loaded) == planned["compression"]["model_parameters_after"]
 
@@ -189,14 +190,116 @@ def test_dry_run_of_the_papers_models(
     assert structure["model_parameters_before"] == parameters
     assert structure["mlp_parameters_before"] == mlp
     assert 0.15 <= structure["mlp_reduction"] < 0.152
-    assert outcome.json["cache_bytes_per_token"] == 32 * (4 + 2) + 2  # ids need 32 bits
+    assert outcome.json["cache"]["q16"]["bytes_per_token"] == 32 * (3 + 2) + 4  # ids need 24 bits
     blocks = PAPER["corpus"]["num_blocks"] + PAPER["corpus"]["num_validation_blocks"]
-    assert outcome.json["cache_bytes"] == blocks * 512 * outcome.json["cache_bytes_per_token"]
+    assert outcome.json["cache"]["q16"]["bytes"] == blocks * 512 * 164
     assert outcome.json["peak_memory_bytes"] > 4 * parameters
     printed = sparsekd("run", folder, "--dry-run").out
     assert printed.count("down_proj") == config.num_hidden_layers
     assert "self_attn" not in printed
     assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_dry_run_of_a_corpus_of_a_million_million_tokens(sparsekd: Any, tiny_recipe: Path) -> None:
+    large = ("--set", "corpus.num_blocks=2e9", "--set", "corpus.seq_len=500", "--set", "cache.top_k=32", "--dry-run")
+    printed = sparsekd("run", tiny_recipe, *large, "--set", "cache.codec=q8").out
+    assert "1,000,000,001,000 tokens" in printed
+    assert "132 bytes a token     132 TB" in printed
+    assert "101 bytes a token     101 TB  <- this recipe" in printed
+    assert "48 bytes a token      48 TB" in printed
+    assert " days" in printed
+
+
+# ---- the cache by several processes, and what is in it
+
+
+def test_a_cache_by_two_processes(sparsekd: Any, refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe, out = (tiny_recipe, "--set", "cache.blocks_per_shard=3"), ("--out", tmp_path / "run")
+    line = refused("cache", *recipe, "--shard", "1/2", *out, error=errors.UsageError)
+    assert "has no finished corpus: run sparsekd corpus" in line
+    assert sparsekd("corpus", *recipe, *out).code == 0
+    assert sparsekd("cache", *recipe, "--shard", "2/2", *out).code == 0
+    line = refused("cache", *recipe, "--merge", *out, error=errors.DataError)
+    assert "shard 1/2 is not finished" in line
+    assert sparsekd("cache", *recipe, "--shard", "1/2", *out).code == 0
+    merged = sparsekd("cache", *recipe, "--merge", *out, "--json").json["cache"]
+    alone = sparsekd("cache", *recipe, "--json", "--out", tmp_path / "alone").json["cache"]
+    assert {key: merged[key] for key in ("blocks", "bytes", "identity")} == {
+        key: alone[key] for key in ("blocks", "bytes", "identity")
+    }
+    folders = [tmp_path / name / "round-01/cache" for name in ("run", "alone")]
+    for path in (*folders[1].glob("part-*"), folders[1] / "manifest.json"):
+        assert (folders[0] / path.name).read_bytes() == path.read_bytes()
+    assert sparsekd("distill", *recipe, *out).code == 0
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "a/b", "-1/2"])
+def test_a_shard_that_is_none(shard: str, refused: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    line = refused("cache", tiny_recipe, f"--shard={shard}", "--out", tmp_path / "o", error=errors.UsageError)
+    assert "expected I/N with I from 1 to N" in line
+
+
+@pytest.mark.parametrize("codec", ["q16", "q8", "sampled"])
+def test_verify_of_a_whole_cache(codec: str, sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
+    made = sparsekd("cache", tiny_recipe, "--set", f"cache.codec={codec}", "--out", tmp_path / "run")
+    assert made.code == 0, made.err
+    of_run = sparsekd("inspect", "--verify", tmp_path / "run", "--json")
+    facts = of_run.json
+    assert of_run.code == 0
+    assert facts == sparsekd("inspect", "--verify", tmp_path / "run/round-01/cache", "--json").json
+    assert facts["coverage"] == 1
+    assert facts["missing blocks"] == facts["duplicated blocks"] == facts["blocks of one token only"] == 0
+    assert facts["damaged shards"] == {}
+    if codec == "sampled":
+        assert "tail mass, mean" not in facts
+    else:
+        assert 0.5 < facts["tail mass, mean"] < 1  # a random model is almost uniform over 400 tokens, 8 are kept
+        assert facts["tail mass, quantiles"]["5%"] <= facts["tail mass, quantiles"]["99%"]
+        assert 0 < facts["expected KL error of the codec, nats"] < 5e-5
+    assert "expected KL" in sparsekd("inspect", "--verify", tmp_path / "run").out or codec == "sampled"
+
+
+def test_verify_names_what_is_damaged_and_a_removed_shard_is_made_again(
+    sparsekd: Any, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    recipe, out = (tiny_recipe, "--set", "cache.blocks_per_shard=3"), ("--out", tmp_path / "run")
+    assert sparsekd("cache", *recipe, *out).code == 0
+    folder = tmp_path / "run/round-01/cache"
+    before = snapshot(folder)
+    content = bytearray((folder / "part-00001.parquet").read_bytes())
+    content[len(content) // 3] ^= 1
+    (folder / "part-00001.parquet").write_bytes(content)
+    (folder / "part-00003.parquet").unlink()
+    outcome = sparsekd("inspect", "--verify", folder, "--json")
+    assert outcome.code == errors.DataError.exit_code
+    assert list(outcome.json["damaged shards"]) == ["part-00001.parquet", "part-00003.parquet"]
+    assert outcome.json["missing blocks"] == 6
+    assert "2 damaged shards, 6 missing blocks" in outcome.err.splitlines()[-1]
+    assert sparsekd("distill", *recipe, *out).code == errors.DataError.exit_code
+    (folder / "part-00001.parquet").unlink()
+    assert sparsekd("cache", *recipe, *out).code == 0
+    after = snapshot(folder)
+    for path in (*folder.glob("part-*"), folder / "manifest.json"):
+        assert after[str(path)] == before[str(path)]
+    assert sparsekd("inspect", "--verify", folder).code == 0
+
+
+def test_verify_counts_blocks_that_teach_nothing(
+    sparsekd: Any, tiny_recipe: Path, tmp_path: Path, text_file: Path
+) -> None:
+    """A corpus of empty placeholders, as the paper once had."""
+    text_file.write_text("\n\n".join(["aaaa " * 40] * 60))
+    assert (
+        sparsekd(
+            "cache", tiny_recipe, "--set", "corpus.sources.learn.holdout=0.1", *NO_TEXTS, "--out", tmp_path / "run"
+        ).code
+        == 0
+    )
+    facts = sparsekd("inspect", "--verify", tmp_path / "run", "--json").json
+    assert facts["duplicated blocks"] > facts["blocks"] / 2
+
+
+NO_TEXTS = ("--set", "evaluate.texts={other: {path: other.txt}}", "--set", "evaluate.texts.held=null")
 
 
 # ---- questions

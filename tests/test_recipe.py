@@ -75,7 +75,7 @@ def test_a_wrong_type_is_named_with_the_place_and_what_was_expected(section: str
         ("distil: {epochs: 1}", "unknown key 'distil': did you mean 'distill'?"),
         ("distill: {epoch: 1}", "unknown key 'distill.epoch': did you mean 'epochs'?"),
         ("corpus: {sources: {a: {pth: x}}}", "unknown key 'corpus.sources.a.pth': did you mean 'path'?"),
-        ("cache: {zzzzzz: 1}", "unknown key 'cache.zzzzzz': known here: top_k, blocks_per_shard, batch_size"),
+        ("cache: {zzzzzz: 1}", "unknown key 'cache.zzzzzz': known here: codec, top_k, blocks_per_shard, batch_size"),
         ("1: 2", "unknown key '1': known here: seed"),
     ],
 )

@@ -11,7 +11,7 @@ import sparsekd
 PACKAGE = Path(sparsekd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR = {"errors", "files", "recipe", "device", "console"}
-WITHOUT_TRANSFORMERS = {"errors", "files", "recipe", "cache", "losses", "layers", "sources"}
+WITHOUT_TRANSFORMERS = {"errors", "files", "recipe", "cache", "codecs", "losses", "layers", "sources"}
 WITHOUT_TORCH = {"errors", "files", "recipe", "console", "cli", "__init__", "sources"}
 
 

@@ -1,21 +1,22 @@
-"""The teacher cache: for every position of every block the likeliest tokens, their probabilities and the tail mass.
+"""The teacher cache: for every position of every block what the teacher believes comes next.
 
 A cache is a folder of Parquet shards (one row a block, row groups of one row, zstd, page checksums that are verified
 on read) and a manifest that is written last. Readers ask by block id, never by position in a file, so that any order
 pairs each block with its own teacher; a row also carries a hash of its block's tokens and is refused when they
 differ. Row t of a block is the teacher's distribution of token t + 1, so a block of L tokens has L - 1 rows.
 
-Codec `q16`: token ids as u16 (u32 for vocabularies above 65,536), log-probabilities at temperature 1 over the whole
-vocabulary as fp16, and the logs of the tail's mass and of its sum of p^(1/2) as fp16. Knows no model code.
-
-Shape letters: B blocks, L positions, K kept tokens.
+Several processes may write one cache: process i of n makes every nth shard and a manifest of its own, and `merge`
+unites the manifests. Shards do not depend on n. How a row's numbers are packed is in `codecs.py`; no model code here.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,30 +24,49 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from sparsekd import files
-from sparsekd.errors import DataError, MismatchError
+from sparsekd.codecs import Codec, Samples, Targets, codec_for
+from sparsekd.errors import DataError, MismatchError, UsageError
 
-CODEC = "q16-2"
+__all__ = ["ALIGNMENT", "Cache", "Part", "Row", "Samples", "Targets", "Writer", "merge", "tokens_hash"]
+
+FORMAT = 2
 ALIGNMENT = "row t predicts token t+1"
+_SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
+_PART_MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
+_OPEN_SHARDS = 64  # kept open at once; a large cache has more shards than a process may open files
 
 
-class Targets(NamedTuple):
-    """Teacher distributions at temperature 1; `exp(log_probs)` and `exp(log_tail)` sum to one at each position."""
+class Part(NamedTuple):
+    """Process `number` (from 1) of `count` that write one cache together."""
 
-    ids: Int[Tensor, "*N K"]
-    log_probs: Float[Tensor, "*N K"]  # descending
-    log_tail: Float[Tensor, "*N"]
-    log_tail_half: Float[Tensor, "*N"]  # log of the sum of p^(1/2) over the tail: its mass at temperature 2, unscaled
+    number: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def owns(self, shard: int) -> bool:
+        return shard % self.count == self.number - 1
+
+    def owns_file(self, name: str) -> bool:
+        shard = _SHARD_NAME.fullmatch(name)
+        return name == self.manifest if shard is None else self.owns(int(shard[1]))
+
+    @property
+    def manifest(self) -> str:
+        return "manifest.json" if self.count == 1 else f"manifest-{self.number}-of-{self.count}.json"
 
 
-class Samples(NamedTuple):
-    """Teacher distributions by importance sampling: `exp(log_weights)` is the teacher on average and sums to one."""
+WHOLE = Part()
 
-    ids: Int[Tensor, "*N U"]  # distinct, but for unused slots
-    log_weights: Float[Tensor, "*N U"]  # unused slots: -inf
+
+class Row(NamedTuple):
+    """What is stored for one block."""
+
+    tokens_hash: str
+    targets: Targets | Samples
 
 
 def tokens_hash(tokens: np.ndarray) -> str:
@@ -55,47 +75,55 @@ def tokens_hash(tokens: np.ndarray) -> str:
 
 
 class Writer:
-    """Writes a cache shard by shard. Shards that are there already, whole and of the same identity, are kept."""
+    """Writes one part of a cache shard by shard; shards that are there already, whole and the same, are kept.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], vocab_size: int):
-        self.folder, self.identity, self.vocab_size = folder, identity, vocab_size
-        self._shards: list[dict[str, Any]] = []
+    Made by `Writer.open`, which refuses a second process on the same part.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], part: Part):
+        self.folder, self.identity, self.part = folder, identity, part
+        self._codec = _codec_of(identity)
+        self._shards: dict[int, dict[str, Any]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, identity: dict[str, Any], part: Part = WHOLE) -> Iterator[Writer]:
+        """Takes the part; raises `UsageError` naming the process that has it already."""
         folder.mkdir(parents=True, exist_ok=True)
-        files.remove_temporaries(folder)
+        what = f"part {part} of the cache {folder}"
+        with files.lock(folder / f"writer-{part.number}-of-{part.count}.lock", what):
+            files.remove_temporaries(folder, part.owns_file)
+            yield cls(folder, identity, part)
 
     def has(self, number: int, block_ids: Sequence[int]) -> bool:
-        """Whether shard `number` is whole already; raises `MismatchError` when it was made from something else."""
+        """Whether shard `number` is there. Reads all of it: raises `DataError` when it is damaged and `MismatchError`
+        when it was made from something else."""
         path = self.folder / _shard_name(number)
         if not path.exists():
             return False
-        metadata = _metadata(path)
-        _require_identity(metadata["identity"], self.identity, path)
-        if metadata["block_ids"] != list(block_ids):
-            raise MismatchError(f"{path} holds other blocks than asked for; make the cache again with --fresh")
-        self._list(path, block_ids)
+        with _open(path) as file:
+            _require_made_of(file, path, self.identity, block_ids)
+            with _damage(path):
+                for row in range(file.num_row_groups):
+                    file.read_row_group(row, use_threads=False)
+        self._list(number, block_ids)
         return True
 
     def add(
-        self, number: int, block_ids: Sequence[int], blocks: Sequence[np.ndarray], targets: Sequence[Targets]
+        self,
+        number: int,
+        block_ids: Sequence[int],
+        blocks: Sequence[np.ndarray],
+        targets: Sequence[Targets] | Sequence[Samples],
     ) -> None:
         """Writes shard `number`; raises `DataError` for a block whose probabilities are not a distribution."""
-        ids_type = np.dtype("<u2") if self.vocab_size <= 65_536 else np.dtype("<u4")
         rows = []
         for block_id, tokens, target in zip(block_ids, blocks, targets, strict=True):
-            _check(target, self.vocab_size, f"teacher distributions of block {block_id}")
-            rows.append(
-                {
-                    "block_id": block_id,
-                    "tokens_hash": tokens_hash(tokens),
-                    "num_rows": len(target.ids),
-                    "ids": target.ids.numpy().astype(ids_type).tobytes(),
-                    "log_probs": target.log_probs.numpy().astype("<f2").tobytes(),
-                    "log_tail": target.log_tail.numpy().astype("<f2").tobytes(),
-                    "log_tail_half": target.log_tail_half.numpy().astype("<f2").tobytes(),
-                }
-            )
-        metadata = {"codec": CODEC, "identity": self.identity, "block_ids": list(block_ids)}
-        schema = _SCHEMA.with_metadata({"sparsekd": json.dumps(metadata)})
+            _check(target, self._codec.vocab_size, f"teacher distributions of block {block_id}")
+            keys = {"block_id": block_id, "tokens_hash": tokens_hash(tokens), "num_rows": len(target.ids)}
+            rows.append(keys | self._codec.encode(target))
+        metadata = {"format": FORMAT, "identity": self.identity, "block_ids": list(block_ids)}
+        schema = _schema(self._codec).with_metadata({"sparsekd": json.dumps(metadata)})
         path = self.folder / _shard_name(number)
         with files.atomic_path(path) as temporary:
             pq.write_table(
@@ -107,62 +135,54 @@ class Writer:
                 use_dictionary=False,
                 write_statistics=False,
             )
-        self._list(path, block_ids)
+        self._list(number, block_ids)
 
-    def _list(self, path: Path, block_ids: Sequence[int]) -> None:
-        self._shards.append({"name": path.name, "bytes": path.stat().st_size, "block_ids": list(block_ids)})
+    def _list(self, number: int, block_ids: Sequence[int]) -> None:
+        path = self.folder / _shard_name(number)
+        facts = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
+        self._shards[number] = {"name": path.name, **facts, "block_ids": list(block_ids)}
 
     def finish(self) -> None:
-        """Writes the manifest: from here on the cache is whole."""
-        manifest = {
-            "codec": CODEC,
-            "alignment": ALIGNMENT,
-            "identity": self.identity,
-            "vocab_size": self.vocab_size,
-            "shards": self._shards,
-        }
-        files.write_json(self.folder / "manifest.json", manifest)
-
-
-_SCHEMA = pa.schema(
-    [
-        ("block_id", pa.int64()),
-        ("tokens_hash", pa.string()),
-        ("num_rows", pa.int32()),
-        ("ids", pa.large_binary()),
-        ("log_probs", pa.large_binary()),
-        ("log_tail", pa.large_binary()),
-        ("log_tail_half", pa.large_binary()),
-    ]
-)
+        """Writes the part's manifest. When the part is all of the cache, it is whole from here on."""
+        if self.part.count == 1:
+            _finish(self.folder, self.identity, self._shards)
+        else:
+            _write_manifest(self.folder / self.part.manifest, self.identity, self._shards)
 
 
 class Cache:
-    """Reads a whole cache by block id. Raises `DataError` naming the file when it is damaged or incomplete."""
+    """Reads a whole cache by block id. Raises `DataError` naming the file when it is damaged or incomplete.
 
-    def __init__(self, folder: Path, identity: dict[str, Any] | None = None):
+    With an `identity`, `MismatchError` names the first field that differs. Without `strict`, a shard of the wrong
+    size, or one that is missing, is noticed only when one of its blocks is read.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any] | None = None, *, strict: bool = True):
         self.folder = folder
-        self.manifest = files.read_json(folder / "manifest.json")
-        self._place: dict[int, tuple[str, int]] = {}
-        try:
-            found, vocab_size = self.manifest["identity"], self.manifest["vocab_size"]
-            written = {"codec": self.manifest["codec"], "alignment": self.manifest["alignment"]}
-            self.top_k = int(found["top_k"])
-            self._ids_type = np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<u4")
-            sizes = {shard["name"]: shard["bytes"] for shard in self.manifest["shards"]}
-            for shard in self.manifest["shards"]:
-                self._place.update({i: (shard["name"], row) for row, i in enumerate(shard["block_ids"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(_damaged(folder / "manifest.json", error)) from error
-        _require_identity(written, {"codec": CODEC, "alignment": ALIGNMENT}, folder)
+        self.identity, self.shards = _read_manifest(folder / "manifest.json")
         if identity is not None:
-            _require_identity(found, identity, folder)
-        for name, expected in sizes.items():
-            path = folder / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != expected:
-                raise DataError(f"{path} is damaged: {size} bytes, expected {expected}; use --fresh")
-        self._open: dict[str, pq.ParquetFile] = {}
+            _require_identity(self.identity, identity, folder)
+        with _damage(folder / "manifest.json"):
+            self._codec = _codec_of(self.identity)
+        self._place = {i: (shard["name"], row) for shard in self.shards for row, i in enumerate(shard["block_ids"])}
+        self._block_ids = {shard["name"]: shard["block_ids"] for shard in self.shards}
+        if strict:
+            _require_sizes(folder, self.shards)
+        self._file = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+
+    @property
+    def top_k(self) -> int:
+        """Tokens stored for a position."""
+        return self._codec.top_k
+
+    @property
+    def vocab_size(self) -> int:
+        """The teacher's real vocabulary, without the padding of its embeddings."""
+        return self._codec.vocab_size
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
 
     @property
     def block_ids(self) -> Iterable[int]:
@@ -170,50 +190,193 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard["bytes"] for shard in self.manifest["shards"])
+        return sum(shard["bytes"] for shard in self.shards)
 
-    def read(self, block_id: int, tokens: np.ndarray) -> Targets:
-        """The distributions of one block, with L - 1 rows; `tokens` are the block's own, to be sure of the pairing."""
-        if block_id not in self._place:
-            raise DataError(f"cache {self.folder} has no block {block_id}: it was made for another corpus")
-        name, row = self._place[block_id]
-        try:
-            if name not in self._open:
-                self._open[name] = pq.ParquetFile(self.folder / name, page_checksum_verification=True)
-            values = self._open[name].read_row_group(row).to_pylist()[0]
-            found = values["block_id"], values["tokens_hash"]
-            shape = (values["num_rows"], self.top_k)
-            ids = np.frombuffer(values["ids"], self._ids_type).reshape(shape).astype(np.int64)
-            log_probs = np.frombuffer(values["log_probs"], "<f2").reshape(shape).astype(np.float32)
-            tails = (np.frombuffer(values[name], "<f2").astype(np.float32) for name in ("log_tail", "log_tail_half"))
-            log_tail, log_tail_half = map(torch.from_numpy, tails)
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise DataError(_damaged(self.folder / name, error)) from error
-        if found != (block_id, tokens_hash(tokens)):
+    def require(self, block_ids: Iterable[int]) -> None:
+        """Raises `DataError` unless all of `block_ids` are here."""
+        _require_blocks(self.folder, self._place.keys(), block_ids)
+
+    def read(self, block_id: int, tokens: np.ndarray) -> Targets | Samples:
+        """What the teacher said about one block, L - 1 rows; `tokens` are the block's own, to be sure of the pairing.
+
+        `Samples` when the codec is `sampled`, else `Targets`.
+        """
+        row = self.row(block_id)
+        if row.tokens_hash != tokens_hash(tokens):
+            name = self._place[block_id][0]
             raise MismatchError(f"{self.folder / name}: block {block_id} was cached for other tokens; use --fresh")
-        return Targets(torch.from_numpy(ids), torch.from_numpy(log_probs), log_tail, log_tail_half)
+        return row.targets
+
+    def row(self, block_id: int) -> Row:
+        """What is stored under an id, whatever its block is."""
+        if block_id not in self._place:
+            raise DataError(f"the cache {self.folder} has no block {block_id}: it was made for another corpus")
+        name, number = self._place[block_id]
+        with _damage(self.folder / name):
+            values = self._file(name).read_row_group(number, use_threads=False).to_pylist()[0]
+            if values["block_id"] != block_id:
+                raise ValueError(f"row {number} is of block {values['block_id']}")
+            planes = {plane: values[plane] for plane in self._codec.planes}
+            return Row(values["tokens_hash"], self._codec.decode(planes, values["num_rows"]))
+
+    def rows(self, left_out: Collection[str] = ()) -> Iterator[tuple[int, Row]]:
+        """All rows with their block ids, shard by shard, but for those of the shards that are `left_out`."""
+        for block_id, (name, _) in self._place.items():
+            if name not in left_out:
+                yield block_id, self.row(block_id)
+
+    def damaged_shards(self) -> dict[str, str]:
+        """Hashes every shard; what is wrong, in one line, by the name of the shard."""
+        found = {}
+        for shard in self.shards:
+            path = self.folder / shard["name"]
+            try:
+                _require_sizes(self.folder, [shard])
+            except DataError as error:
+                found[shard["name"]] = str(error)
+            else:
+                if files.file_sha256(path) != shard["sha256"]:
+                    found[shard["name"]] = _damaged(path, "its content is not what was written")
+        return found
+
+    def _open_shard(self, name: str) -> pq.ParquetFile:
+        file = _open(self.folder / name)
+        _require_made_of(file, self.folder / name, self.identity, self._block_ids[name])
+        return file
 
 
-def bytes_per_token(top_k: int, vocab_size: int) -> int:
-    """Bytes of a position before zstd."""
-    return top_k * (2 + (2 if vocab_size <= 65_536 else 4)) + 4
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest and every shard that it lists are there."""
+    if not (folder / "manifest.json").exists():
+        return False
+    _, shards = _read_manifest(folder / "manifest.json")
+    return all((folder / shard["name"]).exists() for shard in shards)
+
+
+def merge(folder: Path, block_ids: Collection[int]) -> Cache:
+    """Unites the manifests of all parts, after which the cache is whole, and opens it.
+
+    Raises `DataError` naming the part that is not finished, or when the parts together lack some of `block_ids`;
+    `MismatchError` when two parts were made from different things.
+    """
+    found = _part_manifests(folder)
+    if not found:
+        if (folder / "manifest.json").exists():  # merged already
+            return Cache(folder)
+        raise DataError(f"{folder} holds no finished shard: run sparsekd cache with --shard 1/N, 2/N ... N/N first")
+    counts = sorted({part.count for part in found})
+    if len(counts) > 1:
+        raise UsageError(f"{folder} holds manifests of {counts[0]} and of {counts[1]} shards: remove those of one")
+    parts = [Part(number + 1, counts[0]) for number in range(counts[0])]
+    for part in parts:
+        if part not in found:
+            raise DataError(f"{folder}: shard {part} is not finished: run sparsekd cache with --shard {part}")
+    identity, _ = _read_manifest(found[parts[0]])
+    shards: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        of_part, listed = _read_manifest(found[part])
+        _require_identity(of_part, identity, found[part])
+        _require_sizes(folder, listed)
+        shards |= {int(_SHARD_NAME.fullmatch(shard["name"])[1]): shard for shard in listed}  # type: ignore[index]
+    _require_blocks(folder, [i for shard in shards.values() for i in shard["block_ids"]], block_ids)
+    _finish(folder, identity, shards)
+    return Cache(folder)
+
+
+def _part_manifests(folder: Path) -> dict[Part, Path]:
+    named = ((_PART_MANIFEST.fullmatch(path.name), path) for path in folder.iterdir())
+    return {Part(int(name[1]), int(name[2])): path for name, path in named if name}
+
+
+def _finish(folder: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
+    _write_manifest(folder / "manifest.json", identity, shards)
+    for path in _part_manifests(folder).values():
+        files.remove(path)
+
+
+def _require_blocks(folder: Path, found: Iterable[int], wanted: Iterable[int]) -> None:
+    needed = set(wanted)
+    missing = needed - set(found)
+    if missing:
+        raise DataError(
+            f"the cache {folder} lacks {len(missing)} of the {len(needed)} blocks that are needed, the first is block "
+            f"{min(missing)}: it was made for another corpus; make it again with --fresh"
+        )
+
+
+def _write_manifest(path: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
+    listed = [shard for _, shard in sorted(shards.items())]
+    files.write_json(path, {"format": FORMAT, "identity": identity, "shards": listed})
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Identity and shards; raises `DataError` unless every shard is a plain file name of ours."""
+    manifest = files.read_json(path)
+    with _damage(path):
+        _require_format(manifest.get("format", manifest.get("codec")), path)
+        identity, shards = manifest["identity"], manifest["shards"]
+        for shard in shards:
+            if not _SHARD_NAME.fullmatch(shard["name"]):
+                raise ValueError(f"{shard['name']!r} is no name of a shard")
+            if not all(isinstance(i, int) for i in [shard["bytes"], *shard["block_ids"]]):
+                raise ValueError(f"{shard['name']} is listed without its size or blocks")
+        return dict(identity), list(shards)
+
+
+def _require_sizes(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
+    for shard in shards:
+        path = folder / shard["name"]
+        size = path.stat().st_size if path.exists() else 0
+        if size != shard["bytes"]:
+            raise DataError(_damaged(path, f"{size} bytes, expected {shard['bytes']}"))
+
+
+def _codec_of(identity: dict[str, Any]) -> Codec:
+    return codec_for(identity["codec"], identity["top_k"], identity["vocab_size"])
+
+
+def _schema(codec: Codec) -> pa.Schema:
+    keys = [("block_id", pa.int64()), ("tokens_hash", pa.string()), ("num_rows", pa.int32())]
+    return pa.schema([*keys, *((plane, pa.large_binary()) for plane in codec.planes)])
 
 
 def _shard_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _open(path: Path) -> pq.ParquetFile:
+    with _damage(path):
+        return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _require_made_of(file: pq.ParquetFile, path: Path, identity: dict[str, Any], block_ids: Sequence[int]) -> None:
+    """What a shard says of itself must be what is expected of it, else it is swapped, renamed or foreign."""
+    with _damage(path):
+        metadata = json.loads(file.schema_arrow.metadata[b"sparsekd"])
+        _require_format(metadata.get("format", metadata.get("codec")), path)
+        _require_identity(dict(metadata["identity"]), identity, path)
+        if metadata["block_ids"] != list(block_ids):
+            raise MismatchError(f"{path} holds other blocks than it should: swapped, or of another cache; use --fresh")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Makes whatever a damaged file leads to one `DataError` that names it."""
     try:
-        found = json.loads(pq.read_schema(path).metadata[b"sparsekd"])
-        return {key: found[key] for key in ("identity", "block_ids")}
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        yield
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path, error: object) -> str:
     reason = " ".join(str(error).split())  # pyarrow's take several lines
-    return f"{path} is damaged: {reason or type(error).__name__}; make the cache again with --fresh"
+    hint = "remove it and run sparsekd cache again, which makes only what is missing"
+    return f"{path} is damaged: {reason or type(error).__name__}; {hint}"
+
+
+def _require_format(found: object, path: Path) -> None:
+    if found != FORMAT:
+        raise MismatchError(f"{path} has the cache format {found}, this version reads {FORMAT}: use --fresh")
 
 
 def _require_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
@@ -225,8 +388,11 @@ def _require_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path)
             )
 
 
-def _check(target: Targets, vocab_size: int, what: str) -> None:
-    total = target.log_probs.exp().sum(-1) + target.log_tail.exp()
+def _check(target: Targets | Samples, vocab_size: int, what: str) -> None:
+    if isinstance(target, Targets):
+        total = target.log_probs.exp().sum(-1) + target.log_tail.exp() + 0 * target.log_tail_half
+    else:
+        total = target.log_weights.exp().sum(-1)
     if not bool(torch.isfinite(total).all()):
         raise DataError(f"{what} are not finite: the teacher's weights or its number format are at fault")
     if float((total - 1).abs().max()) > 1e-3:

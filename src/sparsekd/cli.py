@@ -66,7 +66,52 @@ _stage_verb(
     "Everything: corpus, cache, compress, distill, evaluate, report. A killed run continues when called again.",
 )
 _stage_verb("corpus", "corpus", "Run until the token blocks are there.")
-_stage_verb("cache", "cache", "Run until the teacher's distributions are cached.")
+
+
+@app.command()
+def cache(
+    target: Target,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Be process I (from 1) of N that fill the cache together.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Unite what all N processes have written.")] = False,
+    reduction: Reduction = None,
+    set_: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run until the teacher's distributions are cached; or, with --shard and --merge, by several processes."""
+    recipe = _recipe(target, reduction, set_, revision, device)
+    if shard is None and not merge:
+        _run_stages("cache", target, recipe, out, resume, fresh, dry_run, as_json)
+        return
+    if (shard is not None and merge) or fresh or dry_run:
+        raise UsageError("--shard and --merge go with no other of --shard, --merge, --fresh, --dry-run")
+    from sparsekd import pipeline
+
+    _quiet()
+    folder = out or _default_folder(target, recipe)
+    if shard is not None:
+        summary = pipeline.cache_part(recipe, folder, _part(shard))
+    else:
+        summary = pipeline.merge_cache(recipe, folder)
+    _print_json({"cache": summary}) if as_json else print(f"done: {folder}")
+
+
+def _part(shard: str) -> Any:
+    from sparsekd.cache import Part
+
+    number, slash, count = shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--shard is {shard}: expected I/N with I from 1 to N, for example 2/8")
+    return Part(int(number), int(count))
+
+
 _stage_verb("compress", "compress", "Run until the MLPs are low-rank.")
 _stage_verb("distill", "distill", "Run until the compressed model is trained.")
 
@@ -162,13 +207,22 @@ def report(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")], as_json: AsJson = False
+    path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of a cache (or a run's): coverage, damage, duplicates, tail.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is this folder, is it whole, and what made it? Reads only."""
-    from sparsekd.inspection import describe
+    from sparsekd import inspection
 
     _quiet()
-    _print_facts(describe(path), as_json)
+    if not verify:
+        _print_facts(inspection.describe(path), as_json)
+        return
+    facts = inspection.verify(path)
+    _print_facts(facts, as_json)
+    inspection.require_sound(facts, path)
 
 
 @app.command()
@@ -299,8 +353,12 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
     print(f"device        {planned['device']}, {planned['dtype']}")
-    per_token = f"{planned['cache_bytes_per_token']} bytes a token before zstd"
-    print(f"teacher cache {planned['cache_bytes'] / 1e6:,.0f} MB ({per_token})")
+    print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
+    for name, size in planned["cache"].items():
+        chosen = "  <- this recipe" if name == recipe.cache.codec else ""
+        print(
+            f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {tables.size(float(size['bytes'])):>9}{chosen}"
+        )
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
     for name, seconds in planned["seconds"].items():
         print(f"{name:<13} about {tables.duration(seconds)}")

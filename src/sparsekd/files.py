@@ -6,17 +6,18 @@ Nothing here knows what a file means. Readers raise `DataError` with the path, s
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekd.errors import DataError, ResourceError
+from sparsekd.errors import DataError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
 _TEMPORARY = re.compile(r"\.tmp-\d+$")
@@ -107,11 +108,46 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what a killed process left half written directly in `folder`."""
+def remove_temporaries(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:
+    """Removes what a killed process left half written directly in `folder`, of the final names that are `owned`."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _TEMPORARY.search(path.name):
+        if _TEMPORARY.search(path.name) and owned(_TEMPORARY.sub("", path.name)):
             remove(path)
+
+
+@contextmanager
+def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
+    """Holds the lock file `path`; `shared` lets others share it, and nobody hold it alone.
+
+    The system releases the lock of a process that dies. Raises `UsageError` naming `what` and who has it.
+    """
+    descriptor = _take(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, what)
+    try:
+        yield
+    finally:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)  # while it is held: whoever opened it meanwhile sees that it is gone
+        except BlockingIOError:
+            pass  # others share it still
+        finally:
+            os.close(descriptor)
+
+
+def _take(path: Path, kind: int, what: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 100).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UsageError(f"{what} is in use by {holder}: wait for it, or choose another --out") from None
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()}".encode())
+            return descriptor
+        os.close(descriptor)  # its last holder removed it after it was opened here
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

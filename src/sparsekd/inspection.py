@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsekd import corpus, models
-from sparsekd.cache import Cache
+from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
 from sparsekd.report import STAGE_FOLDERS
@@ -77,12 +80,63 @@ def _describe_cache(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").exists():
         raise DataError(f"cache {path} is not finished: it has no manifest; run the same command again")
     cache = Cache(path)
-    return {
+    return {"kind": "cache", "blocks": len(list(cache.block_ids)), "bytes": cache.num_bytes, **cache.identity}
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Reads all of a cache, given its folder or its run: how much of the corpus it covers, damaged shards, blocks
+    that teach nothing, the tail's mass, and the KL that the codec's rounding is expected to cost.
+
+    Damage is among the facts, for `require_sound`; raises `DataError` when there is no cache, or its manifest is bad.
+    """
+    cache = Cache(path / STAGE_FOLDERS["cache"] if (path / "recipe.yaml").exists() else path, strict=False)
+    beside = cache.folder.parents[len(Path(STAGE_FOLDERS["cache"]).parts) - 1] / STAGE_FOLDERS["corpus"]
+    blocks = {i: block.tokens for i, block in enumerate(corpus.load(beside).blocks)} if beside.exists() else None
+    damaged, seen = cache.damaged_shards(), collections.Counter[str]()
+    num_tokens = degenerate = mispaired = 0
+    log_tails, errors = [], []
+    for block_id, row in cache.rows(damaged):
+        tokens = (blocks or {}).get(block_id)
+        seen[row.tokens_hash] += 1
+        mispaired += tokens is not None and tokens_hash(tokens) != row.tokens_hash
+        degenerate += not len(row.targets.ids) or (tokens is not None and bool((tokens == tokens[0]).all()))
+        num_tokens += len(row.targets.ids)
+        if isinstance(row.targets, Targets):
+            log_tails.append(row.targets.log_tail.numpy())
+            errors.append(cache.codec.expected_kl(row.targets))
+    wanted = set(cache.block_ids) if blocks is None else blocks.keys()
+    readable = {i for shard in cache.shards if shard["name"] not in damaged for i in shard["block_ids"]}
+    facts = {
         "kind": "cache",
+        "codec": f"{cache.codec.name}, top_k {cache.top_k}",
         "blocks": len(list(cache.block_ids)),
-        "bytes": cache.num_bytes,
-        **cache.manifest["identity"],
+        "bytes a token": cache.num_bytes / max(1, num_tokens),
+        "corpus": "not found beside the cache" if blocks is None else f"{len(blocks)} blocks",
+        "coverage": len(wanted & readable) / max(1, len(wanted)),
+        "missing blocks": len(wanted - readable),
+        "blocks of another corpus": mispaired + len(readable - wanted),
+        "damaged shards": damaged,
+        "duplicated blocks": seen.total() - len(seen),
+        "blocks of one token only": degenerate,
     }
+    if not log_tails:
+        return facts
+    tail = np.exp(np.concatenate(log_tails).astype(np.float64))
+    quantiles = {f"{q:.0%}": float(np.quantile(tail, q)) for q in (0.05, 0.5, 0.95, 0.99)}
+    return facts | {
+        "tail mass, mean": float(tail.mean()),
+        "tail mass, quantiles": quantiles,
+        "expected KL error of the codec, nats": float(np.concatenate(errors).mean()),
+    }
+
+
+def require_sound(facts: dict[str, Any], path: Path) -> None:
+    """Raises `DataError` when `verify` found a cache that training must not use."""
+    wrong = {name: facts[name] for name in ("damaged shards", "missing blocks", "blocks of another corpus")}
+    found = [f"{value if isinstance(value, int) else len(value)} {name}" for name, value in wrong.items() if value]
+    if found:
+        first = next(iter(facts["damaged shards"].values()), "make it again with --fresh")
+        raise DataError(f"{path}: {', '.join(found)}: {first}")
 
 
 def diagnose() -> dict[str, Any]:

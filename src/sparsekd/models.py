@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,12 +223,21 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Raises `DataError` when the tokenizer makes ids that the model has no embedding for."""
     embedding: Any = model.get_input_embeddings()
     embeddings = embedding.weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    largest = _largest_id(tokenizer)
     if largest >= embeddings:
         raise DataError(
             f"model {name}: the tokenizer does not match: it makes ids up to {largest}, the model has {embeddings} "
             "embeddings; use the tokenizer that the model was trained with"
         )
+
+
+def real_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that the tokenizer can make; embeddings beyond them are padding, whose logits mean nothing."""
+    return min(int(model.config.get_text_config().vocab_size), _largest_id(tokenizer) + 1)
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 # ---- saving and identity
@@ -261,6 +271,14 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """Fingerprint of the config without where it was read from and by which version."""
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    passing = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+    kept = {key: value for key, value in values.items() if key not in passing and not key.startswith("_")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def source_hash(name: str) -> str | None:

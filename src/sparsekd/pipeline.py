@@ -7,6 +7,7 @@ dense model is loaded only when a stage needs it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekd import cache as caches
 from sparsekd import compression, corpus, distillation, files, models, report, sources, teacher
-from sparsekd.cache import Cache, Targets
+from sparsekd.cache import WHOLE, Cache, Part, Targets
 from sparsekd.compression import spectrum as spectra
 from sparsekd.console import Console
 from sparsekd.corpus import Corpus
 from sparsekd.device import Placement, place
-from sparsekd.errors import QualityError
+from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness, measure
 from sparsekd.recipe import Recipe, as_dict
-from sparsekd.run import Run, stop_signals
+from sparsekd.run import Run, Stage, stop_signals
 
 STAGES = ("corpus", "cache", "compress", "distill", "evaluate", "report")
 _ROUND = "round-01"
@@ -153,15 +155,14 @@ def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
     return built, stage.finish(summary)
 
 
-def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
-    """Stage `cache`: the dense model's distributions of all training and validation blocks."""
+def fill_cache(opened: Run, dense: Dense, blocks: Corpus, part: Part = WHOLE) -> dict[str, Any]:
+    """Stage `cache`: the dense model's distributions of all training and validation blocks, or one `part` of them."""
     options = opened.recipe.cache
-    inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(options)}
-    stage = opened.stage(_CACHE, inputs)
-    if stage.summary is not None:
+    stage = _cache_stage(opened, dense, blocks)
+    if stage.summary is not None and caches.is_complete(stage.folder):  # else a shard was removed: it is made again
         return stage.summary
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
-    num_tokens = sum(len(tokens) for tokens in by_id.values())
+    num_tokens = sum(len(tokens) for tokens in by_id.values()) // part.count
     with opened.console.bar("caching", num_tokens) as bar:
         cache = teacher.fill(
             dense.model,
@@ -169,12 +170,56 @@ def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             by_id,
             tokenizer=models.tokenizer_hash(dense.tokenizer),
             corpus_fingerprint=blocks.fingerprint,
+            codec=options.codec,
             top_k=options.top_k,
+            vocab_size=models.real_vocab_size(dense.model, dense.tokenizer),
+            seed=opened.recipe.seed,
             blocks_per_shard=options.blocks_per_shard,
             batch_size=options.batch_size,
+            part=part,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
         )
-    return stage.finish({"blocks": len(by_id), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes})
+    return {"part": str(part)} if cache is None else stage.finish(_cache_summary(cache, blocks))
+
+
+def _cache_stage(opened: Run, dense: Dense, blocks: Corpus) -> Stage:
+    inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(opened.recipe.cache)}
+    return opened.stage(_CACHE, inputs)
+
+
+def _cache_summary(cache: Cache, blocks: Corpus) -> dict[str, Any]:
+    num_tokens = sum(len(block.tokens) for block in blocks.blocks)
+    facts = {"blocks": len(blocks.blocks), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes}
+    return facts | {"identity": cache.identity}
+
+
+def _open_cache(opened: Run, needed: Iterable[int]) -> Cache:
+    """The finished cache of this run and no other, if it covers the blocks that are `needed`."""
+    cache = Cache(opened.folder / _CACHE, files.read_json(opened.folder / _CACHE / "stage.json")["identity"])
+    cache.require(needed)
+    return cache
+
+
+def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None = None) -> dict[str, Any]:
+    """What one of several processes does for stage `cache`: any scheduler may start them, in any order, anywhere.
+
+    They share the run directory, whose corpus must be finished; `merge_cache` then makes the stage whole.
+    """
+    if not (folder / _CORPUS / "stage.json").exists():
+        raise UsageError(f"{folder} has no finished corpus: run sparsekd corpus with this recipe and --out first")
+    with Run.open(folder, recipe, console or Console(), resume=True, shared=True) as opened:
+        dense = Dense(opened)
+        blocks, _ = make_corpus(opened, dense)
+        return fill_cache(opened, dense, blocks, part)
+
+
+def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Finishes stage `cache` from what all parts have written; raises `DataError` naming the part that is missing."""
+    with Run.open(folder, recipe, console or Console(), resume=True) as opened:
+        dense = Dense(opened)
+        blocks, _ = make_corpus(opened, dense)
+        stage = _cache_stage(opened, dense, blocks)
+        return stage.finish(_cache_summary(caches.merge(stage.folder, range(len(blocks.blocks))), blocks))
 
 
 def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
@@ -193,12 +238,14 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     student, tokenizer = dense.loaded
     del dense.loaded  # it is changed in place here; a later stage that needs the dense one reads it again
     batches = _statistics_batches(blocks, opened.recipe)
-    cache = Cache(opened.folder / _CACHE)
+    cache = _open_cache(opened, blocks.train_ids.tolist())
     ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
 
     def cached(tokens: torch.Tensor) -> Targets:
         block = tokens.numpy().astype(np.int32)
-        return cache.read(ids[block.tobytes()], block)
+        targets = cache.read(ids[block.tobytes()], block)
+        assert isinstance(targets, Targets)
+        return targets
 
     if options.offload:
         torch.nn.Module.to(student, "cpu")
@@ -207,9 +254,14 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         batches,
         options,
         seed=opened.recipe.seed,
+<<<<<<< HEAD
         teacher=cached,
         device=dense.placement.device,
         warn=opened.console.warn,
+=======
+        teacher=None if cache.codec.name == "sampled" else cached,  # the probe needs whole distributions
+        device=dense.placement.device,
+>>>>>>> h-cache
     )
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     opened.console.say(
@@ -236,7 +288,7 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         [block.tokens for block in blocks.blocks],
         functools.partial(blocks.order, recipe.seed),
         blocks.validation_ids.tolist(),
-        Cache(opened.folder / _CACHE),
+        _open_cache(opened, {*blocks.train_ids.tolist(), *blocks.validation_ids.tolist()}),
     )
     num_tokens = blocks.num_tokens * recipe.distill.epochs
     with opened.console.bar("training", num_tokens) as bar, stop_signals() as received:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd import compression, models
-from sparsekd.cache import bytes_per_token
+from sparsekd.codecs import CODECS, codec_for
 from sparsekd.device import measured_flops, place
 from sparsekd.recipe import Recipe, as_dict
 
@@ -44,12 +44,19 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "device": str(placement.device),
         "dtype": str(placement.dtype).removeprefix("torch."),
         "compression": structure.as_dict(),
-        "cache_bytes": cached * bytes_per_token(recipe.cache.top_k, sizes.vocab),
-        "cache_bytes_per_token": bytes_per_token(recipe.cache.top_k, sizes.vocab),
+        "cache_tokens": cached,
+        "cache": {name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
         "model_bytes": sizes.parameters * placement.dtype.itemsize,
         "peak_memory_bytes": _memory(recipe, sizes, structure, placement.dtype.itemsize),
         "seconds": _seconds(recipe, sizes, structure, cached, measured_flops(placement)),
     }
+
+
+def _cache_size(codec: str, recipe: Recipe, vocab: int, tokens: int) -> dict[str, int]:
+    """Before zstd; a codec that is not the recipe's has its usual number of tokens for a position."""
+    top_k = recipe.cache.top_k if codec == recipe.cache.codec else None
+    bytes_per_token = codec_for(codec, top_k, vocab).bytes_per_token
+    return {"bytes_per_token": bytes_per_token, "bytes": tokens * bytes_per_token}
 
 
 def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:

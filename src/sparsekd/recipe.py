@@ -75,7 +75,8 @@ class Corpus:
 class Cache:
     """The teacher's next-token distributions."""
 
-    top_k: int = 32  # likeliest tokens kept for a position
+    codec: Literal["q16", "q8", "sampled"] = "q16"  # fp16, 8-bit gaps, or tokens drawn without bias
+    top_k: int | None = None  # tokens kept (or drawn) for a position; none: 32, of codec sampled 12
     blocks_per_shard: int = 64  # blocks in one file; a killed run loses at most one unfinished file
     batch_size: int = 4  # blocks in one forward pass
 
@@ -330,7 +331,7 @@ def check(recipe: Recipe) -> None:
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
-        ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= recipe.cache.top_k <= 256),
+        ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= (recipe.cache.top_k or 1) <= 256),
         ("cache.blocks_per_shard", recipe.cache.blocks_per_shard, ">= 1", recipe.cache.blocks_per_shard >= 1),
         ("distill.epochs", distill.epochs, ">= 1", distill.epochs >= 1),
         ("distill.learning_rate", distill.learning_rate, "(0, 1]", 0 < distill.learning_rate <= 1),

@@ -10,7 +10,6 @@ inputs stops the run naming the field that differs.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -51,7 +50,8 @@ class Stage:
                 run.console.say(f"{name}: up to date")
                 return
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_temporaries(self.folder)
+        if not run.shared:  # else they may be the others' at work
+            files.remove_temporaries(self.folder)
         files.write_json(self.folder / "inputs.json", inputs)
         run.console.say(f"{name} ...")
 
@@ -65,23 +65,30 @@ class Stage:
 
 
 class Run:
-    """An open run directory; use as `with Run(...) as run`. Only one process may hold it."""
+    """An open run directory; use as `with Run.open(...) as run`. One process holds it, or several share it."""
 
-    def __init__(self, folder: Path, recipe: Recipe, console: Console):
-        self.folder, self.recipe, self.console = folder, recipe, console
-        self._lock: int | None = None
+    def __init__(self, folder: Path, recipe: Recipe, console: Console, shared: bool = False):
+        self.folder, self.recipe, self.console, self.shared = folder, recipe, console, shared
 
     @classmethod
     @contextmanager
     def open(
-        cls, folder: Path, recipe: Recipe, console: Console, *, resume: bool = False, fresh: bool = False
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        console: Console,
+        *,
+        resume: bool = False,
+        fresh: bool = False,
+        shared: bool = False,
     ) -> Iterator[Run]:
         """Takes the folder for this recipe: an empty one, or one that holds a run of the same recipe.
 
-        `resume` insists that there is a run to continue; `fresh` removes the one that is there. Raises `UsageError`
-        for a folder with other files or another process in it, `MismatchError` naming the field that differs.
+        `resume` insists that there is a run to continue; `fresh` removes the one that is there; `shared` lets other
+        processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
+        or another process in it, `MismatchError` naming the field that differs.
         """
-        run = cls(folder, recipe, console)
+        run = cls(folder, recipe, console, shared)
         exists = _is_run(folder)
         if not exists and folder.exists() and not _is_free(folder):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
@@ -91,22 +98,24 @@ class Run:
         if exists and has_recipe and not fresh:
             _require_same(_comparable(load_recipe(str(folder / "recipe.yaml"))), _comparable(recipe), folder)
         folder.mkdir(parents=True, exist_ok=True)
-        run._take_lock()
-        try:
-            for name in ("manifest.json", *_OWN):
-                for left in folder.glob(f"{name}.tmp-[0-9]*"):
-                    files.remove(left)
-            if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
-                made_by = {"versions": versions(), "machine": machine()}
-                files.write_json(folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
-            if fresh:
-                for name in _OWN:
-                    _remove_at_once(folder / name)
-            if fresh or not (exists and has_recipe):
-                files.write_text(folder / "recipe.yaml", as_yaml(recipe))
+        with files.lock(folder / "run.lock", str(folder), shared=shared):
+            if not shared:
+                run._settle(exists, exists and has_recipe, fresh)
             yield run
-        finally:
-            run._release_lock()
+
+    def _settle(self, exists: bool, has_recipe: bool, fresh: bool) -> None:
+        """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
+        for name in ("manifest.json", *_OWN):
+            for left in self.folder.glob(f"{name}.tmp-[0-9]*"):
+                files.remove(left)
+        if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
+            made_by = {"versions": versions(), "machine": machine()}
+            files.write_json(self.folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
+        if fresh:
+            for name in _OWN:
+                _remove_at_once(self.folder / name)
+        if fresh or not has_recipe:
+            files.write_text(self.folder / "recipe.yaml", as_yaml(self.recipe))
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         return Stage(self, name, inputs)
@@ -114,22 +123,6 @@ class Run:
     def log(self, event: str, **values: Any) -> None:
         """Appends an event to log.jsonl."""
         files.append_line(self.folder / "log.jsonl", {"time": round(time.time(), 3), "event": event, **values})
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "run.lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._lock, 100).decode(errors="replace").strip() or "another process"
-            os.close(self._lock)
-            raise UsageError(f"{self.folder} is in use by {holder}: wait for it, or choose another --out") from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"process {os.getpid()}".encode())
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            files.remove(self.folder / "run.lock")
 
 
 def _is_run(folder: Path) -> bool:

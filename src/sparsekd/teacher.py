@@ -1,12 +1,12 @@
 """The forward pass that fills the cache: one pass of the dense model over the corpus, batched by length.
 
-Shape letters: B blocks, L positions, V vocabulary, K kept tokens.
+Shape letters: B blocks, L positions, N positions of one block, V vocabulary, K kept tokens, U drawn tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
-from sparsekd.cache import ALIGNMENT, CODEC, Cache, Targets, Writer, bytes_per_token
-from sparsekd.models import tokenizer_hash, weights_hash
+from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
+from sparsekd.codecs import Codec, codec_for
+from sparsekd.errors import DataError
+from sparsekd.models import config_hash, real_vocab_size, tokenizer_hash, weights_hash
 
-_CHUNK = 128  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
+_CHUNK = 1024  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
+_CHUNK_ON_CPU = 16  # their logits, which are read several times, stay in the processor's cache
 
 
-def identity(model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, top_k: int) -> dict[str, Any]:
+def identity(
+    model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, codec: Codec, seed: int = 42
+) -> dict[str, Any]:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     return {
         "teacher": weights_hash(model),
+        "config": config_hash(model),
         "tokenizer": tokenizer,
+        "vocab_size": codec.vocab_size,
         "corpus": corpus_fingerprint,
-        "top_k": top_k,
-        "codec": CODEC,
+        "codec": codec.name,
+        "top_k": codec.top_k,
+        "seed": seed if codec.name == "sampled" else None,
         "temperature": 1.0,
         "dtype": str(model.dtype).removeprefix("torch."),
         "alignment": ALIGNMENT,
@@ -39,33 +47,66 @@ def identity(model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, to
 
 @torch.inference_mode()
 def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
-    """The `top_k` likeliest tokens of each row, their log-probabilities over all of V, and the logs of the rest's mass
-    and of its sum of p^(1/2).
+    """The `top_k` likeliest tokens of each row, their log-probabilities over all of V, and the rest's sums.
 
     The tail is summed over the other tokens themselves, not taken as 1 minus the top, so it is exact when tiny. It is
-    at least e^-30, which fp16 can hold as a logarithm; the sum of roots then is at least e^-15.
+    at least e^-30, which fp16 can hold as a logarithm.
     """
     z = logits.float()
     top, ids = z.topk(top_k, dim=-1)
     m = top[..., :1]
-    e = (z - m).exp_()
-    head = torch.exp(top - m).sum(-1)
-    tail = e.scatter_(-1, ids, 0.0).sum(-1)
-    log_sum = (head + tail).log()
+    e = (z - m).exp_().scatter_(-1, ids, 0.0)
+    tail = e.sum(-1)
+    tail_half = e.sqrt_().sum(-1)
+    log_sum = ((top - m).exp().sum(-1) + tail).log()
     log_tail = (tail.log() - log_sum).clamp_min(-30.0)
-    log_tail_half = (e.sqrt_().sum(-1).log() - log_sum / 2).clamp_min(-15.0)
+    log_tail_half = (tail_half.log() - log_sum / 2).clamp_min(-15.0)
     return Targets(ids, top - m - log_sum[..., None], log_tail, log_tail_half)
 
 
 @torch.inference_mode()
-def distributions(model: PreTrainedModel, tokens: Int[Tensor, "B L"], top_k: int) -> list[Targets]:
-    """Targets of each block: row t is the teacher's distribution of token t + 1."""
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
-    result = []
-    for block in logits[:, :-1]:
-        parts = [top_k_distribution(chunk, top_k) for chunk in block.split(_CHUNK)]
-        result.append(Targets(*(torch.cat(columns).cpu() for columns in zip(*parts, strict=True))))
-    return result
+def sampled_distribution(logits: Float[Tensor, "N V"], num_samples: int, uniforms: Float[Tensor, " N"]) -> Samples:
+    """U tokens a row, all different, with weights that sum to one and whose expectation is the row's distribution.
+
+    Token i is drawn with probability pi_i = min(1, p_i / t), where t makes the pi_i sum to U, and then has the weight
+    p_i / pi_i: its own p_i where it is certain to be drawn, t elsewhere. So E[weight_i] = p_i (Horvitz and Thompson
+    1952); of all ways to draw U tokens it is the one with the least variance (Cohen et al., "Stream sampling for
+    variance-optimal estimation of subset sums", SODA 2009). The tokens that are not certain are drawn systematically,
+    at u, u + 1, ... along the running sum of pi (Madow 1949), by one of the `uniforms`, in [0, 1), for each row.
+    """
+    p = logits.double().softmax(-1)
+    top, top_ids = p.topk(min(num_samples, p.shape[-1]), dim=-1)
+    slots = torch.arange(top.shape[-1], device=p.device)
+    left = top.shape[-1] - slots  # slots from each rank on
+    share = (1 - top.cumsum(-1) + top) / left  # t, if all ranks before were certain
+    num_certain = (top >= share * (1 - 1e-9)).cumprod(-1).sum(-1, keepdim=True)
+    is_certain = slots < num_certain
+    rest = p.scatter(-1, top_ids, torch.where(is_certain, 0.0, top))
+    t = rest.sum(-1, keepdim=True) / (top.shape[-1] - num_certain).clamp_min(1)
+    points = (uniforms.to(p)[:, None] + slots - num_certain) * t
+    drawn = torch.searchsorted(rest.cumsum(-1), points, right=True).clamp_max(p.shape[-1] - 1)
+    ids = torch.where(is_certain, top_ids, drawn)
+    return Samples(ids, torch.where(is_certain, top, t).log().float())
+
+
+@torch.inference_mode()
+def distributions(
+    model: PreTrainedModel, tokens: Int[Tensor, "B L"], top_k: int, vocab_size: int | None = None
+) -> list[Targets]:
+    """Targets of each block: row t is the teacher's distribution of token t + 1, over the first `vocab_size` ids."""
+    logits = _logits(model, tokens, vocab_size)
+    return [_by_chunks(lambda chunk: top_k_distribution(chunk, top_k), block) for block in logits]
+
+
+def _logits(model: PreTrainedModel, tokens: Int[Tensor, "B L"], vocab_size: int | None) -> Float[Tensor, "B N V"]:
+    return model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1, :vocab_size]
+
+
+def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:
+    """`distribution` of a block's positions, some at a time, so that temporaries stay small; the result on the CPU."""
+    size = _CHUNK_ON_CPU if logits.device.type == "cpu" else _CHUNK
+    parts = [distribution(*chunk) for chunk in zip(*(column.split(size) for column in (logits, *rows)), strict=True)]
+    return type(parts[0])(*(torch.cat(columns).cpu() for columns in zip(*parts, strict=True)))
 
 
 def fill(
@@ -75,29 +116,41 @@ def fill(
     *,
     tokenizer: str,
     corpus_fingerprint: str,
-    top_k: int = 32,
+    codec: str = "q16",
+    top_k: int | None = None,
+    vocab_size: int | None = None,
+    seed: int = 42,
     blocks_per_shard: int = 64,
     batch_size: int = 4,
+    part: Part = WHOLE,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
-) -> Cache:
-    """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; `tokenizer` is its hash.
+) -> Cache | None:
+    """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; or one `part` of them,
+    which `cache.merge` completes.
 
+    `tokenizer` is its hash; `vocab_size` leaves out the padding of the embeddings; `seed` matters to `sampled` only.
     Killed at any moment and called again, it continues after the last whole shard. `on_tokens` hears of progress.
-    Raises `ResourceError` when the disk is too small and `DataError` when the model's output is not finite.
+    Raises `ResourceError` when the disk is too small, `DataError` when the model's output is not finite or a block is
+    longer than the model's context, `UsageError` when another process is at it.
     """
-    vocab_size = int(model.config.get_text_config().vocab_size)
-    top_k = min(top_k, vocab_size - 1)
-    num_tokens = sum(len(tokens) for tokens in blocks.values())
-    files.require_space(folder, num_tokens * bytes_per_token(top_k, vocab_size), "the teacher cache")
-    writer = Writer(folder, identity(model, tokenizer, corpus_fingerprint, top_k), vocab_size)
+    chosen = codec_for(codec, top_k, vocab_size or int(model.config.get_text_config().vocab_size))
+    _require_context(model, blocks)
+    made_of = identity(model, tokenizer, corpus_fingerprint, chosen, seed)
     order = sorted(blocks, key=lambda block_id: (len(blocks[block_id]), block_id))
-    for number, start in enumerate(range(0, len(order), blocks_per_shard)):
-        shard = order[start : start + blocks_per_shard]
-        if not writer.has(number, shard):
-            tokens = [blocks[block_id] for block_id in shard]
-            writer.add(number, shard, tokens, _forward(model, tokens, top_k, batch_size, on_tokens))
-    writer.finish()
-    return Cache(folder)
+    shards = [order[start : start + blocks_per_shard] for start in range(0, len(order), blocks_per_shard)]
+    with Writer.open(folder, made_of, part) as writer:
+        missing = {n: ids for n, ids in enumerate(shards) if part.owns(n) and not writer.has(n, ids)}
+        num_tokens = sum(len(blocks[block_id]) for ids in missing.values() for block_id in ids)
+        files.require_space(folder, num_tokens * chosen.bytes_per_token, "the teacher cache")
+        for number, ids in missing.items():
+            targets = []
+            for batch in _batches(ids, blocks, batch_size):
+                tokens = torch.from_numpy(np.stack([blocks[i] for i in batch]).astype(np.int64))
+                targets.extend(_targets(model, tokens, batch, chosen, seed))
+                on_tokens(tokens.numel())
+            writer.add(number, ids, [blocks[i] for i in ids], targets)
+        writer.finish()
+    return Cache(folder) if part.count == 1 else None
 
 
 def cache_teacher(
@@ -106,34 +159,54 @@ def cache_teacher(
     blocks: Int[Tensor, "N L"],
     folder: str | Path,
     *,
-    top_k: int = 32,
+    codec: str = "q16",
+    top_k: int | None = None,
 ) -> Cache:
     """Caches `model`'s next-token distributions on `blocks` (token ids) in `folder`; row i becomes block i."""
-    by_id = {i: row.astype(np.int32) for i, row in enumerate(blocks.numpy())}
-    made_from = hashlib.sha256(blocks.numpy().astype("<i4").tobytes()).hexdigest()[:16]
-    return fill(
+    fill(
         model,
         Path(folder),
-        by_id,
+        {i: row.astype(np.int32) for i, row in enumerate(blocks.numpy())},
         tokenizer=tokenizer_hash(tokenizer),
-        corpus_fingerprint=made_from,
+        corpus_fingerprint=hashlib.sha256(blocks.numpy().astype("<i4").tobytes()).hexdigest()[:16],
+        codec=codec,
         top_k=top_k,
+        vocab_size=real_vocab_size(model, tokenizer),
     )
+    return Cache(Path(folder))
 
 
-def _forward(
-    model: PreTrainedModel,
-    blocks: Sequence[np.ndarray],
-    top_k: int,
-    batch_size: int,
-    on_tokens: Callable[[int], None],
-) -> list[Targets]:
-    """Runs blocks of equal length together; they come sorted by length, so nothing is padded."""
-    result: list[Targets] = []
-    while len(result) < len(blocks):
-        first = len(result)
-        batch = [block for block in blocks[first : first + batch_size] if len(block) == len(blocks[first])]
-        tokens = torch.from_numpy(np.stack(batch).astype(np.int64))
-        result.extend(distributions(model, tokens, top_k))
-        on_tokens(tokens.numel())
-    return result
+def _require_context(model: PreTrainedModel, blocks: dict[int, np.ndarray]) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(blocks, key=lambda block_id: len(blocks[block_id]))
+    if context is not None and len(blocks[longest]) > context:
+        raise DataError(
+            f"block {longest} has {len(blocks[longest])} tokens, the model's context is {context}: lower corpus.seq_len"
+        )
+
+
+def _batches(ids: Sequence[int], blocks: dict[int, np.ndarray], batch_size: int) -> Iterator[Sequence[int]]:
+    """Ids of blocks of equal length; they come sorted by length, so nothing is padded."""
+    while ids:
+        batch = [i for i in ids[:batch_size] if len(blocks[i]) == len(blocks[ids[0]])]
+        yield batch
+        ids = ids[len(batch) :]
+
+
+@torch.inference_mode()
+def _targets(
+    model: PreTrainedModel, tokens: Int[Tensor, "B L"], ids: Sequence[int], codec: Codec, seed: int
+) -> list[Targets] | list[Samples]:
+    if codec.name != "sampled":
+        return distributions(model, tokens, codec.top_k, codec.vocab_size)
+    logits = _logits(model, tokens, codec.vocab_size)
+    return [
+        _by_chunks(lambda chunk, u: sampled_distribution(chunk, codec.top_k, u), block, _uniforms(seed, i, len(block)))
+        for i, block in zip(ids, logits, strict=True)
+    ]
+
+
+def _uniforms(seed: int, block_id: int, count: int) -> Float[Tensor, " N"]:
+    """What decides a block's draws: a function of seed and block id alone."""
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, block_id]))
+    return torch.from_numpy(generator.random(count))

@@ -202,6 +202,19 @@ def console_table(title: str, header: list[str], rows: Rows) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Minutes and seconds; of what takes longer, hours or days."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 48 * 60:
+        return f"{seconds / 86_400:,.0f} days"
+    if minutes >= 120:
+        return f"{seconds / 3600:.1f} h"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} PB"
