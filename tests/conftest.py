@@ -1,5 +1,6 @@
 """Tiny real models, a real tokenizer and real text files, made once for the tests."""
 
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
@@ -167,3 +168,44 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+# ---- a training: a teacher with something to lose, its cache, and a student that lost it
+# sparsekd is imported inside: pytest reads this file before the hook that checks shapes is there
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    return torch.randint(0, 300, (14, 24), generator=torch.Generator().manual_seed(1))
+
+
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
+    from sparsekd.models import find_mlps
+
+    with torch.no_grad():
+        for mlp in find_mlps(model):
+            for name in mlp.matrices:
+                model.get_submodule(name).weight.mul_(5)
+        model.get_output_embeddings().weight.mul_(10)
+    return model
+
+
+@pytest.fixture
+def teacher(make_model: Any) -> PreTrainedModel:
+    return sharpened(make_model("llama"))
+
+
+@pytest.fixture
+def cache(teacher: PreTrainedModel, tokenizer: Any, blocks: torch.Tensor, tmp_path: Path) -> Any:
+    import sparsekd
+
+    return sparsekd.cache_teacher(teacher, tokenizer, blocks, tmp_path / "cache", top_k=8)
+
+
+@pytest.fixture
+def new_student(teacher: PreTrainedModel, blocks: torch.Tensor) -> Callable[[], PreTrainedModel]:
+    import sparsekd
+
+    student = sparsekd.compress(copy.deepcopy(teacher), blocks, reduction=0.5)
+    return lambda: copy.deepcopy(student)

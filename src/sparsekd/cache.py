@@ -159,6 +159,11 @@ class Cache:
         return self._place.keys()
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the teacher knows."""
+        return self.manifest["vocab_size"]
+
+    @property
     def num_bytes(self) -> int:
         return sum(shard["bytes"] for shard in self.manifest["shards"])
 

@@ -7,6 +7,7 @@ dense model is loaded only when a stage needs it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,9 @@ def make_corpus(opened: Run, dense: Dense) -> tuple[Corpus, dict[str, Any]]:
 def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     """Stage `cache`: the dense model's distributions of all training and validation blocks."""
     options = opened.recipe.cache
+    if opened.recipe.distill.teacher == "online":
+        stage = opened.stage(_CACHE, {"teacher": "online"})  # an empty stage, so that later ones find its inputs
+        return stage.summary or stage.finish({"blocks": 0, "tokens": 0, "top_k": options.top_k, "bytes": 0})
     inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(options)}
     stage = opened.stage(_CACHE, inputs)
     if stage.summary is not None:
@@ -163,6 +167,7 @@ def fill_cache(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             top_k=options.top_k,
             blocks_per_shard=options.blocks_per_shard,
             batch_size=options.batch_size,
+            separator=blocks.separator,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
         )
     return stage.finish({"blocks": len(by_id), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes})
@@ -187,13 +192,7 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     warning = compression.few_tokens(sum(batch.numel() for batch in batches), student)
     if warning is not None and options.method != "svd":
         opened.console.say(f"  warning: {warning}")
-    cache = Cache(opened.folder / _CACHE)
-    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
-
-    def cached(tokens: torch.Tensor) -> Targets:
-        block = tokens.numpy().astype(np.int32)
-        return cache.read(ids[block.tobytes()], block)
-
+    cached = None if opened.recipe.distill.teacher == "online" else _cached(opened, blocks)
     if options.offload:
         torch.nn.Module.to(student, "cpu")
     plan = compression.truncate(
@@ -204,6 +203,18 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         f"  removed {plan.mlp_reduction:.1%} of the MLP parameters, {plan.model_reduction:.1%} of the whole model"
     )
     return stage.finish(plan.as_dict())
+
+
+def _cached(opened: Run, blocks: Corpus) -> Callable[[torch.Tensor], Targets]:
+    """The cached distributions of a block by its tokens."""
+    cache = Cache(opened.folder / _CACHE)
+    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
+
+    def read(tokens: torch.Tensor) -> Targets:
+        block = tokens.numpy().astype(np.int32)
+        return cache.read(ids[block.tobytes()], block)
+
+    return read
 
 
 def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
@@ -217,14 +228,21 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     stage = opened.stage(_DISTILLED, inputs)
     if stage.summary is not None:
         return stage.summary
-    student, tokenizer = models.load(
-        str(opened.folder / _COMPRESSED / "model"), dtype=torch.float32, device=dense.placement.device
-    )
+    online = recipe.distill.teacher == "online"
+    top_k, separator = recipe.cache.top_k, blocks.separator
     data = distillation.Data(
         [block.tokens for block in blocks.blocks],
         functools.partial(blocks.order, recipe.seed),
         blocks.validation_ids.tolist(),
-        Cache(opened.folder / _CACHE),
+        teacher.Online(dense.model, top_k, separator) if online else Cache(opened.folder / _CACHE),
+        [block.source for block in blocks.blocks],
+        separator,
+    )
+    dense_ce = distillation.measure(dense.model, data, recipe.distill).ce
+    if not online:
+        del dense.loaded  # room for the student; the evaluation reads it again
+    student, tokenizer = models.load(
+        str(opened.folder / _COMPRESSED / "model"), dtype=torch.float32, device=dense.placement.device
     )
     num_tokens = blocks.num_tokens * recipe.distill.epochs
     with opened.console.bar("training", num_tokens) as bar, stop_signals() as received:
@@ -236,21 +254,24 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             note = f"step {step.step}/{num_steps}  loss {step.loss:.3f}  " + (f"{speed:.0f} tokens/s" if speed else "")
             bar.advance(step.num_tokens - trained, note)
             trained = step.num_tokens
-            opened.log("step", **vars(step))
 
         history = distillation.train(
             student,
             data,
             recipe.distill,
             folder=stage.folder,
+            dense_ce=dense_ce,
             on_step=on_step,
             on_validation=lambda v: opened.console.say(
-                f"  validation after step {v.step}: loss {v.loss:.3f}, KD {v.kd:.3f}, cross-entropy {v.ce:.3f}"
+                f"  validation after step {v.step}: loss {v.loss:.3f}, KD {v.kd:.3f}, cross-entropy {v.ce:.3f}, "
+                f"agreement {v.agreement:.1%}"
             ),
+            say=opened.console.say,
             stop_signal=lambda: received[0] if received else None,
         )
+    opened.console.say(f"  {history.stop_reason}; weights after step {history.best_step} kept")
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
-    files.remove(stage.folder / "checkpoint")
+    files.remove(stage.folder / "checkpoints")
     return stage.finish(history.as_dict())
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, CODEC, Cache, Targets, Writer, bytes_per_token
-from sparsekd.models import tokenizer_hash, weights_hash
+from sparsekd.models import document_positions, tokenizer_hash, weights_hash
 
 _CHUNK = 128  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 
@@ -56,9 +56,16 @@ def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
 
 
 @torch.inference_mode()
-def distributions(model: PreTrainedModel, tokens: Int[Tensor, "B L"], top_k: int) -> list[Targets]:
-    """Targets of each block: row t is the teacher's distribution of token t + 1."""
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+def distributions(
+    model: PreTrainedModel, tokens: Int[Tensor, "B L"], top_k: int, separator: int | None = None
+) -> list[Targets]:
+    """Targets of each block: row t is the teacher's distribution of token t + 1.
+
+    With a `separator`, the token that ends a document, packed documents do not see each other.
+    """
+    on_device = tokens.to(model.device)
+    positions = {} if separator is None else {"position_ids": document_positions(on_device, separator)}
+    logits = model(input_ids=on_device, use_cache=False, **positions).logits
     result = []
     for block in logits[:, :-1]:
         parts = [top_k_distribution(chunk, top_k) for chunk in block.split(_CHUNK)]
@@ -76,6 +83,7 @@ def fill(
     top_k: int = 32,
     blocks_per_shard: int = 64,
     batch_size: int = 4,
+    separator: int | None = None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> Cache:
     """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; `tokenizer` is its hash.
@@ -93,9 +101,22 @@ def fill(
         shard = order[start : start + blocks_per_shard]
         if not writer.has(number, shard):
             tokens = [blocks[block_id] for block_id in shard]
-            writer.add(number, shard, tokens, _forward(model, tokens, top_k, batch_size, on_tokens))
+            writer.add(number, shard, tokens, _forward(model, tokens, top_k, batch_size, separator, on_tokens))
     writer.finish()
     return Cache(folder)
+
+
+class Online:
+    """The teacher without a cache: its distributions are worked out whenever a block is read."""
+
+    def __init__(self, model: PreTrainedModel, top_k: int = 32, separator: int | None = None):
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._model, self._top_k, self._separator = model, min(top_k, self.vocab_size - 1), separator
+
+    def read(self, block_id: int, tokens: np.ndarray) -> Targets:
+        """The distributions of one block, as a `Cache` gives them; `block_id` does not matter here."""
+        batch = torch.from_numpy(tokens.astype(np.int64))[None]
+        return distributions(self._model, batch, self._top_k, self._separator)[0]
 
 
 def cache_teacher(
@@ -124,6 +145,7 @@ def _forward(
     blocks: Sequence[np.ndarray],
     top_k: int,
     batch_size: int,
+    separator: int | None,
     on_tokens: Callable[[int], None],
 ) -> list[Targets]:
     """Runs blocks of equal length together; they come sorted by length, so nothing is padded."""
@@ -132,6 +154,6 @@ def _forward(
         first = len(result)
         batch = [block for block in blocks[first : first + batch_size] if len(block) == len(blocks[first])]
         tokens = torch.from_numpy(np.stack(batch).astype(np.int64))
-        result.extend(distributions(model, tokens, top_k))
+        result.extend(distributions(model, tokens, top_k, separator))
         on_tokens(tokens.numel())
     return result
