@@ -2,6 +2,9 @@
 
 import copy
 import os
+import socket
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
@@ -209,3 +212,24 @@ def new_student(teacher: PreTrainedModel, blocks: torch.Tensor) -> Callable[[], 
 
     student = sparsekd.compress(copy.deepcopy(teacher), blocks, reduction=0.5)
     return lambda: copy.deepcopy(student)
+
+
+def run_processes(script: str, *arguments: str, count: int) -> None:
+    """Runs a script of this folder in processes that find each other, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error

@@ -1,14 +1,12 @@
 """Checkpoints: whole, hashed, two of them, and a damaged one is passed over."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import run_processes
 from safetensors.torch import load_file
 from test_distillation import OPTIONS, data, equal, state
 
@@ -171,9 +169,6 @@ def test_a_signal_inside_an_accumulation_is_answered_after_the_step(
 
 def test_weights_split_over_processes_come_back(tmp_path: Path) -> None:
     """FSDP's sharded parameters and moments, on two gloo processes: written whole, read into shards again."""
-    script = Path(__file__).with_name("sharded_checkpoint.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, env={**os.environ})
-    assert done.returncode == 0, done.stderr
+    run_processes("sharded_checkpoint.py", str(tmp_path), count=2)
     whole = load_file(tmp_path / "step-00000001/model.safetensors")
     assert whole["0.weight"].shape == (8, 5)

@@ -1,8 +1,6 @@
 """The training loop: it learns, it is deterministic, it resumes to the same bytes, and it stops on bad numbers."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sharpened
+from conftest import run_processes, sharpened
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -25,7 +23,7 @@ from sparsekd.teacher import Online
 OPTIONS = Distill(batch_size=4, micro_batch_size=2, learning_rate=3e-3, epochs=2, validations=3, warmup_ratio=0.2)
 
 
-def data(blocks: torch.Tensor, cache: Cache, validation_ids: tuple[int, ...] = (12, 13)) -> distillation.Data:
+def data(blocks: torch.Tensor, cache: Cache | Online, validation_ids: tuple[int, ...] = (12, 13)) -> distillation.Data:
     def order(epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[7, epoch])).permutation(12)
 
@@ -325,12 +323,8 @@ def test_two_processes_train_the_same_weights_as_one(
     """DDP over gloo. Eleven blocks in steps of four: in the last step, of three, a process gets one block less."""
     sparsekd.save(new_student(), tokenizer, tmp_path / "student")
     np.save(tmp_path / "blocks.npy", blocks.numpy())
-    script = Path(__file__).with_name("two_processes.py")
-    single = [sys.executable, str(script), str(tmp_path), "one"]
-    double = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    for command in (single, [*double, str(tmp_path), "two"], [*double, str(tmp_path), "stopped"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    run_processes("two_processes.py", str(tmp_path), "one", count=1)
+    run_processes("two_processes.py", str(tmp_path), "two", "stopped", count=2)
     one, two, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two", "stopped"))
     start = new_student().state_dict()
     for name, value in one.items():

@@ -88,7 +88,7 @@ CONFIGS = {
     "scaled": lambda v: GraniteConfig(vocab_size=v, **SIZES, logits_scaling=4.0),
     "multiplied": lambda v: CohereConfig(vocab_size=v, **SIZES, logit_scale=0.25),
     "capped": lambda v: Gemma2Config(
-        vocab_size=v, **SIZES, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5
+        vocab_size=v, **SIZES, num_key_value_heads=2, head_dim=16, final_logit_softcapping=5.0
     ),
 }
 
@@ -114,7 +114,7 @@ def test_logits_of_another_form_are_taken_whole(make_model: Any, blocks: torch.T
     model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=True)
     torch.nn.init.normal_(model.lm_head.bias)
     assert not objective.find_head(model).fused
-    measured = distillation.measure(model, replace(data(blocks, None), teacher=Online(model, 8)), OPTIONS)
+    measured = distillation.measure(model, data(blocks, Online(model, 8)), OPTIONS)
     assert abs(measured.kd) < 1e-5
     assert measured.agreement == 1.0
 
@@ -130,7 +130,7 @@ def test_padded_embeddings_of_one_family_are_cut(padded: str, make_model: Any, b
         large.lm_head.weight[:size] = small.lm_head.weight
         large.model.embed_tokens.weight[:size] = small.model.embed_tokens.weight
     student, teacher = (large, small) if padded == "student" else (small, large)
-    both = replace(data(blocks, None), teacher=Online(teacher, 8))
+    both = data(blocks, Online(teacher, 8))
     measured = distillation.measure(student, both, replace(OPTIONS, alpha=1.0))
     assert measured.agreement == 1.0
     if padded == "student":
@@ -142,7 +142,7 @@ def test_other_vocabularies_are_refused(
 ) -> None:
     student = make_model("llama")
     student.resize_token_embeddings(student.config.vocab_size + 2000, mean_resizing=False)
-    with pytest.raises(MismatchError, match="the student has a vocabulary of 2[0-9]{3} tokens, the teacher one of 3"):
+    with pytest.raises(MismatchError, match="the student has a vocabulary of 2400 tokens, the teacher one of 400"):
         distillation.train(student, data(blocks, cache), OPTIONS)
     small = make_model("llama")
     small.resize_token_embeddings(250, mean_resizing=False)

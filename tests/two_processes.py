@@ -1,5 +1,6 @@
-"""What each process of `test_two_processes_train_the_same_weights_as_one` runs: FOLDER one|two|stopped."""
+"""What each process of `test_two_processes_train_the_same_weights_as_one` runs: FOLDER, then one, two or stopped."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,13 +14,13 @@ from sparsekd.cache import Cache
 from sparsekd.errors import Stopped
 from sparsekd.recipe import Distill
 
-folder, name = Path(sys.argv[1]), sys.argv[2]
+folder, names = Path(sys.argv[1]), sys.argv[2:]
 blocks = np.load(folder / "blocks.npy")
 data = distillation.Data(list(blocks), lambda epoch: np.arange(11), [11, 12, 13], Cache(folder / "cache"))
 options = Distill(batch_size=4, micro_batch_size=1, learning_rate=3e-3, epochs=2, validations=2)
 
 
-def train(stop_at: int | None) -> None:
+def train(name: str, stop_at: int | None = None) -> None:
     student, _ = sparsekd.load(str(folder / "student"))
     done = []
     history = distillation.train(
@@ -38,10 +39,8 @@ def train(stop_at: int | None) -> None:
     (folder / f"{name}.json").write_text(json.dumps(curves))
 
 
-if name == "stopped":
-    try:
-        train(stop_at=2)
-    except Stopped:
-        train(stop_at=None)
-else:
-    train(stop_at=None)
+for name in names:
+    if name == "stopped":
+        with contextlib.suppress(Stopped):
+            train(name, stop_at=2)
+    train(name)
