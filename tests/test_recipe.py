@@ -141,7 +141,7 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
 )
 def test_other_values_outside_their_ranges(override: str) -> None:
     name = override.partition("=")[0]
-    with pytest.raises(UsageError, match=f"^{name} is .*: expected"):
+    with pytest.raises(UsageError, match=f"^(recipe: )?{name} is .*: expected"):
         load_recipe("demo", (override,))
 
 

@@ -297,7 +297,7 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         if not isinstance(value, list):
-            raise UsageError(f"{where}: {name} must be a list, found {_short(value)}")
+            raise UsageError(f"{where}: {name} is {_short(value)}: expected a list")
         return [_build(arguments[0], item, where, name) for item in value]
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(arguments[0], value, where, name)

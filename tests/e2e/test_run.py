@@ -89,6 +89,11 @@ def pipeline_run(recipe: Any, folder: Path, **options: Any) -> Any:
         return json.loads((folder / "report.json").read_text())
 
 
+def report_of(recipe: Any, folder: Path) -> Any:
+    pipeline_run(recipe, folder)
+    return json.loads((folder / "report.json").read_text())
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "round-01/distilled/model/model.safetensors").read_bytes()
 
@@ -112,9 +117,9 @@ def test_same_recipe_twice_gives_the_same_bytes_and_another_seed_does_not(tiny_r
 )
 def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_recipe: Path, tmp_path: Path) -> None:
     """A real process, a real signal, with a checkpoint after every step."""
-    changes = ("cache.blocks_per_shard=1", "distill.epochs=40", "distill.checkpoint_minutes=0")
+    changes = ("cache.blocks_per_shard=1", "distill.epochs=12", "distill.checkpoint_minutes=0")
     recipe = load_recipe(str(tiny_recipe), changes)
-    pipeline_run(recipe, tmp_path / "straight", until="distill")
+    pipeline_run(load_recipe(str(tiny_recipe), changes[:2]), tmp_path / "straight", until="distill")
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sparsekd.cli", "distill", str(tiny_recipe), "--out", str(out)]
     command += [word for change in changes for word in ("--set", change)]
@@ -136,14 +141,14 @@ def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_rec
     pipeline_run(recipe, out, until="distill")
     assert weights(out) == weights(tmp_path / "straight")
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(line["step"] for line in lines if line["kind"] == "step") == list(range(1, 241))
+    assert sorted(line["step"] for line in lines if line["kind"] == "step") == list(range(1, 73))
     assert not (trained / "checkpoints").exists()
 
 
 def test_an_online_teacher_needs_no_cache(tiny_recipe: Path, tmp_path: Path) -> None:
     cached = load_recipe(str(tiny_recipe))
     online = load_recipe(str(tiny_recipe), ("distill.teacher=online",))
-    reports = [pipeline_run(recipe, tmp_path / name) for name, recipe in (("a", cached), ("b", online))]
+    reports = [report_of(recipe, tmp_path / name) for name, recipe in (("a", cached), ("b", online))]
     assert not list((tmp_path / "b/round-01/cache").glob("*.parquet"))
     assert "nothing was cached" in (tmp_path / "b/report.html").read_text()
     for a, b in zip(*(report["distillation"]["steps"] for report in reports), strict=True):
@@ -151,7 +156,7 @@ def test_an_online_teacher_needs_no_cache(tiny_recipe: Path, tmp_path: Path) -> 
 
 
 def test_training_knows_the_dense_model_and_the_domains(tiny_recipe: Path, tmp_path: Path) -> None:
-    report = pipeline_run(load_recipe(str(tiny_recipe)), tmp_path / "run")
+    report = report_of(load_recipe(str(tiny_recipe)), tmp_path / "run")
     history = report["distillation"]
     assert 5 < history["dense_ce"] < 7  # a random model of 400 tokens: about log 400
     assert history["stop_reason"] == "all 1 epochs are done"
@@ -159,12 +164,13 @@ def test_training_knows_the_dense_model_and_the_domains(tiny_recipe: Path, tmp_p
 
 
 def test_masked_documents_go_the_whole_path(tiny_recipe: Path, tmp_path: Path) -> None:
-    plain = load_recipe(str(tiny_recipe))
-    masked = load_recipe(str(tiny_recipe), ("corpus.document_mask=true",))
-    reports = [pipeline_run(recipe, tmp_path / name) for name, recipe in (("a", plain), ("b", masked))]
+    several = "corpus.seq_len=256"  # tokens of several documents
+    plain = load_recipe(str(tiny_recipe), (several,))
+    masked = load_recipe(str(tiny_recipe), (several, "corpus.document_mask=true"))
+    reports = [report_of(recipe, tmp_path / name) for name, recipe in (("a", plain), ("b", masked))]
     assert reports[0]["corpus"]["fingerprint"] != reports[1]["corpus"]["fingerprint"]
     assert reports[0]["distillation"]["dense_ce"] != reports[1]["distillation"]["dense_ce"]
-    assert pipeline_run(masked, tmp_path / "b") == reports[1]  # read back from disk, separator and all
+    assert report_of(masked, tmp_path / "b") == reports[1]  # read back from disk, separator and all
 
 
 def test_two_processes_cannot_share_a_run(tiny_recipe: Path, tmp_path: Path) -> None:
