@@ -1,6 +1,10 @@
 """Tiny real models, a real tokenizer and real text files, made once for the tests."""
 
+import copy
 import os
+import socket
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
@@ -167,3 +171,65 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+# ---- a training: a teacher with something to lose, its cache, and a student that lost it
+# sparsekd is imported inside: pytest reads this file before the hook that checks shapes is there
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    return torch.randint(0, 300, (14, 24), generator=torch.Generator().manual_seed(1))
+
+
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
+    from sparsekd.models import find_mlps
+
+    with torch.no_grad():
+        for mlp in find_mlps(model):
+            for name in mlp.matrices:
+                model.get_submodule(name).weight.mul_(5)
+        model.get_output_embeddings().weight.mul_(10)
+    return model
+
+
+@pytest.fixture
+def teacher(make_model: Any) -> PreTrainedModel:
+    return sharpened(make_model("llama"))
+
+
+@pytest.fixture
+def cache(teacher: PreTrainedModel, tokenizer: Any, blocks: torch.Tensor, tmp_path: Path) -> Any:
+    import sparsekd
+
+    return sparsekd.cache_teacher(teacher, tokenizer, blocks, tmp_path / "cache", top_k=8)
+
+
+@pytest.fixture
+def new_student(teacher: PreTrainedModel, blocks: torch.Tensor) -> Callable[[], PreTrainedModel]:
+    import sparsekd
+
+    student = sparsekd.compress(copy.deepcopy(teacher), blocks, reduction=0.5)
+    return lambda: copy.deepcopy(student)
+
+
+def run_processes(script: str, *arguments: str, count: int) -> None:
+    """Runs a script of this folder in processes that find each other, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error

@@ -1,7 +1,6 @@
 """The training loop: it learns, it is deterministic, it resumes to the same bytes, and it stops on bad numbers."""
 
-import copy
-from collections.abc import Callable
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import run_processes, sharpened
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -16,45 +16,14 @@ import sparsekd
 from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
 from sparsekd.cache import Cache
-from sparsekd.errors import DataError, Stopped, UsageError
-from sparsekd.models import find_mlps
+from sparsekd.errors import DataError, MismatchError, ResourceError, Stopped, UsageError
 from sparsekd.recipe import Distill
+from sparsekd.teacher import Online
 
 OPTIONS = Distill(batch_size=4, micro_batch_size=2, learning_rate=3e-3, epochs=2, validations=3, warmup_ratio=0.2)
 
 
-@pytest.fixture
-def blocks() -> torch.Tensor:
-    return torch.randint(0, 300, (14, 24), generator=torch.Generator().manual_seed(1))
-
-
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
-    with torch.no_grad():
-        for mlp in find_mlps(model):
-            for name in mlp.matrices:
-                model.get_submodule(name).weight.mul_(5)
-        model.get_output_embeddings().weight.mul_(10)
-    return model
-
-
-@pytest.fixture
-def teacher(make_model: Any) -> PreTrainedModel:
-    return sharpened(make_model("llama"))
-
-
-@pytest.fixture
-def cache(teacher: PreTrainedModel, tokenizer: Any, blocks: torch.Tensor, tmp_path: Path) -> Cache:
-    return sparsekd.cache_teacher(teacher, tokenizer, blocks, tmp_path / "cache", top_k=8)
-
-
-@pytest.fixture
-def new_student(teacher: PreTrainedModel, blocks: torch.Tensor) -> Callable[[], PreTrainedModel]:
-    student = sparsekd.compress(copy.deepcopy(teacher), blocks, reduction=0.5)
-    return lambda: copy.deepcopy(student)
-
-
-def data(blocks: torch.Tensor, cache: Cache, validation_ids: tuple[int, ...] = (12, 13)) -> distillation.Data:
+def data(blocks: torch.Tensor, cache: Cache | Online, validation_ids: tuple[int, ...] = (12, 13)) -> distillation.Data:
     def order(epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[7, epoch])).permutation(12)
 
@@ -171,52 +140,200 @@ def test_every_architecture_trains(
     assert history.validations[-1].kd < 0.8 * history.validations[0].kd
 
 
-def test_capped_logits_take_the_way_of_full_logits(tokenizer: Any, blocks: torch.Tensor, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Gemma2Config
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), **sizes, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    cache = sparsekd.cache_teacher(model, tokenizer, blocks, tmp_path / "cache", top_k=8)
-    history = distillation.train(model, data(blocks, cache), Distill(alpha=1.0, learning_rate=1e-6, validations=1))
-    assert abs(history.validations[0].kd) < 1e-4  # the loss saw the capped logits, as the cache did
-
-
-def test_checkpoints_are_plain_safetensors(
-    new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
-) -> None:
-    with pytest.raises(Stopped):
-        distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path, stop_signal=lambda: 2)
-    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
-    assert names == {"model.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"}
-    assert (
-        load_file(tmp_path / "checkpoint" / "model.safetensors").keys() == dict(new_student().named_parameters()).keys()
-    )
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named(
-    name: str, new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
-) -> None:
-    with pytest.raises(Stopped):
-        distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path, stop_signal=lambda: 2)
-    path = tmp_path / "checkpoint" / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=name.replace(".", r"\.")):
-        distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path)
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_step(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
     student = new_student()
     with torch.no_grad():
         student.model.norm.weight[0] = torch.nan
     with pytest.raises(DataError, match="not finite"):
         distillation.train(student, data(blocks, cache), OPTIONS)
+
+
+def test_a_batch_without_a_position_to_predict_is_refused(new_student: Any, teacher: Any, tmp_path: Path) -> None:
+    single = [np.array([5], np.int32)] * 3
+    empty = distillation.Data(single, lambda epoch: np.arange(2), [2], Online(teacher, 8))
+    with pytest.raises(DataError, match="training blocks have no position that predicts"):
+        distillation.train(new_student(), empty, OPTIONS)
+    mixed = distillation.Data(
+        [*single[:2], np.arange(8, dtype=np.int32)], lambda e: np.arange(3), [2], Online(teacher, 8)
+    )
+    with pytest.raises(DataError, match="no position of blocks 0, 1 predicts a token"):
+        distillation.train(new_student(), mixed, replace(OPTIONS, batch_size=2))
+
+
+def test_a_cache_that_lacks_blocks_is_refused_before_the_first_step(
+    new_student: Any, teacher: PreTrainedModel, tokenizer: Any, blocks: torch.Tensor, tmp_path: Path
+) -> None:
+    short = sparsekd.cache_teacher(teacher, tokenizer, blocks[:10], tmp_path / "short", top_k=8)
+    with pytest.raises(MismatchError, match="lacks 4 of the 14 blocks that training needs, first: block 10"):
+        distillation.train(new_student(), data(blocks, short), OPTIONS)
+
+
+# ---- when to stop
+
+
+def test_the_stopping_rule() -> None:
+    def reason(*losses: float) -> str:
+        return distillation.reason_to_stop(losses, patience=3, min_improvement=0.01) or ""
+
+    assert reason(4.0, 3.0, 2.5) == ""  # too early to say
+    assert reason(4.0, 3.0, 2.5, 2.2) == ""  # improving
+    assert reason(4.0, 3.0, 2.0, 2.1, 2.2, 2.3).startswith("a clear minimum")
+    assert reason(4.0, 3.0, 2.0, 1.999, 1.998, 1.997).startswith("saturation")
+    assert reason(4.0, 3.0, 2.0, 2.1, 2.2, 1.9) == ""  # a bump on the way down is no minimum
+    assert reason(4.0, 3.0, 2.0, 2.01, 1.99, 2.5).startswith("saturation")
+
+
+@pytest.mark.parametrize(("rate", "reason"), [(1e-9, "saturation"), (0.3, "a clear minimum")])
+def test_training_stops_when_it_has_converged(
+    rate: float, reason: str, new_student: Any, blocks: torch.Tensor, cache: Cache
+) -> None:
+    options = replace(
+        OPTIONS, stop="converged", patience=2, epochs=4, validations=12, learning_rate=rate, warmup_ratio=0.0
+    )
+    history = distillation.train(new_student(), data(blocks, cache), options)
+    assert history.stop_reason and history.stop_reason.startswith(reason)
+    assert len(history.steps) == 2
+    fixed = distillation.train(new_student(), data(blocks, cache), replace(options, stop="epochs"))
+    assert fixed.stop_reason == "all 4 epochs are done"
+    assert len(fixed.steps) == 12
+
+
+def test_parity_is_noted_and_does_not_stop(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
+    history = distillation.train(new_student(), data(blocks, cache), OPTIONS, dense_ce=1e3)
+    assert history.parity_step == 0
+    assert len(history.steps) == 6
+    never = distillation.train(new_student(), data(blocks, cache), OPTIONS, dense_ce=0.0)
+    assert never.parity_step is None
+
+
+# ---- what is measured
+
+
+def test_the_dense_model_agrees_with_itself_in_every_domain(
+    teacher: PreTrainedModel, new_student: Any, blocks: torch.Tensor, cache: Cache
+) -> None:
+    sources = ["wiki"] * 13 + ["code"]
+    by_domain = replace(data(blocks, cache, (10, 11, 12, 13)), sources=sources)
+    dense = distillation.measure(teacher, by_domain, OPTIONS)
+    assert dense.agreement == 1.0
+    assert dense.kd == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        tokens = blocks[10:14]
+        logits = teacher(tokens).logits[:, :-1].flatten(0, 1)
+        ce = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+    assert dense.ce == pytest.approx(float(ce), rel=1e-5)
+    assert dense.perplexity == pytest.approx(float(ce.exp()), rel=1e-4)
+    student = distillation.measure(new_student(), by_domain, OPTIONS)
+    assert 0 < student.agreement < 1
+    assert set(student.domains) == {"wiki", "code"}
+    for key in ("loss", "kd", "ce", "agreement"):  # three blocks of one domain, one of the other, all equally long
+        weighted = 0.75 * student.domains["wiki"][key] + 0.25 * student.domains["code"][key]
+        assert weighted == pytest.approx(getattr(student, key), rel=1e-5)
+
+
+def test_metrics_have_every_step_once_also_after_a_kill(
+    new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(step: distillation.Step, _: int) -> None:
+        if step.step == 4:
+            raise Killed
+
+    options = replace(OPTIONS, checkpoint_minutes=0.0)
+    with pytest.raises(Killed):
+        distillation.train(new_student(), data(blocks, cache), options, folder=tmp_path, on_step=kill)
+    path = tmp_path / distillation.METRICS
+    path.write_text(path.read_text() + '{"kind": "st')  # a line torn by the kill
+    history = distillation.train(new_student(), data(blocks, cache), options, folder=tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["step"] for line in lines if line["kind"] == "step") == [1, 2, 3, 4, 5, 6]
+    assert sorted(line["step"] for line in lines if line["kind"] == "validation") == [0, 2, 4, 6]
+    assert [line["loss"] for line in lines if line["kind"] == "step"] == [step.loss for step in history.steps]
+
+
+def test_tensorboard_writes_when_it_is_asked_for(
+    new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path / "without")
+    assert not list((tmp_path / "without").rglob("events.out.tfevents*"))
+    options = replace(OPTIONS, trackers=["tensorboard"])
+    distillation.train(new_student(), data(blocks, cache), options, folder=tmp_path / "with")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "with").rglob("events.out.tfevents*"))
+    assert b"step/loss" in written
+    assert b"validation/all/agreement" in written
+    with pytest.raises(ResourceError, match="nosuch is not installed here"):
+        distillation.train(new_student(), data(blocks, cache), replace(OPTIONS, trackers=["nosuch"]))
+
+
+# ---- out of memory
+
+
+class Limited(torch.nn.Module):
+    """Wraps an embedding so that more than two blocks at once are too many."""
+
+    def __init__(self, inner: torch.nn.Module, most: int):
+        super().__init__()
+        self.inner, self.most, self.weight = inner, most, inner.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > self.most and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner(tokens)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
+    new_student: Any, blocks: torch.Tensor, cache: Cache
+) -> None:
+    options = replace(OPTIONS, micro_batch_size=4)
+    limited, small = new_student(), new_student()
+    limited.model.embed_tokens = Limited(limited.model.embed_tokens, 2)
+    said: list[str] = []
+    history = distillation.train(limited, data(blocks, cache), options, say=said.append)
+    expected = distillation.train(small, data(blocks, cache), replace(options, micro_batch_size=2))
+    assert said == ["  out of memory: distill.micro_batch_size is 2 from here on, the step stays as it is"]
+    assert [step.loss for step in history.steps] == [step.loss for step in expected.steps]
+    assert torch.equal(limited.model.layers[0].mlp.up_proj.rest.weight, small.model.layers[0].mlp.up_proj.rest.weight)
+    limited.model.embed_tokens.most = 0
+    with pytest.raises(ResourceError, match=r"out of memory with distill\.micro_batch_size=1"):
+        distillation.train(limited, data(blocks, cache), options)
+
+
+# ---- the teacher asked at every step
+
+
+def test_an_online_teacher_gives_the_same_training_as_its_cache(
+    teacher: PreTrainedModel, new_student: Any, blocks: torch.Tensor, cache: Cache
+) -> None:
+    from_cache = distillation.train(new_student(), data(blocks, cache), OPTIONS)
+    online = distillation.train(new_student(), replace(data(blocks, cache), teacher=Online(teacher, 8)), OPTIONS)
+    for a, b in zip(from_cache.steps, online.steps, strict=True):
+        assert a.kd == pytest.approx(b.kd, rel=2e-3)  # the cache is rounded to fp16
+        assert a.ce == pytest.approx(b.ce, rel=1e-3)
+
+
+# ---- several processes
+
+
+def test_two_processes_train_the_same_weights_as_one(
+    new_student: Any, tokenizer: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+) -> None:
+    """DDP over gloo. Eleven blocks in steps of four: in the last step, of three, a process gets one block less."""
+    sparsekd.save(new_student(), tokenizer, tmp_path / "student")
+    np.save(tmp_path / "blocks.npy", blocks.numpy())
+    run_processes("two_processes.py", str(tmp_path), "one", count=1)
+    run_processes("two_processes.py", str(tmp_path), "two", "stopped", count=2)
+    one, two, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two", "stopped"))
+    start = new_student().state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(two[name], stopped[name]), name  # a checkpoint of two processes resumes to the same bytes
+    assert any(not torch.allclose(one[name], start[name], rtol=1e-3, atol=1e-3) for name in one)
+    curves = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert curves[1]["losses"] == pytest.approx(curves[0]["losses"], rel=1e-5)
+    assert curves[1]["validations"] == pytest.approx(curves[0]["validations"], rel=1e-5)
 
 
 def test_a_cache_of_other_tokens_is_refused(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:

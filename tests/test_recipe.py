@@ -124,6 +124,16 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "seed=9007199254740992",  # 2^53: a whole number goes through a float, which skips some from there on
         "seed=-1e30",
         "distill.checkpoint_minutes=-1",
+        "distill.lr_scale.norms=-1",
+        "distill.lora_rank=0",
+        "distill.patience=0",
+        "distill.min_improvement=1",
+        "distill.train=some",
+        "distill.stop=never",
+        "distill.teacher=oracle",
+        "distill.precision=float8",
+        "distill.trackers=tensorboard",
+        "distill.batch_size=0",
         "distill.checkpoint_minutes=nan",
         "compress.probe_tokens=-1",
         "compress.rank_floor=1.5",
@@ -133,7 +143,7 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
 )
 def test_other_values_outside_their_ranges(override: str) -> None:
     name = override.partition("=")[0]
-    with pytest.raises(UsageError, match=f"^{name} is .*: expected"):
+    with pytest.raises(UsageError, match=f"^(recipe: )?{name} is .*: expected"):
         load_recipe("demo", (override,))
 
 

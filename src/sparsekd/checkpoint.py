@@ -1,76 +1,163 @@
-"""Save and restore a training state: safetensors and JSON in one folder that appears whole or not at all.
+"""Training states on disk: safetensors and JSON in folders that appear whole or not at all.
 
-checkpoint/  model.safetensors  best.safetensors  optimizer.safetensors  state.json (with the others' sha256)
+    checkpoints/  step-00000012/  model.safetensors  optimizer.safetensors  state.json
+                  best-00000008/  model.safetensors  state.json
+
+A checkpoint holds what trains, its optimizer's moments, and what the loop has to know; it needs the best weights that
+its history names. The two newest checkpoints are kept, with their best weights: one that is damaged (`state.json` has
+the others' sha256) falls back to the one before. Weights that are split over processes are put together before they
+are written and split again when read, so the number of processes may change.
 """
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparsekd import files
 from sparsekd.errors import DataError
 
+_KEPT = 2
 
-def unique_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model by name, tied ones once; what training changes."""
-    return dict(model.named_parameters())
+
+class Checkpoints:
+    """The checkpoints of one training. With several processes all of them call, and only the main one writes."""
+
+    def __init__(self, folder: Path, is_main: bool = True):
+        self.folder, self._is_main = folder, is_main
+        if is_main:
+            files.remove_temporaries(folder)
+
+    def keep_best(self, model: nn.Module, step: int) -> None:
+        """Writes the weights after `step` as the best so far."""
+        self._write(_best(step), {"model": trained(model)}, {})
+
+    def load_best(self, model: nn.Module, step: int) -> None:
+        """Fills what trains with the best weights; raises `DataError` when they are damaged."""
+        folder = self.folder / _best(step)
+        _verified(folder)
+        _fill(model, load_file(folder / "model.safetensors"))
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Writes a checkpoint of `state`, JSON values with `step` and `best_step`, and removes what is not needed."""
+        moments = {
+            f"{name}.{key}": _whole(value)
+            for name, parameter in _trained_parameters(model).items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        self._write(_checkpoint(state["step"]), {"model": trained(model), "optimizer": moments}, state)
+        if self._is_main:
+            self._remove_old(state["best_step"])
+
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+    ) -> dict[str, Any] | None:
+        """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
+
+        A damaged one is named through `say` and passed over. Raises `DataError` when all there are are damaged.
+        """
+        reason = None
+        for folder in reversed(self._checkpoints()):
+            try:
+                state = _verified(folder)
+                _verified(self.folder / _best(state["best_step"]))
+            except DataError as error:
+                reason = error
+                say(f"warning: {error}; going back to the checkpoint before")
+                continue
+            _fill(model, load_file(folder / "model.safetensors"))
+            _fill_moments(model, optimizer, load_file(folder / "optimizer.safetensors"))
+            return state
+        if reason is not None:
+            raise DataError(f"{reason}, and no whole checkpoint is left; start the training again with --fresh")
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("step-????????"))
+
+    def _write(self, name: str, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        if not self._is_main:
+            return
+        size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+        files.require_space(self.folder, size, "a checkpoint")
+        with files.atomic_path(self.folder / name) as temporary:
+            temporary.mkdir()
+            for part, tensors in parts.items():
+                save_file(tensors, temporary / f"{part}.safetensors")
+            hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
+            files.write_json(temporary / "state.json", state | {"sha256": hashes})
+
+    def _remove_old(self, best_step: int) -> None:
+        kept = self._checkpoints()[-_KEPT:]
+        needed = {_best(best_step), *(path.name for path in kept)}
+        for path in kept:
+            try:
+                needed.add(_best(files.read_json(path / "state.json")["best_step"]))
+            except (DataError, KeyError, TypeError):
+                continue  # a damaged one needs nothing; it is named when it is read
+        for path in self.folder.iterdir():
+            if path.name not in needed:
+                files.remove(path)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name, tied parameters once; whole and on the host. All processes must call."""
+    return {name: _whole(parameter) for name, parameter in _trained_parameters(model).items()}
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _whole(value: Tensor) -> Tensor:
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().cpu().contiguous()
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value` where and how `parameter` is: on its device, split over processes as it is."""
+    on_device = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
+    return on_device
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copies values into the parameters in place, so that ties and an optimizer's references hold."""
-    for name, parameter in unique_state(model).items():
-        parameter.copy_(state[name])
+    for name, parameter in _trained_parameters(model).items():
+        parameter.copy_(_like(values[name], parameter))
 
 
-def save(
-    folder: Path, model: nn.Module, best: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Replaces the checkpoint in `folder`; `state` is what else the loop needs, as JSON values."""
-    moments = {
-        f"{index}.{name}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    size = sum(t.numel() * t.element_size() for t in [*unique_state(model).values(), *best.values(), *moments.values()])
-    files.require_space(folder, size, "a checkpoint")
-    parts = {"model": unique_state(model), "best": best, "optimizer": moments}
-    with files.atomic_path(folder) as temporary:
-        temporary.mkdir()
-        for name, tensors in parts.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary / f"{name}.safetensors")
-        hashes = {name: files.file_sha256(temporary / f"{name}.safetensors") for name in parts}
-        rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        files.write_json(temporary / "state.json", state | {"sha256": hashes, "torch_rng": rng})
+def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    parameters = _trained_parameters(model)
+    for name, value in moments.items():
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = _like(value, parameter)
 
 
-def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Fills model and optimizer and returns the best weights and the loop's state; None when there is no checkpoint.
-
-    Raises `DataError` naming the file when one does not match its hash.
-    """
-    if not folder.exists():
-        return None
+def _verified(folder: Path) -> dict[str, Any]:
+    """The folder's state; raises `DataError` naming the file that does not match its hash or is missing."""
     state = files.read_json(folder / "state.json")
-    parts = {}
+    if not isinstance(state, dict) or not isinstance(state.get("sha256"), dict):
+        raise DataError(f"{folder / 'state.json'} is damaged: no hashes in it")
     for name, expected in state["sha256"].items():
         path = folder / f"{name}.safetensors"
         if not path.exists() or files.file_sha256(path) != expected:
-            raise DataError(f"{path} is damaged or missing; start the training again with --fresh")
-        parts[name] = load_file(path)
-    load_state(model, parts["model"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch_rng"])), dtype=torch.uint8))
-    return parts["best"], state
+            raise DataError(f"{path} is damaged or missing")
+    return state
+
+
+def _checkpoint(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _best(step: int) -> str:
+    return f"best-{step:08d}"

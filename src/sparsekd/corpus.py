@@ -56,6 +56,7 @@ class Corpus:
     texts: dict[str, str]  # evaluation texts by name
     fingerprint: str
     reports: dict[str, SourceReport] = field(default_factory=dict)
+    separator: int | None = None  # the token that ends a document which the next one must not see; None: it may
 
     def tokens(self, ids: Iterable[int]) -> list[np.ndarray]:
         return [self.blocks[i].tokens for i in ids]
@@ -103,9 +104,16 @@ def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: in
         train.extend(first + i % len(learned) for i in range(wanted))
         validation.extend(range(len(blocks), len(blocks) + len(held)))
         blocks.extend(held)
-    corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports)
+    separator = _separator(tokenizer) if recipe.document_mask else None
+    corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = _fingerprint(corpus)
     return corpus
+
+
+def _separator(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError("corpus.document_mask: the tokenizer has no end-of-text token to tell documents apart by")
+    return tokenizer.eos_token_id
 
 
 def blocks_from_texts(texts: Iterable[str], tokenizer: Any, seq_len: int = 256) -> np.ndarray:
@@ -269,6 +277,8 @@ def _fingerprint(corpus: Corpus) -> str:
     digest.update(np.ascontiguousarray(corpus.validation_ids, "<i8").data)
     for name, text in sorted(corpus.texts.items()):
         digest.update(f"{name};{text}".encode())
+    if corpus.separator is not None:
+        digest.update(f"separator {corpus.separator}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -294,6 +304,7 @@ def save(corpus: Corpus, folder: Path) -> None:
         "train_ids": corpus.train_ids.tolist(),
         "validation_ids": corpus.validation_ids.tolist(),
         "texts": sorted(corpus.texts),
+        "separator": corpus.separator,
         "sources": {name: vars(report) for name, report in corpus.reports.items()},
     }
     files.write_json(folder / "manifest.json", manifest)
@@ -315,7 +326,7 @@ def load(folder: Path) -> Corpus:
         texts = {name: text_path(folder, name).read_bytes().decode("utf-8") for name in manifest["texts"]}
         reports = {name: SourceReport(**values) for name, values in manifest["sources"].items()}
         train, validation = np.array(manifest["train_ids"]), np.array(manifest["validation_ids"])
-        corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports)
+        corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports, manifest["separator"])
         found = _fingerprint(corpus)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -39,6 +39,12 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
     return Placement(chosen, torch.float32, f"float32: the safe choice on {chosen.type}")
 
 
+def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether a training's products are bfloat16, with weights and sums in float32: as asked, or on GPUs that know
+    it. Never by default on a CPU."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def measured_flops(placement: Placement) -> float:
     """Floating point operations a second of a 1024-wide matrix product here, the best of three; for time estimates."""
     size = 1024

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -344,7 +345,7 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     known = getattr(config, "intermediate_size", None)
     found = []
     for name, module in model.named_modules():
-        if any(hasattr(module, attribute) for attribute in _HEADS):  # attention can have the shapes of an MLP
+        if is_attention(module):  # it can have the shapes of an MLP
             continue
         prefix = f"{name}." if name else ""
         linears = {prefix + key: shape(child) for key, child in module.named_children() if is_linear(child)}
@@ -379,6 +380,11 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and outputs <= {id(inner) for inner in module.modules()}:
             return list(module)
     raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module knows of attention heads."""
+    return any(hasattr(module, attribute) for attribute in _HEADS)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -454,6 +460,17 @@ def output_weight(model: PreTrainedModel) -> Tensor:
     """The vocab x hidden matrix that turns hidden states into logits."""
     head: Any = model.get_output_embeddings()
     return head.weight
+
+
+def document_positions(tokens: Int[Tensor, "B L"], separator: int) -> Int[Tensor, "B L"]:
+    """Each token's position in its own document, where documents are packed and `separator` ends one.
+
+    A transformers model that is given such positions and no attention mask keeps the documents apart.
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    starts = torch.zeros_like(index)
+    starts[:, 1:] = index[:, 1:] * (tokens[:, :-1] == separator)
+    return index - starts.cummax(1).values
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

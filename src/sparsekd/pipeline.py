@@ -7,7 +7,7 @@ dense model is loaded only when a stage needs it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparsekd.corpus import Corpus
 from sparsekd.device import Placement, place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness, measure
+from sparsekd.objective import Teacher
 from sparsekd.recipe import Recipe, as_dict
 from sparsekd.run import Run, Stage, stop_signals
 
@@ -159,6 +160,8 @@ def fill_cache(opened: Run, dense: Dense, blocks: Corpus, part: Part = WHOLE) ->
     """Stage `cache`: the dense model's distributions of all training and validation blocks, or one `part` of them."""
     options = opened.recipe.cache
     stage = _cache_stage(opened, dense, blocks)
+    if opened.recipe.distill.teacher == "online":  # an empty stage, so that later ones find its inputs
+        return stage.summary or stage.finish({"blocks": 0, "tokens": 0, "top_k": options.top_k, "bytes": 0})
     if stage.summary is not None and caches.is_complete(stage.folder):  # else a shard was removed: it is made again
         return stage.summary
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
@@ -177,12 +180,15 @@ def fill_cache(opened: Run, dense: Dense, blocks: Corpus, part: Part = WHOLE) ->
             blocks_per_shard=options.blocks_per_shard,
             batch_size=options.batch_size,
             part=part,
+            separator=blocks.separator,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
         )
     return {"part": str(part)} if cache is None else stage.finish(_cache_summary(cache, blocks))
 
 
 def _cache_stage(opened: Run, dense: Dense, blocks: Corpus) -> Stage:
+    if opened.recipe.distill.teacher == "online":
+        return opened.stage(_CACHE, {"teacher": "online"})
     inputs = {"model": dense.identity, "corpus": blocks.fingerprint, "cache": as_dict(opened.recipe.cache)}
     return opened.stage(_CACHE, inputs)
 
@@ -238,15 +244,7 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     student, tokenizer = dense.loaded
     del dense.loaded  # it is changed in place here; a later stage that needs the dense one reads it again
     batches = _statistics_batches(blocks, opened.recipe)
-    cache = _open_cache(opened, blocks.train_ids.tolist())
-    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
-
-    def cached(tokens: torch.Tensor) -> Targets:
-        block = tokens.numpy().astype(np.int32)
-        targets = cache.read(ids[block.tobytes()], block)
-        assert isinstance(targets, Targets)
-        return targets
-
+    online = opened.recipe.distill.teacher == "online"
     if options.offload:
         torch.nn.Module.to(student, "cpu")
     plan = compression.truncate(
@@ -254,20 +252,37 @@ def truncate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         batches,
         options,
         seed=opened.recipe.seed,
-<<<<<<< HEAD
-        teacher=cached,
+        teacher=None if online or opened.recipe.cache.codec == "sampled" else _cached(opened, blocks),
         device=dense.placement.device,
         warn=opened.console.warn,
-=======
-        teacher=None if cache.codec.name == "sampled" else cached,  # the probe needs whole distributions
-        device=dense.placement.device,
->>>>>>> h-cache
     )
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
     opened.console.say(
         f"  removed {plan.mlp_reduction:.1%} of the MLP parameters, {plan.model_reduction:.1%} of the whole model"
     )
     return stage.finish(plan.as_dict())
+
+
+def _cached(opened: Run, blocks: Corpus) -> Callable[[torch.Tensor], Targets]:
+    """The cached distributions of a block by its tokens."""
+    cache = _open_cache(opened, blocks.train_ids.tolist())
+    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
+
+    def read(tokens: torch.Tensor) -> Targets:
+        block = tokens.numpy().astype(np.int32)
+        targets = cache.read(ids[block.tobytes()], block)
+        assert isinstance(targets, Targets)
+        return targets
+
+    return read
+
+
+def _teacher(opened: Run, dense: Dense, blocks: Corpus) -> Teacher:
+    recipe = opened.recipe
+    if recipe.distill.teacher == "cache":
+        return _open_cache(opened, {*blocks.train_ids.tolist(), *blocks.validation_ids.tolist()})
+    vocab_size = models.real_vocab_size(dense.model, dense.tokenizer)
+    return teacher.Online(dense.model, recipe.cache.top_k, vocab_size, blocks.separator)
 
 
 def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
@@ -281,14 +296,19 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
     stage = opened.stage(_DISTILLED, inputs)
     if stage.summary is not None:
         return stage.summary
-    student, tokenizer = models.load(
-        str(opened.folder / _COMPRESSED / "model"), dtype=torch.float32, device=dense.placement.device
-    )
     data = distillation.Data(
         [block.tokens for block in blocks.blocks],
         functools.partial(blocks.order, recipe.seed),
         blocks.validation_ids.tolist(),
-        _open_cache(opened, {*blocks.train_ids.tolist(), *blocks.validation_ids.tolist()}),
+        _teacher(opened, dense, blocks),
+        [block.source for block in blocks.blocks],
+        blocks.separator,
+    )
+    dense_ce = distillation.measure(dense.model, data, recipe.distill).ce
+    if recipe.distill.teacher == "cache":
+        del dense.loaded  # room for the student; the evaluation reads it again
+    student, tokenizer = models.load(
+        str(opened.folder / _COMPRESSED / "model"), dtype=torch.float32, device=dense.placement.device
     )
     num_tokens = blocks.num_tokens * recipe.distill.epochs
     with opened.console.bar("training", num_tokens) as bar, stop_signals() as received:
@@ -300,21 +320,24 @@ def train(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
             note = f"step {step.step}/{num_steps}  loss {step.loss:.3f}  " + (f"{speed:.0f} tokens/s" if speed else "")
             bar.advance(step.num_tokens - trained, note)
             trained = step.num_tokens
-            opened.log("step", **vars(step))
 
         history = distillation.train(
             student,
             data,
             recipe.distill,
             folder=stage.folder,
+            dense_ce=dense_ce,
             on_step=on_step,
             on_validation=lambda v: opened.console.say(
-                f"  validation after step {v.step}: loss {v.loss:.3f}, KD {v.kd:.3f}, cross-entropy {v.ce:.3f}"
+                f"  validation after step {v.step}: loss {v.loss:.3f}, KD {v.kd:.3f}, cross-entropy {v.ce:.3f}, "
+                f"agreement {v.agreement:.1%}"
             ),
+            say=opened.console.say,
             stop_signal=lambda: received[0] if received else None,
         )
+    opened.console.say(f"  {history.stop_reason}; weights after step {history.best_step} kept")
     models.save(student, tokenizer, stage.folder / "model", dtype=_checkpoint_dtype(dense))
-    files.remove(stage.folder / "checkpoint")
+    files.remove(stage.folder / "checkpoints")
     return stage.finish(history.as_dict())
 
 

@@ -69,6 +69,7 @@ class Corpus:
     num_blocks: int = 100  # blocks that training sees in one epoch
     num_validation_blocks: int = 16  # blocks of other documents, to choose the best weights by
     pack: bool = True  # join documents until a block is full; false: a document a block, cut at seq_len
+    document_mask: bool = False  # packed documents do not see each other; positions start again with each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,43 @@ class Compress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateScale:
+    """Learning rates as multiples of `distill.learning_rate`, which is that of the MLP matrices; 0 freezes."""
+
+    attention: float = 1.0
+    norms: float = 1.0
+    embeddings: float = 1.0  # of the tokens, and the output projection
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distill:
     """The training that restores what the structural step broke."""
 
+    teacher: Literal["cache", "online"] = "cache"  # online: the dense model answers at every step, nothing is cached
+    loss: Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"] = "bucket"  # docs/distill.md compares them
+    # every weight, the low-rank layers, or adapters that are merged at the end
+    train: Literal["all", "compressed", "lora"] = "all"
+    lora_rank: int = 16
     epochs: int = 1  # passes over the corpus
+    # epochs: train them all; converged: the paper's rule, stop at a clear minimum or saturation, or after `epochs`
+    stop: Literal["epochs", "converged"] = "epochs"
+    patience: int = 3  # converged: validations in a row that decide
+    min_improvement: float = 0.002  # converged: relative change of the validation loss that counts
     learning_rate: float = 3e-5
+    lr_scale: RateScale = field(default_factory=RateScale)
     alpha: float = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
     temperature: float = 2.0  # softening of the teacher in the probability domain
-    batch_size: int = 4  # blocks in one optimizer step
-    micro_batch_size: int = 4  # blocks in one forward and backward pass
+    batch_size: int = 4  # blocks in one optimizer step, over all processes
+    micro_batch_size: int = 4  # blocks in one forward and backward pass of a process; halved when memory runs out
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 on GPUs that know it
+    gradient_checkpointing: bool = False  # work activations out again in the backward pass: less memory, a third slower
     warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     validations: int = 4  # times the validation loss is measured, evenly over the steps
     checkpoint_minutes: float = 5.0  # time between two checkpoints
+    # accelerate's, such as tensorboard; metrics.jsonl is always there
+    trackers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +300,10 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         values = {key: _build(hints[key], item, where, _dotted(name, key)) for key, item in value.items()}
         return typing.cast(Any, kind)(**values)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: {name} is {_short(value)}: expected a list")
+        return [_build(arguments[0], item, where, name) for item in value]
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(arguments[0], value, where, name)
     if origin is dict:
@@ -325,7 +353,7 @@ def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
 
 def check(recipe: Recipe) -> None:
     """Raises `UsageError` for a value outside its range; names it, its value and the range."""
-    corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
+    corpus, evaluate = recipe.corpus, recipe.evaluate
     ranges = [
         ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < 2**53),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
@@ -333,38 +361,28 @@ def check(recipe: Recipe) -> None:
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
         ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= (recipe.cache.top_k or 1) <= 256),
         ("cache.blocks_per_shard", recipe.cache.blocks_per_shard, ">= 1", recipe.cache.blocks_per_shard >= 1),
-        ("distill.epochs", distill.epochs, ">= 1", distill.epochs >= 1),
-        ("distill.learning_rate", distill.learning_rate, "(0, 1]", 0 < distill.learning_rate <= 1),
-        ("distill.alpha", distill.alpha, "[0, 1]", 0 <= distill.alpha <= 1),
-        ("distill.temperature", distill.temperature, "[0.1, 100]", 0.1 <= distill.temperature <= 100),
-        ("distill.warmup_ratio", distill.warmup_ratio, "[0, 1]", 0 <= distill.warmup_ratio <= 1),
-        ("distill.weight_decay", distill.weight_decay, "[0, 1]", 0 <= distill.weight_decay <= 1),
-        ("distill.max_grad_norm", distill.max_grad_norm, "> 0", distill.max_grad_norm > 0),
-        ("distill.checkpoint_minutes", distill.checkpoint_minutes, ">= 0", distill.checkpoint_minutes >= 0),
-        ("distill.validations", distill.validations, ">= 1", distill.validations >= 1),
+        (
+            "corpus.document_mask",
+            corpus.document_mask,
+            "false where corpus.pack is false: a block is one document",
+            corpus.pack or not corpus.document_mask,
+        ),
         ("evaluate.context", evaluate.context, ">= 2", evaluate.context >= 2),
         ("evaluate.stride", evaluate.stride, "1 to evaluate.context", 1 <= evaluate.stride <= evaluate.context),
         ("evaluate.max_tokens", evaluate.max_tokens, ">= 2", evaluate.max_tokens is None or evaluate.max_tokens >= 2),
         ("evaluate.task_limit", evaluate.task_limit, ">= 1", evaluate.task_limit is None or evaluate.task_limit >= 1),
     ]
-    for section in ("cache", "distill", "evaluate"):
+    for section in ("cache", "evaluate"):
         size = getattr(recipe, section).batch_size
         ranges.append((f"{section}.batch_size", size, ">= 1", size >= 1))
-    micro = distill.micro_batch_size
-    ranges.append(
-        (
-            "distill.micro_batch_size",
-            micro,
-            f"a divisor of distill.batch_size ({distill.batch_size})",
-            micro >= 1 and distill.batch_size % micro == 0,
-        )
-    )
     for name, source in corpus.sources.items():
         where = _dotted("corpus.sources", name)
         ranges.append((f"{where}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))
         ranges.append((f"{where}.holdout", source.holdout, "[0, 1)", 0 <= source.holdout < 1))
     _check_ranges(ranges)
     check_compress(recipe.compress)
+    check_distill(recipe.distill)
+    _check_targets(recipe)
     _check_places(recipe)
 
 
@@ -392,10 +410,63 @@ def check_compress(options: Compress) -> None:
         )
 
 
+def check_distill(options: Distill) -> None:
+    """Raises `UsageError` for a value of this section outside its range."""
+    scales = [
+        (f"lr_scale.{name}", scale, "[0, 100]", 0 <= scale <= 100) for name, scale in vars(options.lr_scale).items()
+    ]
+    micro, batch = options.micro_batch_size, options.batch_size
+    ranges = [
+        ("lora_rank", options.lora_rank, ">= 1", options.lora_rank >= 1),
+        ("epochs", options.epochs, ">= 1", options.epochs >= 1),
+        ("patience", options.patience, ">= 1", options.patience >= 1),
+        ("min_improvement", options.min_improvement, "[0, 1)", 0 <= options.min_improvement < 1),
+        ("learning_rate", options.learning_rate, "(0, 1]", 0 < options.learning_rate <= 1),
+        *scales,
+        ("alpha", options.alpha, "[0, 1]", 0 <= options.alpha <= 1),
+        ("temperature", options.temperature, "[0.1, 100]", 0.1 <= options.temperature <= 100),
+        ("batch_size", batch, ">= 1", batch >= 1),
+        (
+            "micro_batch_size",
+            micro,
+            f"a divisor of distill.batch_size ({batch})",
+            micro >= 1 and batch % micro == 0,
+        ),
+        ("warmup_ratio", options.warmup_ratio, "[0, 1]", 0 <= options.warmup_ratio <= 1),
+        ("weight_decay", options.weight_decay, "[0, 1]", 0 <= options.weight_decay <= 1),
+        ("max_grad_norm", options.max_grad_norm, "> 0", options.max_grad_norm > 0),
+        ("validations", options.validations, ">= 1", options.validations >= 1),
+        ("checkpoint_minutes", options.checkpoint_minutes, ">= 0", options.checkpoint_minutes >= 0),
+    ]
+    temperature = {
+        "sampled": ("1 for loss sampled", options.temperature == 1),
+        "exact_t": (">= 1 for loss exact_t", options.temperature >= 1),
+    }
+    if options.loss in temperature:
+        ranges.append(("temperature", options.temperature, *temperature[options.loss]))
+    _check_ranges([(f"distill.{name}", *rest) for name, *rest in ranges])
+
+
+def distill_section(values: dict[str, Any]) -> Distill:
+    """The section `distill` from plain values; raises `UsageError` as for a recipe."""
+    section = typing.cast(Distill, _build(Distill, values, "distill()", ""))
+    check_distill(section)
+    return section
+
+
 def _check_ranges(ranges: list[tuple[str, Any, str, bool]]) -> None:
     for name, value, expected, holds in ranges:
         if not holds:
             raise UsageError(f"{name} is {value}: expected {expected}")
+
+
+def _check_targets(recipe: Recipe) -> None:
+    codec = "none" if recipe.distill.teacher == "online" else recipe.cache.codec
+    if (recipe.distill.loss == "sampled") != (codec == "sampled"):
+        raise UsageError(
+            f"distill.loss is {recipe.distill.loss} and the cache's codec {codec}: `sampled` is a loss for cache.codec "
+            "sampled, and no other loss is"
+        )
 
 
 def _check_places(recipe: Recipe) -> None:

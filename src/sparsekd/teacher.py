@@ -20,7 +20,7 @@ from sparsekd import files
 from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
 from sparsekd.codecs import Codec, codec_for
 from sparsekd.errors import DataError
-from sparsekd.models import config_hash, real_vocab_size, tokenizer_hash, weights_hash
+from sparsekd.models import config_hash, document_positions, real_vocab_size, tokenizer_hash, weights_hash
 
 _CHUNK = 1024  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 _CHUNK_ON_CPU = 16  # their logits, which are read several times, stay in the processor's cache
@@ -91,15 +91,26 @@ def sampled_distribution(logits: Float[Tensor, "N V"], num_samples: int, uniform
 
 @torch.inference_mode()
 def distributions(
-    model: PreTrainedModel, tokens: Int[Tensor, "B L"], top_k: int, vocab_size: int | None = None
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "B L"],
+    top_k: int,
+    vocab_size: int | None = None,
+    separator: int | None = None,
 ) -> list[Targets]:
-    """Targets of each block: row t is the teacher's distribution of token t + 1, over the first `vocab_size` ids."""
-    logits = _logits(model, tokens, vocab_size)
+    """Targets of each block: row t is the teacher's distribution of token t + 1, over the first `vocab_size` ids.
+
+    With a `separator`, the token that ends a document, packed documents do not see each other.
+    """
+    logits = _logits(model, tokens, vocab_size, separator)
     return [_by_chunks(lambda chunk: top_k_distribution(chunk, top_k), block) for block in logits]
 
 
-def _logits(model: PreTrainedModel, tokens: Int[Tensor, "B L"], vocab_size: int | None) -> Float[Tensor, "B N V"]:
-    return model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1, :vocab_size]
+def _logits(
+    model: PreTrainedModel, tokens: Int[Tensor, "B L"], vocab_size: int | None, separator: int | None
+) -> Float[Tensor, "B N V"]:
+    on_device = tokens.to(model.device)
+    positions = {} if separator is None else {"position_ids": document_positions(on_device, separator)}
+    return model(input_ids=on_device, use_cache=False, **positions).logits[:, :-1, :vocab_size]
 
 
 def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:
@@ -123,6 +134,7 @@ def fill(
     blocks_per_shard: int = 64,
     batch_size: int = 4,
     part: Part = WHOLE,
+    separator: int | None = None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> Cache | None:
     """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; or one `part` of them,
@@ -146,11 +158,31 @@ def fill(
             targets = []
             for batch in _batches(ids, blocks, batch_size):
                 tokens = torch.from_numpy(np.stack([blocks[i] for i in batch]).astype(np.int64))
-                targets.extend(_targets(model, tokens, batch, chosen, seed))
+                targets.extend(_targets(model, tokens, batch, chosen, seed, separator))
                 on_tokens(tokens.numel())
             writer.add(number, ids, [blocks[i] for i in ids], targets)
         writer.finish()
     return Cache(folder) if part.count == 1 else None
+
+
+class Online:
+    """The teacher without a cache: its distributions are worked out whenever a block is read."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+        separator: int | None = None,
+    ):
+        self.vocab_size = vocab_size or int(model.config.get_text_config().vocab_size)
+        self._top_k = codec_for("q16", top_k, self.vocab_size).top_k  # as a cache would bound it
+        self._model, self._separator = model, separator
+
+    def read(self, block_id: int, tokens: np.ndarray) -> Targets:
+        """The distributions of one block, as a `Cache` gives them; `block_id` does not matter here."""
+        batch = torch.from_numpy(tokens.astype(np.int64))[None]
+        return distributions(self._model, batch, self._top_k, self.vocab_size, self._separator)[0]
 
 
 def cache_teacher(
@@ -195,11 +227,16 @@ def _batches(ids: Sequence[int], blocks: dict[int, np.ndarray], batch_size: int)
 
 @torch.inference_mode()
 def _targets(
-    model: PreTrainedModel, tokens: Int[Tensor, "B L"], ids: Sequence[int], codec: Codec, seed: int
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "B L"],
+    ids: Sequence[int],
+    codec: Codec,
+    seed: int,
+    separator: int | None,
 ) -> list[Targets] | list[Samples]:
     if codec.name != "sampled":
-        return distributions(model, tokens, codec.top_k, codec.vocab_size)
-    logits = _logits(model, tokens, codec.vocab_size)
+        return distributions(model, tokens, codec.top_k, codec.vocab_size, separator)
+    logits = _logits(model, tokens, codec.vocab_size, separator)
     return [
         _by_chunks(lambda chunk, u: sampled_distribution(chunk, codec.top_k, u), block, _uniforms(seed, i, len(block)))
         for i, block in zip(ids, logits, strict=True)

@@ -89,6 +89,11 @@ def pipeline_run(recipe: Any, folder: Path, **options: Any) -> Any:
         return json.loads((folder / "report.json").read_text())
 
 
+def report_of(recipe: Any, folder: Path) -> Any:
+    pipeline_run(recipe, folder)
+    return json.loads((folder / "report.json").read_text())
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "round-01/distilled/model/model.safetensors").read_bytes()
 
@@ -107,29 +112,65 @@ def test_same_recipe_twice_gives_the_same_bytes_and_another_seed_does_not(tiny_r
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-@pytest.mark.parametrize("when", ["caching", "training"])
-def test_killed_and_run_again_gives_the_same_bytes(when: str, tiny_recipe: Path, tmp_path: Path) -> None:
-    """A real process, a real signal: SIGKILL while caching, SIGTERM while training."""
-    recipe = load_recipe(str(tiny_recipe), ("cache.blocks_per_shard=1", "distill.epochs=40"))
-    pipeline_run(recipe, tmp_path / "straight", until="distill")
+@pytest.mark.parametrize(
+    ("when", "how"), [("caching", signal.SIGKILL), ("training", signal.SIGTERM), ("training", signal.SIGKILL)]
+)
+def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_recipe: Path, tmp_path: Path) -> None:
+    """A real process, a real signal, with a checkpoint after every step."""
+    changes = ("cache.blocks_per_shard=1", "distill.epochs=12", "distill.checkpoint_minutes=0")
+    recipe = load_recipe(str(tiny_recipe), changes)
+    pipeline_run(load_recipe(str(tiny_recipe), changes[:2]), tmp_path / "straight", until="distill")
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sparsekd.cli", "distill", str(tiny_recipe), "--out", str(out)]
-    command += ["--set", "cache.blocks_per_shard=1", "--set", "distill.epochs=40"]
+    command += [word for change in changes for word in ("--set", change)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    watched = out / ("round-01/cache/part-00003.parquet" if when == "caching" else "log.jsonl")
+    trained = out / "round-01/distilled"
+    watched = out / "round-01/cache/part-00003.parquet" if when == "caching" else trained / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if watched.exists() and (when == "caching" or '"step": 3,' in watched.read_text()):
             break
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL if when == "caching" else signal.SIGTERM)
+    os.kill(process.pid, how)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == (-signal.SIGKILL if when == "caching" else 143), error
-    if when == "training":
+    assert process.returncode == (143 if how == signal.SIGTERM else -how), error
+    if how == signal.SIGTERM:
         assert "state saved" in error
-        assert (out / "round-01/distilled/checkpoint/state.json").exists()
+    if when == "training":
+        assert list((trained / "checkpoints").glob("step-*/state.json"))
     pipeline_run(recipe, out, until="distill")
     assert weights(out) == weights(tmp_path / "straight")
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["step"] for line in lines if line["kind"] == "step") == list(range(1, 73))
+    assert not (trained / "checkpoints").exists()
+
+
+def test_an_online_teacher_needs_no_cache(tiny_recipe: Path, tmp_path: Path) -> None:
+    cached = load_recipe(str(tiny_recipe))
+    online = load_recipe(str(tiny_recipe), ("distill.teacher=online",))
+    reports = [report_of(recipe, tmp_path / name) for name, recipe in (("a", cached), ("b", online))]
+    assert not list((tmp_path / "b/round-01/cache").glob("*.parquet"))
+    assert "nothing was cached" in (tmp_path / "b/report.html").read_text()
+    for a, b in zip(*(report["distillation"]["steps"] for report in reports), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)  # the cache is rounded to fp16
+
+
+def test_training_knows_the_dense_model_and_the_domains(tiny_recipe: Path, tmp_path: Path) -> None:
+    report = report_of(load_recipe(str(tiny_recipe)), tmp_path / "run")
+    history = report["distillation"]
+    assert 5 < history["dense_ce"] < 7  # a random model of 400 tokens: about log 400
+    assert history["stop_reason"] == "all 1 epochs are done"
+    assert set(history["validations"][0]["domains"]) == {"learn"}
+
+
+def test_masked_documents_go_the_whole_path(tiny_recipe: Path, tmp_path: Path) -> None:
+    several = "corpus.seq_len=256"  # tokens of several documents
+    plain = load_recipe(str(tiny_recipe), (several,))
+    masked = load_recipe(str(tiny_recipe), (several, "corpus.document_mask=true"))
+    reports = [report_of(recipe, tmp_path / name) for name, recipe in (("a", plain), ("b", masked))]
+    assert reports[0]["corpus"]["fingerprint"] != reports[1]["corpus"]["fingerprint"]
+    assert reports[0]["distillation"]["dense_ce"] != reports[1]["distillation"]["dense_ce"]
+    assert report_of(masked, tmp_path / "b") == reports[1]  # read back from disk, separator and all
 
 
 def test_two_processes_cannot_share_a_run(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""What each process of `test_two_processes_train_the_same_weights_as_one` runs: FOLDER, then one, two or stopped."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save_file
+
+import sparsekd
+from sparsekd import distillation
+from sparsekd.cache import Cache
+from sparsekd.errors import Stopped
+from sparsekd.recipe import Distill
+
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+blocks = np.load(folder / "blocks.npy")
+data = distillation.Data(list(blocks), lambda epoch: np.arange(11), [11, 12, 13], Cache(folder / "cache"))
+options = Distill(batch_size=4, micro_batch_size=1, learning_rate=3e-3, epochs=2, validations=2)
+
+
+def train(name: str, stop_at: int | None = None) -> None:
+    student, _ = sparsekd.load(str(folder / "student"))
+    done = []
+    history = distillation.train(
+        student,
+        data,
+        options,
+        folder=folder / f"training-{name}",
+        on_step=lambda step, _: done.append(step.step),
+        stop_signal=lambda: 15 if done[-1] == stop_at else None,
+    )
+    save_file({key: value.contiguous() for key, value in student.state_dict().items()}, folder / f"{name}.safetensors")
+    curves = {
+        "losses": [step.loss for step in history.steps],
+        "validations": [validation.loss for validation in history.validations],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(curves))
+
+
+for name in names:
+    if name == "stopped":
+        with contextlib.suppress(Stopped):
+            train(name, stop_at=2)
+    train(name)
