@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sparsekd import files
-from sparsekd.errors import DataError, ResourceError
+from sparsekd.errors import DataError, ResourceError, UsageError
 
 
 def names(folder: Path) -> list[str]:
@@ -208,3 +208,33 @@ def test_remove_leaves_alone_what_a_link_points_to(tmp_path: Path) -> None:
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_whose_removal_is_interrupted_has_lost_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", interrupted)
+        files.remove(folder)
+    assert not folder.exists()
+    files.remove_temporaries(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_for_one_or_shared(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with files.lock(path, "a"), pytest.raises(UsageError, match=r"a is in use by process \d+"), files.lock(path, "a"):
+        pass
+    with files.lock(path, "a", shared=True):
+        with files.lock(path, "a", shared=True), pytest.raises(UsageError), files.lock(path, "a"):
+            pass
+        with pytest.raises(UsageError), files.lock(path, "a"):  # the other has left, this one is still in
+            pass
+    with files.lock(path, "a"):
+        assert path.exists()
+    assert not path.exists()

@@ -101,8 +101,13 @@ def read_json(path: Path) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with its content; a missing one is fine."""
+    """Removes a file or a folder with its content; a missing one is fine.
+
+    A folder loses its name first: a process killed here leaves a temporary, not half a folder that looks whole.
+    """
     if path.is_dir() and not path.is_symlink():
+        if not _TEMPORARY.search(path.name):
+            path = path.rename(path.with_name(f"{path.name}.old.tmp-{os.getpid()}"))
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
