@@ -16,7 +16,7 @@ import sparsekd
 from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
 from sparsekd.cache import Cache
-from sparsekd.errors import DataError, MismatchError, ResourceError, Stopped, UsageError
+from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.recipe import Distill
 from sparsekd.teacher import Online
 
@@ -164,7 +164,7 @@ def test_a_cache_that_lacks_blocks_is_refused_before_the_first_step(
     new_student: Any, teacher: PreTrainedModel, tokenizer: Any, blocks: torch.Tensor, tmp_path: Path
 ) -> None:
     short = sparsekd.cache_teacher(teacher, tokenizer, blocks[:10], tmp_path / "short", top_k=8)
-    with pytest.raises(MismatchError, match="lacks 4 of the 14 blocks that training needs, first: block 10"):
+    with pytest.raises(DataError, match="lacks 4 of the 14 blocks that are needed, the first is block 10"):
         distillation.train(new_student(), data(blocks, short), OPTIONS)
 
 

@@ -33,7 +33,7 @@ from sparsekd import files
 from sparsekd.cache import Cache
 from sparsekd.checkpoint import Checkpoints
 from sparsekd.device import trains_in_bfloat16
-from sparsekd.errors import DataError, MismatchError, ResourceError, Stopped, UsageError
+from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.objective import Data, Objective, make_batch, require_document_mask
 from sparsekd.optimization import make_optimizer, prepared, schedule
 from sparsekd.recipe import Distill, distill_section
@@ -238,12 +238,7 @@ def _require_covered(data: Data, order: Sequence[int]) -> None:
     """Before the first step, not hours later: every block has its targets and something to predict."""
     needed = sorted({*order, *data.validation_ids})
     if isinstance(data.teacher, Cache):
-        missing = sorted(set(needed) - set(data.teacher.block_ids))
-        if missing:
-            raise MismatchError(
-                f"cache {data.teacher.folder} lacks {len(missing)} of the {len(needed)} blocks that training needs, "
-                f"first: block {missing[0]}; make it for this corpus, with --fresh"
-            )
+        data.teacher.require(needed)
     for what, ids in (("training", order), ("validation", data.validation_ids)):
         if data.num_positions(list(ids)) == 0:
             raise DataError(f"the {what} blocks have no position that predicts a token: nothing to learn from")
