@@ -19,6 +19,7 @@ Refinement costs processor time; that many fewer blocks are trained on, as the b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -38,6 +39,7 @@ from sparsekd.compression.statistics import Gram
 from sparsekd.layers import CompressedLinear, rank_for
 from sparsekd.layerwise import Layers
 from sparsekd.models import find_mlps
+from sparsekd.objective import Objective
 
 NAME, REDUCTION, NEXT, BLOCKS = "truncation_hypotheses", 0.35, 0.51, 100
 REFINE_BLOCKS, REFINE_EPOCHS, REFINE_RATE, PENALTY = 32, 2, 3e-4, 1.0
@@ -150,13 +152,7 @@ def _decoder(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
 
 
 def _two_rounds(setup: Setup, start: Any, rate: float, dense: Any, penalised: bool) -> dict[str, Any]:
-    penalty = NextCut(start)
-    made = distillation._loss_function
-
-    def with_penalty(student: Any, *rest: Any) -> Any:
-        return penalty.added(student, made(student, *rest), first_call=BLOCKS * 9 // 10 // 2)  # micro batches of two
-
-    with patch.object(distillation, "_loss_function", with_penalty if penalised else made):
+    with patch.object(distillation, "Objective", WithNextCut) if penalised else contextlib.nullcontext():
         first = train(setup, start, rate, num_blocks=BLOCKS)
     result: dict[str, Any] = {"round 1": ratios(setup.measure(first), dense)}
     compression.compress(first, torch.cat(setup.batches)[:64], reduction=NEXT, method="whitened", format="pivot")
@@ -165,53 +161,51 @@ def _two_rounds(setup: Setup, start: Any, rate: float, dense: Any, penalised: bo
     return result
 
 
-class NextCut:
-    """The share of every compressed layer's output energy outside the directions that the next cut would keep."""
+class WithNextCut(Objective):
+    """Adds, in the last tenth, the share of every compressed layer's output energy that the next cut would lose."""
 
-    def __init__(self, start: Any):
-        shapes = {n: m for n, m in start.named_modules() if isinstance(m, CompressedLinear)}
+    def __init__(self, student: Any, options: Any, *rest: Any):
+        super().__init__(student, options, *rest)
+        self.left = BLOCKS * 9 // 10 // options.micro_batch_size  # micro batches until it counts
+        self.batch_size, self.shares = options.batch_size, []
         self.ranks = {
             n: rank_for(m.in_features, m.out_features, (1 - NEXT) * m.in_features * m.out_features, "pivot")
-            for n, m in shapes.items()
+            for n, m in student.named_modules()
+            if isinstance(m, CompressedLinear)
         }
 
-    def added(self, student: Any, loss_of: Callable[..., Any], first_call: int) -> Callable[..., Any]:
-        calls, shares = itertools.count(), []
+    def forward(self, batch: Any, denominator: int) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(batch, denominator)
+        self.left -= 1
+        if self.left >= 0:
+            return super().forward(batch, denominator)
+        self.shares.clear()
+        handles = [self.student.get_submodule(n).register_forward_hook(self._reads(n)) for n in self.ranks]
+        outcome = super().forward(batch, denominator)
+        for handle in handles:
+            handle.remove()
+        part = len(batch.tokens) / self.batch_size
+        return outcome._replace(total=outcome.total + PENALTY * part * torch.stack(self.shares).mean())
 
-        def reads(name: str) -> Callable[..., None]:
-            def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-                if not torch.is_grad_enabled() or self.ranks[name] >= module.rank:
-                    return
-                up, down = module.factors()
-                with torch.no_grad():
-                    basis, triangle = torch.linalg.qr(up.detach())
-                    gram = Gram(module.rank, cap=4.0)
-                    gram.add(args[0].flatten(0, -2) @ down.detach().T)
-                    middle = triangle.double() @ gram.mean() @ triangle.double().T
-                    kept = basis @ torch.linalg.eigh(middle)[1].float()[:, -self.ranks[name] :]
-                y = output.flatten(0, -2)
-                size = y.square().sum(-1)
-                weight = (4 * size.median() / size).clamp_max(1.0).detach()  # as the statistics cap it
-                lost = (weight * (y - (y @ kept) @ kept.T).square().sum(-1)).sum()
-                shares.append(lost / (weight * size).sum().detach())
+    def _reads(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            if self.ranks[name] >= module.rank:
+                return
+            up, down = module.factors()
+            with torch.no_grad():
+                basis, triangle = torch.linalg.qr(up.detach())
+                gram = Gram(module.rank)
+                gram.add(args[0].flatten(0, -2) @ down.detach().T)
+                middle = triangle.double() @ gram.mean() @ triangle.double().T
+                kept = basis @ torch.linalg.eigh(middle)[1].float()[:, -self.ranks[name] :]
+            y = output.flatten(0, -2)
+            size = y.square().sum(-1)
+            weight = (4 * size.median() / size).clamp_max(1.0).detach()  # as the statistics cap it
+            lost = (weight * (y - (y @ kept) @ kept.T).square().sum(-1)).sum()
+            self.shares.append(lost / (weight * size).sum().detach())
 
-            return hook
-
-        def penalised(data: Any, ids: Any, options: Any, denominator: int) -> Any:
-            active = torch.is_grad_enabled() and next(calls) >= first_call
-            handles = []
-            if active:
-                shares.clear()
-                handles = [student.get_submodule(n).register_forward_hook(reads(n)) for n in self.ranks]
-            loss = loss_of(data, ids, options, denominator)
-            for handle in handles:
-                handle.remove()
-            if active and shares:
-                part = len(ids) / options.batch_size
-                loss = loss._replace(total=loss.total + PENALTY * part * torch.stack(shares).mean())
-            return loss
-
-        return penalised
+        return hook
 
 
 if __name__ == "__main__":

@@ -241,7 +241,11 @@ def test_a_shard_that_is_none(shard: str, refused: Any, tiny_recipe: Path, tmp_p
 
 @pytest.mark.parametrize("codec", ["q16", "q8", "sampled"])
 def test_verify_of_a_whole_cache(codec: str, sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
-    made = sparsekd("cache", tiny_recipe, "--set", f"cache.codec={codec}", "--out", tmp_path / "run")
+    settings = [f"cache.codec={codec}"]
+    if codec == "sampled":
+        settings += ["distill.loss=sampled", "distill.temperature=1"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    made = sparsekd("cache", tiny_recipe, *arguments, "--out", tmp_path / "run")
     assert made.code == 0, made.err
     of_run = sparsekd("inspect", "--verify", tmp_path / "run", "--json")
     facts = of_run.json

@@ -163,7 +163,7 @@ def test_a_global_budget_needs_curvature_or_the_probe(tmp_path: Path) -> None:
         ("corpus: {sources: {a: {path: a.txt, hub: b}}}", "found path and hub"),
         ("corpus: {sources: {a: {hub: b, holdout: 0.1}}}", "holdout works for files only"),
         ("corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {}}}", "exactly one of path, holdout_of"),
-        ("preset: demo\nevaluate: {tasks: piqa}", "evaluate.tasks must be a list such as [a, b], found 'piqa'"),
+        ("preset: demo\nevaluate: {tasks: piqa}", "evaluate.tasks is 'piqa': expected a list such as [a, b]"),
         ("preset: demo\nevaluate: {tasks: [[piqa]]}", "evaluate.tasks is ['piqa']: expected str"),
         (
             "corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {holdout_of: a}}}",

@@ -300,10 +300,6 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         values = {key: _build(hints[key], item, where, _dotted(name, key)) for key, item in value.items()}
         return typing.cast(Any, kind)(**values)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is list:
-        if not isinstance(value, list):
-            raise UsageError(f"{where}: {name} is {_short(value)}: expected a list")
-        return [_build(arguments[0], item, where, name) for item in value]
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(arguments[0], value, where, name)
     if origin is dict:
@@ -316,7 +312,7 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         }
     if origin is list:
         if not isinstance(value, list):
-            raise UsageError(f"{where}: {name} must be a list such as [a, b], found {_short(value)}")
+            raise UsageError(f"{where}: {name} is {_short(value)}: expected a list such as [a, b]")
         return [_build(arguments[0], item, where, name) for item in value]
     if origin is Literal:
         if value not in arguments:
