@@ -100,7 +100,7 @@ def train(setup: Setup, student: Any, learning_rate: float, seed: int = 42, num_
     """A trained copy of the student: one pass over the first `num_blocks` blocks, in the order of the seed."""
     assert setup.data is not None
     trained = copy.deepcopy(student)
-    data = dataclasses.replace(setup.data, order=functools.partial(_order, setup.ids[:num_blocks], seed))
+    data = dataclasses.replace(setup.data, order=functools.partial(corpus.shuffled, setup.ids[:num_blocks], seed))
     options = dataclasses.replace(
         setup.recipe.distill, learning_rate=learning_rate, epochs=1, micro_batch_size=2, validations=2
     )
@@ -264,16 +264,12 @@ def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
     return {"mlp_reduction": reduction}
 
 
-def _order(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(ids)
-
-
 def _training_data(model: Any, built: corpus.Corpus, ids: np.ndarray, folder: Path) -> distillation.Data:
     blocks = [block.tokens for block in built.blocks]
     used = {int(i): blocks[i] for i in (*ids, *built.validation_ids)}
     made_from = {"tokenizer": "benchmark", "corpus_fingerprint": built.fingerprint}
     cache = teacher.fill(model, folder, used, **made_from)
-    return distillation.Data(blocks, functools.partial(_order, ids, 42), built.validation_ids.tolist(), cache)
+    return distillation.Data(blocks, functools.partial(corpus.shuffled, ids, 42), built.validation_ids.tolist(), cache)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,17 @@ class Corpus:
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Block ids of an epoch in training order: a permutation of `train_ids` that (seed, epoch) decides."""
-        generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        return self.train_ids[generator.permutation(len(self.train_ids))]
+        return shuffled(self.train_ids, seed, epoch)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that training sees in one epoch."""
         return sum(len(self.blocks[i].tokens) for i in self.train_ids)
+
+
+def shuffled(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `ids` that (seed, epoch) decides."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(ids)
 
 
 def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: int) -> Corpus:

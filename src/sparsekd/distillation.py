@@ -11,6 +11,7 @@ How it runs on several processes (DDP, or FSDP2 where the launcher asks for it) 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tempfile
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 from sparsekd import files
 from sparsekd.cache import Cache
 from sparsekd.checkpoint import Checkpoints
+from sparsekd.corpus import shuffled
 from sparsekd.device import trains_in_bfloat16
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.objective import Data, Objective, make_batch, require_document_mask
@@ -115,10 +117,7 @@ def distill(
     if held >= len(blocks):
         raise UsageError(f"{len(blocks)} blocks are too few to train and validate on: at least 2 are needed")
     training = np.arange(len(blocks) - held)
-
-    def order(epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(training)
-
+    order = functools.partial(shuffled, training, seed)
     data = Data(list(blocks.numpy()), order, range(len(blocks) - held, len(blocks)), cache)
     train(student, data, section)
     return student

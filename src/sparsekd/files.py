@@ -20,7 +20,7 @@ from typing import Any
 from sparsekd.errors import DataError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
-_TEMPORARY = re.compile(r"\.tmp-\d+$")
+_TEMPORARY = re.compile(r"(\.old)?\.tmp-\d+$")  # on its way in, or out
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,17 +44,12 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
                 f"distill.train is {options.train}: the student has nothing of that kind to train; compress it first, "
                 "or set distill.train=all"
             )
-        with _activation_checkpointing(student) if options.gradient_checkpointing else _nothing():
+        with _activation_checkpointing(student) if options.gradient_checkpointing else nullcontext():
             yield
     finally:
         _merge_adapters(student)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(was_trainable[name])
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -111,7 +106,7 @@ def make_optimizer(student: PreTrainedModel, options: Distill) -> torch.optim.Ad
         options.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=options.weight_decay,
-        fused=True,  # one pass over the weights and no temporaries: four times as fast as the plain one on a CPU
+        fused=True,  # one pass over the weights and no temporaries, on a CPU as well
     )
 
 

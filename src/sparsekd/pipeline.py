@@ -356,9 +356,9 @@ def evaluate(opened: Run, dense: Dense, blocks: Corpus) -> dict[str, Any]:
         return stage.summary
     together = [_MODELS] if options.agreement else [(name,) for name in _MODELS]  # one at a time needs less memory
     for names in together:
-        loaded = Loaded(opened, dense, names)
+        loaded = Loaded(opened, dense, blocks, names)
         for text, content in blocks.texts.items():
-            _measure(loaded, blocks, text, content, stage.folder)
+            _measure(loaded, text, content, stage.folder)
         for name in names:
             _run_tasks(loaded, name, stage.folder)
     texts = {
@@ -380,10 +380,10 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
 
 
 class Loaded:
-    """Some of the models to evaluate, loaded on first use."""
+    """Some of the models to evaluate, and what is worked out from them, on first use."""
 
-    def __init__(self, opened: Run, dense: Dense, names: tuple[str, ...]):
-        self.run, self._dense, self.names = opened, dense, names
+    def __init__(self, opened: Run, dense: Dense, blocks: Corpus, names: tuple[str, ...]):
+        self.run, self._dense, self._blocks, self.names = opened, dense, blocks, names
 
     @functools.cached_property
     def models(self) -> dict[str, PreTrainedModel]:
@@ -392,6 +392,13 @@ class Loaded:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._loaded[self.names[0]][1]
+
+    @functools.cached_property
+    def token_counts(self) -> torch.Tensor:
+        """How often each token occurs in the distinct training blocks."""
+        learned = np.concatenate(self._blocks.tokens(np.unique(self._blocks.train_ids).tolist()))
+        vocab_size = self.models[self.names[0]].config.get_text_config().vocab_size
+        return torch.from_numpy(np.bincount(learned, minlength=vocab_size))
 
     @functools.cached_property
     def _loaded(self) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
@@ -404,7 +411,7 @@ class Loaded:
         return models.load(str(folder), dtype=self._dense.placement.dtype, device=self._dense.placement.device)
 
 
-def _measure(loaded: Loaded, blocks: Corpus, text: str, content: str, folder: Path) -> None:
+def _measure(loaded: Loaded, text: str, content: str, folder: Path) -> None:
     """Writes a file for each of the loaded models: what the text says about it."""
     options = loaded.run.recipe.evaluate
     if all(_result(folder, name, text).exists() for name in loaded.names):
@@ -417,7 +424,7 @@ def _measure(loaded: Loaded, blocks: Corpus, text: str, content: str, folder: Pa
             loaded.tokenizer,
             content,
             teacher="dense" if options.agreement else None,
-            token_counts=_token_counts(blocks, loaded.models[loaded.names[0]].config.get_text_config().vocab_size),
+            token_counts=loaded.token_counts if options.agreement else None,
             context=options.context,
             stride=options.stride,
             max_tokens=options.max_tokens,
@@ -455,12 +462,6 @@ def _result(folder: Path, name: str, text: str) -> Path:
 
 def _tasks(folder: Path, name: str) -> Path:
     return folder / f"{name}-tasks.json"
-
-
-def _token_counts(blocks: Corpus, vocab_size: int) -> torch.Tensor:
-    """How often each token occurs in the distinct training blocks."""
-    learned = np.concatenate(blocks.tokens(np.unique(blocks.train_ids).tolist()))
-    return torch.from_numpy(np.bincount(learned, minlength=vocab_size))
 
 
 def _statistics_batches(blocks: Corpus, recipe: Recipe) -> list[torch.Tensor]:

@@ -131,7 +131,7 @@ class Distill:
     batch_size: int = 4  # blocks in one optimizer step, over all processes
     micro_batch_size: int = 4  # blocks in one forward and backward pass of a process; halved when memory runs out
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 on GPUs that know it
-    gradient_checkpointing: bool = False  # work activations out again in the backward pass: less memory, a third slower
+    gradient_checkpointing: bool = False  # work activations out again in the backward pass: less memory, more work
     warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -105,15 +105,13 @@ class Run:
 
     def _settle(self, exists: bool, has_recipe: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
-        for name in ("manifest.json", *_OWN):
-            for left in self.folder.glob(f"{name}.tmp-[0-9]*"):
-                files.remove(left)
+        files.remove_temporaries(self.folder, lambda name: name in ("manifest.json", *_OWN))
         if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
             made_by = {"versions": versions(), "machine": machine()}
             files.write_json(self.folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
         if fresh:
             for name in _OWN:
-                _remove_at_once(self.folder / name)
+                files.remove(self.folder / name)
         if fresh or not has_recipe:
             files.write_text(self.folder / "recipe.yaml", as_yaml(self.recipe))
 
@@ -140,12 +138,6 @@ def _is_free(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     return not names or ("run.lock" in names and all(_FIRST_MOMENT.fullmatch(name) for name in names))
-
-
-def _remove_at_once(path: Path) -> None:
-    """Removes a file or folder; killed in the middle, what is left has a name that no stage has."""
-    if path.exists():
-        files.remove(path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}")))
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
