@@ -1,6 +1,6 @@
 """SmolLM2-135M: one step of the truncation after the other, before training and after 51,200 tokens of it.
 
-    python benchmarks/truncation_ablation.py DATA [--reductions 0.15 0.35 0.65] [--train] [--seeds 42] [--arms NAME ...]
+    python benchmarks/truncation_ablation.py DATA [--reductions 0.15 0.35 0.65] [--train] [--seeds 42] [--rate 1e-4] [--arms NAME ...]
 
 DATA is a folder as recipes/local-mixture.yaml describes it. Every arm has the same corpus, statistics (98,304 tokens),
 budget and training (one pass over 200 of the blocks), so what differs is the truncation alone; the learning rate
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--rate", type=float, help="instead of the rule's learning rate")
     given = parser.parse_args()
     setup = prepare(given.data, train=given.train)
     path = RESULTS / f"{NAME}.json"
@@ -130,7 +131,9 @@ def main() -> None:
     for reduction in given.reductions:
         for name in given.arms:
             key = f"{name} at {reduction:.0%}"
-            wanted = ["before"] + [f"after, seed {seed}" for seed in given.seeds if given.train]
+            suffix = "" if given.rate is None else f", rate {given.rate:g}"
+            afters = {f"after, seed {seed}{suffix}": seed for seed in given.seeds if given.train}
+            wanted = ["before", *afters]
             if all(part in found["arms"].get(key, {}) for part in wanted):
                 continue
             student, facts = truncated(setup, name, reduction)
@@ -139,12 +142,14 @@ def main() -> None:
                 before = ratios(setup.measure(student), dense)
                 save(key, "plan", facts)
                 save(key, "before", before)
-            for seed in given.seeds if given.train else []:
-                if f"after, seed {seed}" in found["arms"][key]:
+            for part, seed in afters.items():
+                if part in found["arms"][key]:
                     continue
-                trained = train(setup, student, _rate(before), seed)
-                save(key, f"after, seed {seed}", ratios(setup.measure(trained), dense))
-                save(key, "learning_rate", _rate(before))
+                rate = given.rate or _rate(before)
+                trained = train(setup, student, rate, seed)
+                save(key, part, ratios(setup.measure(trained), dense))
+                if given.rate is None:
+                    save(key, "learning_rate", rate)
 
 
 def ratios(measured: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,53 @@ _stage_verb("compress", "compress", "Run until the MLPs are low-rank.")
 _stage_verb("distill", "distill", "Run until the compressed model is trained.")
 
 
+@app.command()
+def reproduce(
+    experiment: Annotated[
+        str, typer.Argument(help="The paper's table II to VI, or controls, recovery, svd.", metavar="EXPERIMENT")
+    ],
+    target: Target,
+    seeds: Annotated[str, typer.Option(metavar="A,B", help="Seeds of data order and sampling.")] = "42,123,456",
+    rates: Annotated[
+        str, typer.Option(metavar="A,B", help="Learning rates that every arm is tried with first.")
+    ] = "3e-5,1e-4,3e-4",
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/reproduce-NAME]")] = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """One of the paper's experiments on a model of yours, with controls: its claims, our ratios beside the paper's."""
+    from sparsekd.report import experiments, tables
+    from sparsekd.reproduce import reproduce as run_experiment
+
+    _quiet()
+    recipe = _recipe(target, None, set_, revision, device)
+    found = run_experiment(
+        experiment,
+        recipe,
+        out or Path("runs") / f"reproduce-{_name(target, recipe)}",
+        seeds=_numbers("--seeds", seeds, int),
+        rates=_numbers("--rates", rates, float),
+        resume=resume,
+        fresh=fresh,
+    )
+    if as_json:
+        _print_json(found)
+        return
+    for title, header, rows in experiments.all_tables(found):
+        _print_table(tables.console_table(title, header, rows))
+
+
+def _numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text}: expected numbers with commas between them") from None
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, dense or compressed: folder, Hub id, .gguf, smollm2-135m.")],
@@ -310,10 +357,14 @@ def _recipe(
 
 
 def _default_folder(target: str, recipe: Recipe) -> Path:
-    name = (
-        target if target in PRESETS else Path(target).stem if target.endswith((".yaml", ".yml")) else recipe.model.name
-    )
-    return Path("runs") / f"{Path(name).name}-{recipe.compress.reduction:g}"
+    reduction = (recipe.rounds or [recipe.compress.reduction])[-1]
+    return Path("runs") / f"{_name(target, recipe)}-{reduction:g}"
+
+
+def _name(target: str, recipe: Recipe) -> str:
+    if target in PRESETS:
+        return target
+    return Path(target).stem if target.endswith((".yaml", ".yml")) else Path(recipe.model.name).name
 
 
 def _show_report(folder: Path, as_json: bool) -> None:
@@ -331,6 +382,8 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
     plan = gathered["compression"]
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(plan)))
     _show_evaluation(gathered["evaluation"], as_json=False)
+    if len(gathered["rounds"]) > 1:
+        _print_table(tables.console_table("Rounds", *tables.rounds(gathered)))
     seconds = [[name, tables.duration(value)] for name, value in gathered["seconds"].items()]
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
     _print_table(tables.console_table("Time", ["stage", ""], [*seconds, total]))

@@ -14,7 +14,8 @@ from sparsekd import corpus, models
 from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
-from sparsekd.report import STAGE_FOLDERS
+from sparsekd.recipe import load_recipe
+from sparsekd.rounds import CORPUS, planned
 from sparsekd.run import machine, versions
 
 _EXTRAS = {
@@ -48,7 +49,11 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "run"}
-    for name, folder in STAGE_FOLDERS.items():
+    rounds = planned(load_recipe(str(path / "recipe.yaml")))
+    places = {"corpus": CORPUS}
+    for one in rounds:
+        places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
+    for name, folder in places.items():
         done = (path / folder / "stage.json").exists()
         started = (path / folder / "inputs.json").exists()
         facts[name] = "finished" if done else "started, not finished" if started else "not started"
@@ -84,13 +89,14 @@ def _describe_cache(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Reads all of a cache, given its folder or its run: how much of the corpus it covers, damaged shards, blocks
-    that teach nothing, the tail's mass, and the KL that the codec's rounding is expected to cost.
+    """Reads all of a cache, given its folder or its run (then the first round's): how much of the corpus it covers,
+    damaged shards, blocks that teach nothing, the tail's mass, and the KL that the codec's rounding should cost.
 
     Damage is among the facts, for `require_sound`; raises `DataError` when there is no cache, or its manifest is bad.
     """
-    cache = Cache(path / STAGE_FOLDERS["cache"] if (path / "recipe.yaml").exists() else path, strict=False)
-    beside = cache.folder.parents[len(Path(STAGE_FOLDERS["cache"]).parts) - 1] / STAGE_FOLDERS["corpus"]
+    recipe = path / "recipe.yaml"
+    cache = Cache(path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path, strict=False)
+    beside = cache.folder.parent.parent / CORPUS
     blocks = {i: block.tokens for i, block in enumerate(corpus.load(beside).blocks)} if beside.exists() else None
     damaged, seen = cache.damaged_shards(), collections.Counter[str]()
     num_tokens = degenerate = mispaired = 0

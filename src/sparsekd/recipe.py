@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import reprlib
 import types
@@ -70,6 +71,17 @@ class Corpus:
     num_validation_blocks: int = 16  # blocks of other documents, to choose the best weights by
     pack: bool = True  # join documents until a block is full; false: a document a block, cut at seq_len
     document_mask: bool = False  # packed documents do not see each other; positions start again with each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Who teaches; by default the dense model, for the whole run."""
+
+    # models of the same vocabulary, with weights, whose mixed distributions are learned; none: the dense model
+    models: dict[str, float] = field(default_factory=dict)
+    cascade: int = 0  # generations of the dense model distilled without pruning, each the teacher of what follows
+    recache: bool = False  # each round's result teaches the next round
+    anchor: float = 0.0  # weight of the first teacher beside a generation or round that teaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +176,10 @@ class Recipe:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     model: Model = field(default_factory=Model)
     corpus: Corpus = field(default_factory=Corpus)
+    teacher: Teacher = field(default_factory=Teacher)
     cache: Cache = field(default_factory=Cache)
+    # rising reductions: each round prunes the round before further and trains it; none: one round, compress.reduction
+    rounds: list[float] = field(default_factory=list)
     compress: Compress = field(default_factory=Compress)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -355,6 +370,8 @@ def check(recipe: Recipe) -> None:
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
+        ("teacher.cascade", recipe.teacher.cascade, ">= 0", recipe.teacher.cascade >= 0),
+        ("teacher.anchor", recipe.teacher.anchor, "[0, 1)", 0 <= recipe.teacher.anchor < 1),
         ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= (recipe.cache.top_k or 1) <= 256),
         ("cache.blocks_per_shard", recipe.cache.blocks_per_shard, ">= 1", recipe.cache.blocks_per_shard >= 1),
         (
@@ -371,6 +388,10 @@ def check(recipe: Recipe) -> None:
     for section in ("cache", "evaluate"):
         size = getattr(recipe, section).batch_size
         ranges.append((f"{section}.batch_size", size, ">= 1", size >= 1))
+    for name, weight in recipe.teacher.models.items():
+        ranges.append((_dotted("teacher.models", name), weight, "> 0", 0 < weight < float("inf")))
+    for lower, upper in itertools.pairwise([0.0, *recipe.rounds]):
+        ranges.append(("rounds", upper, f"above {lower:g}, the round before, and at most 0.95", lower < upper <= 0.95))
     for name, source in corpus.sources.items():
         where = _dotted("corpus.sources", name)
         ranges.append((f"{where}.weight", source.weight, "> 0", 0 < source.weight < float("inf")))

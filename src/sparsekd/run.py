@@ -1,7 +1,7 @@
 """The run directory: what made each stage's output, what may be reused, and the lock.
 
     <run>/  recipe.yaml  manifest.json  log.jsonl  run.lock
-            corpus/  round-01/{cache,compressed,distilled,eval}/  report.json  report.html
+            corpus/  round-01/{cache,compressed,distilled,eval}/  round-02/...  report.json  report.html
 
 Each stage folder has `inputs.json`, written first (what it is being made from), and `stage.json`, written last (what
 came out). A folder with equal inputs and a `stage.json` is reused, one without is continued, and one with other
@@ -30,7 +30,7 @@ from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
-_OWN = ("recipe.yaml", "log.jsonl", "corpus", "round-01", "report.json", "report.html")
+_OWN = re.compile(r"recipe\.yaml|log\.jsonl|corpus|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)")
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
@@ -105,13 +105,13 @@ class Run:
 
     def _settle(self, exists: bool, has_recipe: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
-        files.remove_temporaries(self.folder, lambda name: name in ("manifest.json", *_OWN))
+        files.remove_temporaries(self.folder, lambda name: name == "manifest.json" or bool(_OWN.fullmatch(name)))
         if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
             made_by = {"versions": versions(), "machine": machine()}
             files.write_json(self.folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
         if fresh:
-            for name in _OWN:
-                files.remove(self.folder / name)
+            for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
+                files.remove(path)
         if fresh or not has_recipe:
             files.write_text(self.folder / "recipe.yaml", as_yaml(self.recipe))
 

@@ -11,35 +11,53 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import Perplexity, ratio
 from sparsekd.recipe import as_dict, load_recipe
 from sparsekd.report import html
-
-STAGE_FOLDERS = {
-    "corpus": "corpus",
-    "cache": "round-01/cache",
-    "compress": "round-01/compressed",
-    "distill": "round-01/distilled",
-    "evaluate": "round-01/eval",
-}
+from sparsekd.rounds import CORPUS, Round, planned
 
 
 def gather(folder: Path) -> dict[str, Any]:
-    """Everything the report shows, from the finished stages of a run; raises `DataError` if one is missing."""
-    stages = {}
-    for name, place in STAGE_FOLDERS.items():
-        path = folder / place / "stage.json"
-        if not path.exists():
-            raise DataError(f"{folder}: stage {name} is not finished: continue it with sparsekd run")
-        stages[name] = files.read_json(path)
+    """Everything the report shows, from the finished stages of a run, of the last round in full; raises `DataError` if
+    a stage is missing."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    rounds = planned(recipe)
+    corpus = _summary(folder, "corpus", CORPUS)
+    found = [{stage: _summary(folder, stage, place) for stage, place in one.folders.items()} for one in rounds]
+    last = found[-1]
+    seconds = {CORPUS: corpus["seconds"]}
+    for one, stages in zip(rounds, found, strict=True):
+        for stage, place in one.folders.items():
+            seconds[stage if len(rounds) == 1 else place] = stages[stage]["seconds"]
     return {
-        "recipe": as_dict(load_recipe(str(folder / "recipe.yaml"))),
+        "recipe": as_dict(recipe),
         **{key: files.read_json(folder / "manifest.json")[key] for key in ("versions", "machine")},
-        "corpus": stages["corpus"],
-        "cache": stages["cache"],
-        "compression": stages["compress"],
-        "distillation": stages["distill"],
-        "evaluation": stages["evaluate"] | {"ratios": _ratios(stages["evaluate"]["models"])},
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
-        "model_folder": "round-01/distilled/model",
+        "corpus": corpus,
+        "cache": last["cache"],
+        "compression": last["compress"],
+        "distillation": last["distill"],
+        "evaluation": with_ratios(last["evaluate"]),
+        "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
+        "seconds": seconds,
+        "peak_memory_bytes": max(
+            s["peak_memory_bytes"] for stages in [{CORPUS: corpus}, *found] for s in stages.values()
+        ),
+        "model_folder": str(rounds[-1].distilled / "model"),
+    }
+
+
+def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
+    path = folder / place / "stage.json"
+    if not path.exists():
+        raise DataError(f"{folder}: stage {stage} ({place}) is not finished: continue it with sparsekd run")
+    return files.read_json(path)
+
+
+def _round(one: Round, stages: dict[str, Any]) -> dict[str, Any]:
+    """A round as the table and the picture of all rounds show it."""
+    return {
+        "name": one.name,
+        "teachers": {str(place): weight for place, weight in one.teachers.items()},
+        "mlp_reduction": stages["compress"]["mlp_reduction"] if one.compress else 0.0,
+        "stop_reason": stages["distill"]["stop_reason"],
+        **{key: with_ratios(stages["evaluate"])[key] for key in ("models", "ratios")},
     }
 
 
@@ -51,9 +69,10 @@ def write(folder: Path) -> dict[str, Any]:
     return gathered
 
 
-def _ratios(models: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity over the dense model's, with the standard error of the paired comparison, by model and text."""
-    return {
+def with_ratios(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with each perplexity over the dense model's, with the standard error of the paired comparison."""
+    models = evaluation["models"]
+    ratios = {
         name: {
             text: dict(zip(("ratio", "standard_error"), _ratio(result, models["dense"][text]), strict=True))
             for text, result in texts.items()
@@ -61,6 +80,7 @@ def _ratios(models: dict[str, Any]) -> dict[str, Any]:
         for name, texts in models.items()
         if name != "dense"
     }
+    return evaluation | {"ratios": ratios}
 
 
 def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:

@@ -7,28 +7,24 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sparsekd.report import plots, tables
+from sparsekd.report import experiments, figures, plots, tables
 
 
 def render(report: dict[str, Any]) -> str:
     """The page for `report.gather`'s data; every text in it is escaped, since model names and paths are not ours."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparsekd.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = {
         "perplexities": plots.perplexities(report["evaluation"]),
         "calibration": plots.calibration(report["evaluation"]),
         "loss": plots.loss_curve(report["distillation"]),
         "ranks": plots.ranks(report["compression"]),
     }
+    if len(report["rounds"]) > 1:
+        pictures["rounds"] = plots.rounds(report["rounds"])
     seconds = [[name, tables.duration(value)] for name, value in report["seconds"].items()]
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         report=report,
-        pictures={name: Markup(svg) for name, svg in pictures.items()},  # noqa: S704 - our own SVG
+        pictures=_drawn(pictures),
+        rounds=tables.rounds(report),
         sizes=tables.sizes(report["compression"]),
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
@@ -38,3 +34,25 @@ def render(report: dict[str, Any]) -> str:
         seconds=seconds,
         total=tables.duration(sum(report["seconds"].values())),
     )
+
+
+def render_experiment(found: dict[str, Any]) -> str:
+    """The page for what `reproduce` found."""
+    return _template("experiment.html").render(
+        found=found, tables=experiments.all_tables(found), pictures=_drawn(figures.all_figures(found))
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sparsekd.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _drawn(pictures: dict[str, str]) -> dict[str, Markup]:
+    return {name: Markup(svg) for name, svg in pictures.items()}  # noqa: S704 - our own SVG

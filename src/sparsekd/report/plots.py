@@ -13,16 +13,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; grey axes stand out on white and on black
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
-_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _GREY}
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
+LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": GREY}
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sparsekd",  # the same picture has the same bytes
     "font.size": 10,
-    "text.color": _GREY,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "lines.linewidth": 1.8,
@@ -34,27 +34,27 @@ def loss_curve(history: dict[str, Any]) -> str:
     figure, axes = _figure()
     steps = history["steps"]
     tokens = {0: 0} | {step["step"]: step["num_tokens"] for step in steps}
-    axes.plot([s["num_tokens"] for s in steps], [s["loss"] for s in steps], color=_BLUE, alpha=0.6, label="training")
+    axes.plot([s["num_tokens"] for s in steps], [s["loss"] for s in steps], color=BLUE, alpha=0.6, label="training")
     validations = history["validations"]
     axes.plot(
         [tokens[v["step"]] for v in validations],
         [v["loss"] for v in validations],
         "o-",
-        color=_ORANGE,
+        color=ORANGE,
         label="validation",
     )
     kept = next(v for v in validations if v["step"] == history["best_step"])
-    axes.plot([tokens[kept["step"]]], [kept["loss"]], "o", ms=12, mfc="none", color=_GREEN, label="weights kept")
+    axes.plot([tokens[kept["step"]]], [kept["loss"]], "o", ms=12, mfc="none", color=GREEN, label="weights kept")
     axes.set(xlabel="tokens trained on", ylabel="loss (nats)")
-    axes.legend(**_LEGEND)
-    return _svg(figure)
+    axes.legend(**LEGEND)
+    return svg(figure)
 
 
 def ranks(plan: dict[str, Any]) -> str:
     """Rank of each matrix by layer, as a share of full rank; the output energy lost; and, where the KL of cutting each
     matrix alone is known, what was predicted and, where it was probed, what was measured."""
     known = plan["predicted_kl"] is not None
-    figure, (left, middle, *right) = _figures(3 if known else 2)
+    figure, (left, middle, *right) = figures(3 if known else 2)
     for (name, members), color, marker in _by_kind(plan["matrices"]):
         layers = range(len(members))
         full = [min(m["in_features"], m["out_features"]) for m in members]
@@ -67,17 +67,17 @@ def ranks(plan: dict[str, Any]) -> str:
             right[0].plot(layers, measured, marker, ms=8, mfc="none", color=color)
     left.set(xlabel="layer", ylabel="rank / full rank", ylim=(0, 1.05))
     middle.set(xlabel="layer", ylabel="output energy lost", yscale="log")
-    middle.legend(**_LEGEND)
+    middle.legend(**LEGEND)
     if known:
         right[0].set(xlabel="layer", ylabel="KL predicted (nats a token)", yscale="log")
         if any(m["probed_kl"] for m in plan["matrices"]):
             right[0].set_title("open: measured, at the rank first planned", fontsize=9)
-    return _svg(figure)
+    return svg(figure)
 
 
 def spectrum(found: dict[str, Any]) -> str:
     """Energy left out against rank kept (median and range over layers), effective ranks, and the predicted loss."""
-    figure, (left, middle, right) = _figures(3)
+    figure, (left, middle, right) = figures(3)
     for (name, members), color, marker in _by_kind(found["matrices"]):
         left_out = np.array([_left_out(m) for m in members])
         shares = np.linspace(0, 1, left_out.shape[1])
@@ -96,8 +96,8 @@ def spectrum(found: dict[str, Any]) -> str:
     middle.set(xlabel="layer", ylabel="effective rank / full rank", ylim=(0, 1.05), title="dotted: of the weight alone")
     what = "predicted KL (nats a token)" if kl else "energy lost"
     right.set(xlabel="layer", ylabel=f"{what} at {found['reduction']:.0%}", yscale="log")
-    left.legend(**_LEGEND)
-    return _svg(figure)
+    left.legend(**LEGEND)
+    return svg(figure)
 
 
 def _left_out(matrix: dict[str, Any]) -> Any:
@@ -114,35 +114,49 @@ def _by_kind(matrices: list[dict[str, Any]]) -> Any:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for matrix in matrices:
         kinds.setdefault(matrix["name"].rpartition(".")[2], []).append(matrix)
-    return zip(kinds.items(), (_BLUE, _ORANGE, _GREEN), "os^", strict=False)
+    return zip(kinds.items(), (BLUE, ORANGE, GREEN), "os^", strict=False)
 
 
 def perplexities(evaluation: dict[str, Any]) -> str:
     """Strict perplexity of the three models on each text, with standard errors."""
     models = evaluation["models"]
     texts = list(models["dense"])
-    figure, all_axes = _figures(len(texts))
+    figure, all_axes = figures(len(texts))
     for axes, text in zip(all_axes, texts, strict=True):
-        for position, (name, color) in enumerate(zip(models, (_GREY, _ORANGE, _BLUE), strict=True)):
+        for position, (name, color) in enumerate(zip(models, (GREY, ORANGE, BLUE), strict=True)):
             result = models[name][text]
-            axes.bar(
-                position, result["perplexity"], yerr=result["standard_error"], color=color, ecolor=_GREY, capsize=3
-            )
+            axes.bar(position, result["perplexity"], yerr=result["standard_error"], color=color, ecolor=GREY, capsize=3)
         axes.set(title=text, xticks=range(len(models)), ylabel="perplexity")
         axes.set_xticklabels(["dense", "compressed", "distilled"])
         if models["compressed"][text]["perplexity"] > 10 * models["dense"][text]["perplexity"]:
             axes.set_yscale("log")
-    return _svg(figure)
+    return svg(figure)
+
+
+def rounds(found: list[dict[str, Any]]) -> str:
+    """Perplexity to dense against what is removed, before and after each round's training."""
+    texts = list(found[0]["models"]["dense"])
+    figure, all_axes = figures(len(texts))
+    for axes, text in zip(all_axes, texts, strict=True):
+        for name, color, marker in (("compressed", ORANGE, "s"), ("distilled", BLUE, "o")):
+            points = [(100 * one["mlp_reduction"], one["ratios"][name][text]) for one in found if name in one["ratios"]]
+            x, ratios = zip(*points, strict=True)
+            errors = [ratio["standard_error"] for ratio in ratios]
+            axes.errorbar(x, [r["ratio"] for r in ratios], errors, color=color, marker=marker, capsize=3, label=name)
+        axes.axhline(1, ls=":", color=GREY)
+        axes.set(title=text, xlabel="MLP parameters removed (%)", ylabel="perplexity / dense")
+    all_axes[0].legend(**LEGEND)
+    return svg(figure)
 
 
 def calibration(evaluation: dict[str, Any]) -> str:
     """Accuracy against confidence in bins of equal mass; below the diagonal a model is too sure of itself."""
     models = evaluation["models"]
     texts = list(models["dense"])
-    figure, all_axes = _figures(len(texts))
+    figure, all_axes = figures(len(texts))
     for axes, text in zip(all_axes, texts, strict=True):
-        axes.plot([0, 1], [0, 1], ":", color=_GREY)
-        for (name, results), color, marker in zip(models.items(), (_GREY, _ORANGE, _BLUE), "os^", strict=True):
+        axes.plot([0, 1], [0, 1], ":", color=GREY)
+        for (name, results), color, marker in zip(models.items(), (GREY, ORANGE, BLUE), "os^", strict=True):
             bins = results[text]["calibration"]["bins"]
             axes.plot(
                 [b["confidence"] for b in bins],
@@ -153,23 +167,25 @@ def calibration(evaluation: dict[str, Any]) -> str:
                 label=name,
             )
         axes.set(title=text, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    all_axes[0].legend(**_LEGEND)
-    return _svg(figure)
+    all_axes[0].legend(**LEGEND)
+    return svg(figure)
 
 
 def _figure() -> tuple[Figure, Any]:
-    figure, axes = _figures(1)
+    figure, axes = figures(1)
     return figure, axes[0]
 
 
-def _figures(count: int) -> tuple[Figure, list[Any]]:
+def figures(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
+    """A row of `count` axes, `height` inches high."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(6.4, 4.2 * count), 3.2), layout="constrained")
+        figure = Figure(figsize=(max(6.4, 4.2 * count), height), layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as SVG text without metadata: the same picture has the same bytes."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -72,6 +72,18 @@ def perplexities(evaluation: dict[str, Any]) -> Rows:
     return rows
 
 
+def rounds(report: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Header and a row a round: what is removed, and the perplexities to dense before and after training, by text."""
+    texts = list(report["rounds"][0]["models"]["dense"])
+    header = ["round", "removed", *(f"{text}, {when}" for text in texts for when in ("pruned", "distilled"))]
+    rows = []
+    for one in report["rounds"]:
+        compared = [one["ratios"].get(name, {}).get(text) for text in texts for name in ("compressed", "distilled")]
+        cells = [f"{number(c['ratio'])} \u00b1 {number(c['standard_error'])}" if c else "" for c in compared]
+        rows.append([one["name"], f"{one['mlp_reduction']:.1%}", *cells])
+    return header, rows
+
+
 def calibrations(evaluation: dict[str, Any]) -> Rows:
     """A row a text and model: calibration error, and overconfidence, accuracy, Brier score, entropy +- error."""
     rows = []

@@ -1,0 +1,93 @@
+"""The tables of the paper's experiments: our ratios beside the paper's, and a verdict for each claim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsekd.report.tables import Titled, number
+
+
+def all_tables(found: dict[str, Any]) -> list[Titled]:
+    """What `reproduce` found: the arms, the claims, and where there are any the attribution and the recovery."""
+    tables = [_arms(found), _claims(found)]
+    if found["experiment"] == "II":
+        tables.append(_protocols(found))
+    if "attribution" in found:
+        tables.append(_attribution(found))
+    if "recovery" in found:
+        tables.append(_recovery(found))
+    return [table for table in tables if table.rows]
+
+
+def _arms(found: dict[str, Any]) -> Titled:
+    """A row an arm and text: perplexity to dense before and after training, the paper's beside it."""
+    header = ["arm", "text", "removed", "rate", "pruned", "distilled", "to Dense+KD", "paper: pruned", "distilled"]
+    rows = []
+    for name, by_seed in found["arms"].items():
+        arm = next(iter(by_seed.values()))
+        ratios = found["ratios"][name]
+        for text in found["texts"]:
+            compared = [ratios[text].get(key) for key in ("before", "after", "after, to Dense+KD")]
+            cells = [_ratio(comparison) if comparison else "" for comparison in compared]
+            papers = [number(value) if value else "" for value in ratios["paper"].values()]
+            removed, rate = f"{arm['mlp_reduction']:.1%}", f"{arm['learning_rate']:g}"
+            rows.append([name, text, removed, rate, *cells, *papers])
+    return Titled("Perplexity to the dense model's, mean over seeds \u00b1 their standard deviation", header, rows)
+
+
+def _claims(found: dict[str, Any]) -> Titled:
+    header = ["claim", "text", "ratio", "95 % interval", "claimed", "paper", "verdict"]
+    rows = [
+        [
+            f"{p['claim']}: {p['model']} to {p['reference']}",
+            p["text"],
+            number(p["ratio"]),
+            _interval(p),
+            f"{p['side']} {p['bound']:g}",
+            number(p["paper"]) if p["paper"] else "",
+            p["verdict"],
+        ]
+        for p in found["patterns"]
+    ]
+    return Titled("What the paper claims", header, rows)
+
+
+def _attribution(found: dict[str, Any]) -> Titled:
+    rows = [[a["cause"], a["text"], _ratio(a), _interval(a)] for a in found["attribution"]]
+    return Titled("What changes perplexity, as a factor", ["cause", "text", "factor", "95 % interval"], rows)
+
+
+def _recovery(found: dict[str, Any]) -> Titled:
+    budgets = found["recovery"].get("tokens_for", {})
+    rows = [
+        [f"{ratio} x Dense+KD", "never, by this curve" if tokens is None else f"{tokens:,.0f}"]
+        for ratio, tokens in budgets.items()
+    ]
+    return Titled("Tokens that the recovery curve asks for", ["perplexity on the validation blocks", "tokens"], rows)
+
+
+def _protocols(found: dict[str, Any]) -> Titled:
+    """The first seed's models by this project's two protocols and, where the recipe has such a task, the harness's."""
+    arms = {name: next(iter(by_seed.values())) for name, by_seed in found["arms"].items()}
+    first = next(iter(arms.values()))
+    measured = {"dense": (first, "dense")} | {name: (arm, "distilled") for name, arm in arms.items()}
+    rows = []
+    for name, (arm, stage) in measured.items():
+        for text in found["texts"]:
+            result = arm["models"][stage][text]
+            rows.append([name, text, number(result["perplexity"]), number(result["paper_perplexity"])])
+        for task, result in arm["tasks"].get(stage, {}).items():
+            scores = {key: score for key, score in result["scores"].items() if "perplexity" in key}
+            rows.extend([name, f"{task}, {key}", number(score["value"]), ""] for key, score in scores.items())
+    return Titled("By protocol", ["model", "text or task", "strict, or the harness's", "paper's protocol"], rows)
+
+
+def _ratio(comparison: dict[str, Any]) -> str:
+    """The ratio with what a standard deviation over seeds, in nats, makes of it; without one, the ratio alone."""
+    spread = comparison["deviation"]
+    ratio = number(comparison["ratio"])
+    return ratio if spread is None else f"{ratio} \u00b1 {number(comparison['ratio'] * spread)}"
+
+
+def _interval(comparison: dict[str, Any]) -> str:
+    return " to ".join(number(bound) for bound in comparison["interval"])

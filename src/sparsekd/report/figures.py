@@ -1,0 +1,128 @@
+"""Pictures of the paper's experiments, in the style of the run's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsekd.report.plots import BLUE, GREEN, GREY, LEGEND, ORANGE, figures, svg
+
+
+def all_figures(found: dict[str, Any]) -> dict[str, str]:
+    """The pictures that an experiment has, by title."""
+    made = {"Calibration": _calibration(found)}
+    if found["experiment"] in ("II", "III", "V", "svd"):
+        made = {"Perplexity against reduction": _reductions(found)} | made
+    if found["experiment"] == "IV":
+        made = {"The same student by two teachers": _teachers(found)} | made
+    if "attribution" in found:
+        made = {"What changes perplexity": _attribution(found)} | made
+    if "recovery" in found:
+        made = {"Recovery": _recovery(found["recovery"])} | made
+    return made
+
+
+def _reductions(found: dict[str, Any]) -> str:
+    """Perplexity to dense before and after distillation with 95 % bands, and every seed's point."""
+    figure, all_axes = figures(len(found["texts"]))
+    pruned = [name for name, arm in found["arms"].items() if next(iter(arm.values()))["mlp_reduction"]]
+    x = [100 * next(iter(found["arms"][name].values()))["mlp_reduction"] for name in pruned]
+    for axes, text in zip(all_axes, found["texts"], strict=True):
+        for key, color, marker, label in (("before", ORANGE, "s", "pruned"), ("after", BLUE, "o", "and distilled")):
+            compared = [found["ratios"][name][text][key] for name in pruned]
+            low, high = zip(*(one["interval"] for one in compared), strict=True)
+            axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+            axes.plot(x, [one["ratio"] for one in compared], marker=marker, color=color, label=label)
+            for seed in found["arms"][pruned[0]]:
+                axes.plot(x, _of_seed(found, pruned, seed, key, text), marker, ms=3, mfc="none", color=color)
+        if "Dense+KD" in found["arms"]:
+            control = found["ratios"]["Dense+KD"][text]["after"]["ratio"]
+            axes.axhline(control, ls="--", color=GREEN, label="dense, distilled")
+        axes.axhline(1, ls=":", color=GREY)
+        axes.set(title=text, xlabel="MLP parameters removed (%)", ylabel="perplexity / dense", yscale="log")
+        _plain_ticks(axes)
+    all_axes[0].legend(**LEGEND)
+    return svg(figure)
+
+
+def _of_seed(found: dict[str, Any], names: list[str], seed: str, key: str, text: str) -> list[float]:
+    stage = {"before": "compressed", "after": "distilled"}[key]
+    models = [found["arms"][name][seed]["models"] for name in names]
+    return [m[stage][text]["perplexity"] / m["dense"][text]["perplexity"] for m in models]
+
+
+def _attribution(found: dict[str, Any]) -> str:
+    """A bar a cause and text: the factor on perplexity with its 95 % interval."""
+    figure, all_axes = figures(1, height=0.55 * len(found["attribution"]) / len(found["texts"]) + 1.2)
+    axes, causes = all_axes[0], list(dict.fromkeys(row["cause"] for row in found["attribution"]))
+    height = 0.8 / len(found["texts"])
+    for number, (text, color) in enumerate(zip(found["texts"], (BLUE, ORANGE, GREEN), strict=False)):
+        rows = [row for row in found["attribution"] if row["text"] == text]
+        y = np.arange(len(causes)) + number * height
+        nats = [row["nats"] for row in rows]
+        low, high = zip(*(np.log(row["interval"]) for row in rows), strict=True)
+        spread = [np.subtract(nats, low), np.subtract(high, nats)]
+        axes.barh(y, nats, height, xerr=spread, color=color, ecolor=GREY, capsize=2, label=text)
+    axes.axvline(0, color=GREY, lw=0.8)
+    axes.set(xlabel="change of log-perplexity (nats a token)", yticks=np.arange(len(causes)) + 0.4 - height / 2)
+    axes.set_yticklabels(causes)
+    axes.invert_yaxis()
+    axes.legend(**LEGEND)
+    return svg(figure)
+
+
+def _recovery(curve: dict[str, Any]) -> str:
+    """The gap to the distilled dense model against tokens, and the curve through it, carried on to ten times as far."""
+    figure, all_axes = figures(1)
+    axes = all_axes[0]
+    axes.plot(curve["tokens"], np.exp(curve["gaps"]), "o", color=BLUE, label="measured")
+    if "fit" in curve:
+        fit = curve["fit"]
+        tokens = np.geomspace(curve["tokens"][0], 10 * curve["tokens"][-1], 100)
+        label = f"{fit['floor']:.3f} + {fit['scale']:.3g} tokens^-{fit['power']:.2f} nats"
+        axes.plot(tokens, np.exp(fit["floor"] + fit["scale"] * tokens ** -fit["power"]), color=ORANGE, label=label)
+    axes.set(xlabel="tokens trained on", ylabel="perplexity / Dense+KD, validation blocks", xscale="log")
+    axes.legend(**LEGEND)
+    return svg(figure)
+
+
+def _teachers(found: dict[str, Any]) -> str:
+    figure, all_axes = figures(len(found["texts"]))
+    last, swapped = list(found["arms"])[-2:]
+    for axes, text in zip(all_axes, found["texts"], strict=True):
+        for position, (name, color) in enumerate(((last, ORANGE), (swapped, BLUE))):
+            after = found["ratios"][name][text]["after"]
+            spread = [[after["ratio"] - after["interval"][0]], [after["interval"][1] - after["ratio"]]]
+            axes.bar(position, after["ratio"], yerr=spread, color=color, ecolor=GREY, capsize=3)
+        axes.set(title=text, xticks=(0, 1), ylabel="perplexity / dense")
+        axes.set_xticklabels(["taught by the dense model", "by the distilled one"])
+    return svg(figure)
+
+
+def _calibration(found: dict[str, Any]) -> str:
+    """Accuracy minus confidence against confidence, of the dense model and of the distilled arms; first seed."""
+    figure, all_axes = figures(len(found["texts"]))
+    arms = {name: next(iter(by_seed.values()))["models"] for name, by_seed in found["arms"].items()}
+    shown = {"dense": (next(iter(arms.values()))["dense"], GREY)}
+    names = list(arms)
+    picked = [names[0], names[len(names) // 2], names[-1]]
+    shown |= {n: (arms[n]["distilled"], c) for n, c in zip(dict.fromkeys(picked), (GREEN, BLUE, ORANGE), strict=False)}
+    for axes, text in zip(all_axes, found["texts"], strict=True):
+        for (name, (results, color)), marker in zip(shown.items(), "Dos^", strict=False):
+            bins = results[text]["calibration"]["bins"]
+            x = [b["confidence"] for b in bins]
+            axes.plot(x, [b["accuracy"] - b["confidence"] for b in bins], marker=marker, ms=4, color=color, label=name)
+        axes.axhline(0, ls=":", color=GREY)
+        axes.set(title=text, xlabel="confidence", ylabel="accuracy - confidence", xlim=(0, 1))
+    all_axes[0].legend(**LEGEND)
+    return svg(figure)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Ratios such as 1.5 instead of powers of ten, where a few of them span the axis."""
+    low, high = axes.get_ylim()
+    if high / low < 30:
+        ticks = [tick for tick in (0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5, 10, 20) if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([], minor=True)

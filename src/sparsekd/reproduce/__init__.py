@@ -1,0 +1,180 @@
+"""The paper's experiments on a model of your own, with the controls that it lacks.
+
+`reproduce` runs the arms of one experiment for each seed in one run directory, compares them as the paper does, and
+says of each of its claims whether it holds here. Experiments share arms, so one directory serves all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsekd import files, pipeline, stages
+from sparsekd.console import Console
+from sparsekd.errors import UsageError
+from sparsekd.recipe import Recipe, Teacher, as_dict
+from sparsekd.report import html
+from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
+from sparsekd.reproduce.patterns import (
+    DISTILLED,
+    PATTERNS,
+    PRUNED,
+    Found,
+    Model,
+    Pattern,
+    attribution,
+    dense,
+    distilled,
+    paper,
+    pruned,
+    verdict,
+)
+from sparsekd.reproduce.spread import fit_recovery
+from sparsekd.rounds import Round
+from sparsekd.run import Run
+from sparsekd.stages import Work
+
+SEEDS = (42, 123, 456)  # the paper's
+RATES = (3e-5, 1e-4, 3e-4)
+Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
+RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
+
+
+def reproduce(
+    experiment: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    rates: Sequence[float] = RATES,
+    resume: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs an experiment, one of `EXPERIMENTS`, and returns what `reproduce-<experiment>.json`, and as a page
+    `.html`, then hold.
+
+    The recipe gives model, corpus, training budget and the method under test; its `rounds` are the reductions, by
+    default those that the paper reports. Each arm's learning rate is searched among `rates` with the first seed, and
+    used for all. Killed and called again, it goes on. Raises `UsageError` for an unknown experiment or no seed, and
+    what the stages raise.
+    """
+    if experiment not in EXPERIMENTS:
+        raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds are {list(seeds)}: expected one or several different numbers")
+    if recipe.teacher != Teacher():
+        raise UsageError("teacher: the experiments choose their teachers: leave the section out")
+    pipeline.check_before_starting(recipe)
+    with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
+        work = Work(opened)
+        stages.make_corpus(work)
+        arms: Arms = {}
+        for seed in seeds:
+            for name, round_ in EXPERIMENTS[experiment](Seed(recipe, seed)).items():
+                opened.console.say(f"{name}, seed {seed}:")
+                searched = None if seed == seeds[0] else arms[name][seeds[0]]["learning_rate"]
+                arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched)
+        found = gather(experiment, recipe, arms) | {"rates": list(rates)}
+        files.write_json(folder / f"reproduce-{experiment}.json", found)
+        files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
+        return found
+
+
+def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | None) -> dict[str, Any]:
+    """One arm with one seed: what it did and what was measured."""
+    made = pipeline.run_round(work, round_, until="compress")
+    rate = stages.search_rate(work, round_, rates) if searched is None else searched
+    trained = replace(round_, distill=replace(round_.distill, learning_rate=rate))
+    history = stages.train(work, trained)
+    evaluation = stages.evaluate(work, trained.evaluation, trained.measured)
+    return {
+        "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
+        "learning_rate": rate,
+        "tokens": history["steps"][-1]["num_tokens"],
+        "first_grad_norm": history["steps"][0]["grad_norm"],
+        "stop_reason": history["stop_reason"],
+        "validations": history["validations"],
+        "steps": [[step["step"], step["num_tokens"]] for step in history["steps"]],
+        "dense_ce": history["dense_ce"],
+        "models": evaluation["models"],
+        "tasks": evaluation["tasks"],
+    }
+
+
+def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
+    """The comparisons of an experiment from its finished arms, as plain values."""
+    found = Found({name: {seed: arm["models"] for seed, arm in by_seed.items()} for name, by_seed in arms.items()})
+    first = Seed(recipe, next(iter(next(iter(arms.values())))))
+    gathered: dict[str, Any] = {
+        "experiment": experiment,
+        "recipe": as_dict(recipe),
+        "texts": found.texts,
+        "seeds": list(next(iter(arms.values()))),
+        "tokens": next(iter(next(iter(arms.values())).values()))["tokens"],
+        "arms": {name: {str(seed): arm for seed, arm in by_seed.items()} for name, by_seed in arms.items()},
+        "ratios": {name: _ratios(found, experiment, name) for name in arms},
+        "patterns": [
+            _judged(experiment, pattern, text, found) for pattern in PATTERNS[experiment](first) for text in found.texts
+        ],
+    }
+    if experiment == "controls":
+        gathered["attribution"] = [
+            {"cause": cause, "text": text, **found.compare(model, reference, text).as_dict()}
+            for cause, (model, reference) in attribution(first).items()
+            for text in found.texts
+        ]
+    if experiment == "recovery":
+        long_run = next(name for name in arms if name != DENSE_KD)
+        gathered["recovery"] = _recovery(arms[long_run], arms[DENSE_KD])
+    return gathered
+
+
+def _judged(experiment: str, pattern: Pattern, text: str, found: Found) -> dict[str, Any]:
+    comparison = found.compare(pattern.model, pattern.reference, text)
+    known = paper(experiment, pattern.model), paper(experiment, pattern.reference)
+    return {
+        "claim": pattern.claim,
+        "model": str(pattern.model),
+        "reference": str(pattern.reference),
+        "side": pattern.side,
+        "bound": pattern.bound,
+        "paper": known[0] / known[1] if known[0] and known[1] else None,
+        "text": text,
+        **comparison.as_dict(),
+        "verdict": verdict(comparison, pattern),
+    }
+
+
+def _ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
+    """Perplexity over the dense model's before and after training, and after it over Dense+KD's, by text."""
+    ratios: dict[str, Any] = {"paper": {name: paper(experiment, Model(name, arm)) for name in (PRUNED, DISTILLED)}}
+    for text in found.texts:
+        after = distilled(arm)
+        compared = {"after": found.compare(after, dense(), text).as_dict()}
+        if found.has(pruned(arm)):
+            compared["before"] = found.compare(pruned(arm), dense(), text).as_dict()
+        if found.has(distilled(DENSE_KD)):
+            compared["after, to Dense+KD"] = found.compare(after, distilled(DENSE_KD), text).as_dict()
+        ratios[text] = compared
+    return ratios
+
+
+def _recovery(long_run: dict[int, Any], control: dict[int, Any]) -> dict[str, Any]:
+    """The gap of the pruned model's cross-entropy on the validation blocks to the distilled dense model's best, by
+    tokens trained on, mean over seeds; the curve through it; and the tokens it asks for three ratios of perplexity."""
+    goal = float(np.mean([min(v["ce"] for v in arm["validations"]) for arm in control.values()]))
+    tokens_after = dict(next(iter(long_run.values()))["steps"])
+    validated = [v["step"] for v in next(iter(long_run.values()))["validations"][1:]]
+    ce = np.mean([[v["ce"] for v in arm["validations"][1:]] for arm in long_run.values()], axis=0)
+    tokens, gaps = [float(tokens_after[step]) for step in validated], (ce - goal).tolist()
+    curve: dict[str, Any] = {"tokens": tokens, "gaps": gaps, "dense_kd_ce": goal}
+    if len(tokens) < 3:
+        return curve
+    fit = fit_recovery(tokens, gaps)
+    return curve | {"fit": asdict(fit), "tokens_for": {f"{r:g}": fit.tokens_for(math.log(r)) for r in RECOVERED}}

@@ -1,0 +1,133 @@
+"""The arms of each experiment: which rounds to run, from which start, with which objective and teacher.
+
+An arm changes one thing. It lies in `arms/<arm>/seed-<seed>/` of the run directory; what arms share (the teacher's
+cache, a pruned model) is made once and named by all of them, whatever experiment they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sparsekd.recipe import Recipe
+from sparsekd.rounds import Place, Round
+
+FOLDER = "arms"
+DENSE_KD = "Dense+KD"
+REDUCTIONS = (0.15, 0.35, 0.51, 0.65)  # of the paper's rounds 1, 4, 6 and 8
+ONE_SHOT = (0.15, 0.35, 0.65)  # of the plain truncation and of the paper's Table V
+TIERED = 0.1032  # of the paper's Table VI
+
+
+def percent(reduction: float) -> str:
+    """As it stands in the names of arms."""
+    return f"{100 * reduction:.4g}%"
+
+
+class Seed:
+    """Makes the rounds of one seed."""
+
+    def __init__(self, recipe: Recipe, seed: int):
+        self._recipe, self._seed = recipe, seed
+        self.reductions = recipe.rounds or list(REDUCTIONS)
+        self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
+
+    def dense(self, name: str, **distill: Any) -> Round:
+        """The dense model distilled without pruning, with some of the recipe's training changed."""
+        model, options = self._recipe.model.name, replace(self._recipe.distill, **distill)
+        teachers: dict[Place, float] = {model: 1.0}
+        return Round(self._folder(name), self._seed, model, None, None, options, teachers, f"{FOLDER}/teacher")
+
+    def pruned(self, name: str, reduction: float, start: Place | None = None, **compress: Any) -> Round:
+        """The dense model, or what an earlier round left, pruned and distilled; some of `compress` changed."""
+        options = replace(self._recipe.compress, reduction=reduction, **compress)
+        folder = Path(self._folder(name)) / "compressed"
+        round_ = replace(self.dense(name), compress=options, compressed=folder)
+        return round_ if start is None else replace(round_, start=start)
+
+    def trained(self, name: str, like: Round, **distill: Any) -> Round:
+        """The same pruned model, trained otherwise."""
+        return replace(like, name=self._folder(name), distill=replace(like.distill, **distill))
+
+    def taught(self, name: str, like: Round, teacher: Round) -> Round:
+        """The same pruned model and training, another teacher."""
+        place = teacher.distilled
+        return replace(like, name=self._folder(name), teachers={place: 1.0}, cache=f"{teacher.name}/cache")
+
+    def _folder(self, name: str) -> str:
+        return f"{FOLDER}/{name.replace(' ', '-').replace('%', '')}/seed-{self._seed}"
+
+
+def rounds(seed: Seed) -> dict[str, Round]:
+    """Rounds of pruning, each from the result of the one before, and the control without pruning."""
+    made, start = {DENSE_KD: seed.dense(DENSE_KD)}, None
+    for reduction in seed.reductions:
+        name = f"round {percent(reduction)}"
+        made[name] = seed.pruned(name, reduction, start)
+        start = made[name].distilled
+    return made
+
+
+def better_teacher(seed: Seed) -> dict[str, Round]:
+    """The last round again, taught by the distilled dense model."""
+    made = rounds(seed)
+    name, last = list(made.items())[-1]
+    return made | {f"{name} better teacher": seed.taught(f"{name} better teacher", last, made[DENSE_KD])}
+
+
+def wanda(seed: Seed) -> dict[str, Round]:
+    """Unstructured pruning by WANDA."""
+    options = {"method": "wanda", "format": "mask", "allocation": "uniform", "probe_tokens": 0}
+    return {name: seed.pruned(name, r, **options) for r in ONE_SHOT for name in [f"WANDA {percent(r)}"]}
+
+
+def tiered(seed: Seed) -> dict[str, Round]:
+    """A mild cut by the paper's tiers, and the recipe's own method at the same reduction."""
+    tiers = {"method": "svd", "format": "lowrank", "allocation": "energy", "probe_tokens": 0}
+    return {
+        DENSE_KD: seed.dense(DENSE_KD),
+        "tiered SVD 10.32%": seed.pruned("tiered SVD 10.32%", TIERED, **tiers),
+        "one shot 10.32%": seed.pruned("one shot 10.32%", TIERED),
+    }
+
+
+def svd(seed: Seed) -> dict[str, Round]:
+    """The paper's truncation, each weight by itself, at the same budget."""
+    plain = {"method": "svd", "format": "lowrank", "allocation": "uniform", "probe_tokens": 0}
+    return {name: seed.pruned(name, r, **plain) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
+
+
+def controls(seed: Seed) -> dict[str, Round]:
+    """What of the change is due to the data, the temperature, the truncated teacher, and the cache itself."""
+    reduction = seed.control_reduction
+    pruned = seed.pruned(f"one shot {percent(reduction)}", reduction)
+    return {
+        DENSE_KD: seed.dense(DENSE_KD),
+        "dense CE": seed.dense("dense CE", alpha=0.0),
+        "dense KL T1": seed.dense("dense KL T1", alpha=1.0, temperature=1.0),
+        "dense KL T2": seed.dense("dense KL T2", alpha=1.0, temperature=2.0),
+        "dense KL T1 top-k only": seed.dense("dense KL T1 top-k only", alpha=1.0, temperature=1.0, loss="renorm_full"),
+        f"one shot {percent(reduction)}": pruned,
+        "pruned CE": seed.trained("pruned CE", pruned, alpha=0.0),
+        "pruned KL": seed.trained("pruned KL", pruned, alpha=1.0),
+    }
+
+
+def recovery(seed: Seed) -> dict[str, Round]:
+    """One long training, and its control: what the recovery curve is fitted to."""
+    name = f"one shot {percent(seed.control_reduction)}"
+    return {DENSE_KD: seed.dense(DENSE_KD), name: seed.pruned(name, seed.control_reduction)}
+
+
+EXPERIMENTS: dict[str, Callable[[Seed], dict[str, Round]]] = {
+    "II": rounds,  # the same models, by two protocols
+    "III": rounds,
+    "IV": better_teacher,
+    "V": wanda,
+    "VI": tiered,
+    "controls": controls,
+    "recovery": recovery,
+    "svd": svd,
+}

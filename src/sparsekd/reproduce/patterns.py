@@ -1,0 +1,189 @@
+"""What the paper claims, each as a comparison that can fail, with its numbers beside ours.
+
+A pattern is a ratio of two perplexities and a bound. It holds, or does not, when the whole interval is on one side of
+the bound; otherwise it is not decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from sparsekd.reproduce.arms import DENSE_KD, ONE_SHOT, Seed, percent
+from sparsekd.reproduce.spread import Comparison, compare
+
+DENSE, PRUNED, DISTILLED = "dense", "compressed", "distilled"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the experiment: an arm before or after its training; the dense model is of no arm."""
+
+    stage: Literal["dense", "compressed", "distilled"]
+    arm: str | None = None
+
+    def __str__(self) -> str:
+        return self.stage if self.arm is None else f"{self.arm}, {self.stage}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`model`'s perplexity over `reference`'s is claimed to be below, or above, `bound`."""
+
+    claim: str
+    model: Model
+    reference: Model
+    side: Literal["below", "above"]
+    bound: float = 1.0
+
+
+def dense() -> Model:
+    return Model(DENSE)
+
+
+def pruned(arm: str) -> Model:
+    return Model(PRUNED, arm)
+
+
+def distilled(arm: str) -> Model:
+    return Model(DISTILLED, arm)
+
+
+# Perplexities of the paper's tables, of Qwen3-0.6B and (VI) Phi-4-mini: the dense model's, then before and after
+# distillation by arm.
+_PAPER: dict[str, tuple[float, dict[str, tuple[float | None, float]]]] = {
+    "III": (
+        35.87,
+        {
+            DENSE_KD: (None, 21.80),
+            "round 15%": (682, 21.06),
+            "round 35%": (39.97, 24.92),
+            "round 51%": (None, 29.99),
+            "round 65%": (47.34, 29.07),
+        },
+    ),
+    "IV": (35.87, {DENSE_KD: (None, 21.80), "round 65%": (None, 35.57), "round 65% better teacher": (None, 32.91)}),
+    "V": (26.12, {"WANDA 15%": (1909, 19.46), "WANDA 35%": (538_627, 25.72), "WANDA 65%": (681_606, 36.31)}),
+    "VI": (17.53, {DENSE_KD: (None, 12.69), "tiered SVD 10.32%": (48.49, 7.54)}),
+}
+
+
+def paper(experiment: str, model: Model) -> float | None:
+    """The paper's perplexity of a model over the dense one's; None where it gives none."""
+    if model.arm is None:
+        return 1.0
+    of_dense, arms = _PAPER.get(experiment, (1.0, {}))
+    before, after = arms.get(model.arm, (None, None))
+    found = before if model.stage == PRUNED else after
+    return None if found is None else found / of_dense
+
+
+def _rounds(seed: Seed) -> list[Pattern]:
+    names = [f"round {percent(reduction)}" for reduction in seed.reductions]
+    first, last = names[0], names[-1]
+    falls = "quality falls with every further reduction"
+    return [
+        Pattern(
+            "distilling the dense model with its own distribution improves it", distilled(DENSE_KD), dense(), "below"
+        ),
+        Pattern("pruning alone more than doubles the perplexity", pruned(first), dense(), "above", 2.0),
+        *(Pattern("distillation brings quality back", distilled(name), pruned(name), "below") for name in names),
+        *(Pattern(falls, distilled(higher), distilled(lower), "above") for lower, higher in pairwise(names)),
+        Pattern("the first round ends below the dense model distilled", distilled(first), distilled(DENSE_KD), "below"),
+        Pattern("even the last round ends below the dense model", distilled(last), dense(), "below"),
+    ]
+
+
+def _teachers(seed: Seed) -> list[Pattern]:
+    last = f"round {percent(seed.reductions[-1])}"
+    swapped = distilled(f"{last} better teacher")
+    return [Pattern("a better teacher makes a better student", swapped, distilled(last), "below")]
+
+
+def _destroyed_and_restored(name: str) -> list[Pattern]:
+    return [
+        Pattern("pruning alone destroys it (ten times the perplexity)", pruned(name), dense(), "above", 10.0),
+        Pattern("distillation brings quality back", distilled(name), pruned(name), "below"),
+        Pattern("... to the dense model's", distilled(name), dense(), "below"),
+    ]
+
+
+def _tiered(_: Seed) -> list[Pattern]:
+    name = "tiered SVD 10.32%"
+    return [
+        Pattern("a mild tiered cut alone hurts", pruned(name), dense(), "above"),
+        Pattern("pruned and distilled, it ends below the dense model", distilled(name), dense(), "below"),
+        Pattern("... and below the dense model distilled", distilled(name), distilled(DENSE_KD), "below"),
+        Pattern("the recipe's own cut ends lower", distilled("one shot 10.32%"), distilled(name), "below"),
+    ]
+
+
+def _controls(seed: Seed) -> list[Pattern]:
+    shot = f"one shot {percent(seed.control_reduction)}"
+    return [
+        Pattern("distilling the dense model improves it", distilled(DENSE_KD), dense(), "below"),
+        Pattern("... and so does cross-entropy alone", distilled("dense CE"), dense(), "below"),
+        Pattern("... and so do its own probabilities alone, at T = 2", distilled("dense KL T2"), dense(), "below"),
+        Pattern("... and at T = 1", distilled("dense KL T1"), dense(), "below"),
+        Pattern("its own probabilities help beside cross-entropy", distilled(DENSE_KD), distilled("dense CE"), "below"),
+        Pattern("they help the pruned model beside cross-entropy", distilled(shot), distilled("pruned CE"), "below"),
+        Pattern("cross-entropy helps it beside them", distilled(shot), distilled("pruned KL"), "below"),
+    ]
+
+
+PATTERNS: dict[str, Callable[[Seed], list[Pattern]]] = {
+    "II": _rounds,
+    "III": _rounds,
+    "IV": _teachers,
+    "V": lambda _: [pattern for r in ONE_SHOT for pattern in _destroyed_and_restored(f"WANDA {percent(r)}")],
+    "VI": _tiered,
+    "controls": _controls,
+    "recovery": lambda _: [],
+    "svd": lambda _: [pattern for r in ONE_SHOT for pattern in _destroyed_and_restored(f"SVD {percent(r)}")],
+}
+
+
+def attribution(seed: Seed) -> dict[str, tuple[Model, Model]]:
+    """What a change of perplexity is due to: the two models of `controls` that differ in just that."""
+    shot = f"one shot {percent(seed.control_reduction)}"
+    return {
+        "the data (cross-entropy on the corpus)": (distilled("dense CE"), dense()),
+        "its own probabilities, T = 1 (zero gradient at the start) and the cache": (distilled("dense KL T1"), dense()),
+        "temperature (T = 2 for T = 1)": (distilled("dense KL T2"), distilled("dense KL T1")),
+        "a teacher cut to its top-k": (distilled("dense KL T1 top-k only"), distilled("dense KL T1")),
+        "probabilities beside cross-entropy": (distilled(DENSE_KD), distilled("dense CE")),
+        "pruning, before training": (pruned(shot), dense()),
+        "pruning, after training": (distilled(shot), distilled(DENSE_KD)),
+        "training the pruned model": (distilled(shot), pruned(shot)),
+        "... by cross-entropy only": (distilled("pruned CE"), pruned(shot)),
+        "... by probabilities only": (distilled("pruned KL"), pruned(shot)),
+    }
+
+
+class Found:
+    """The finished arms' evaluations by arm and seed, to be compared."""
+
+    def __init__(self, evaluations: dict[str, dict[int, dict[str, Any]]]):
+        self._evaluations = evaluations
+        self.texts = list(next(iter(next(iter(evaluations.values())).values()))[DENSE])
+
+    def results(self, model: Model, text: str) -> list[dict[str, Any]]:
+        """The model's measurements on a text, a seed each."""
+        arm = next(iter(self._evaluations)) if model.arm is None else model.arm
+        return [models[model.stage][text] for models in self._evaluations[arm].values()]
+
+    def has(self, model: Model) -> bool:
+        return model.arm in self._evaluations and all(model.stage in m for m in self._evaluations[model.arm].values())
+
+    def compare(self, model: Model, reference: Model, text: str) -> Comparison:
+        return compare(self.results(model, text), self.results(reference, text))
+
+
+def verdict(comparison: Comparison, pattern: Pattern) -> str:
+    """`holds`, `does not hold`, or `not decided` where the interval holds the bound."""
+    low, high = comparison.interval
+    if low <= pattern.bound <= high:
+        return "not decided"
+    return "holds" if (high < pattern.bound) == (pattern.side == "below") else "does not hold"

@@ -1,0 +1,83 @@
+"""The rounds of a run as data: where each starts, what it removes, who teaches it, and where its results lie.
+
+A run is a list of rounds, each prune -> distil -> evaluate. Ahead of them a cascade may put generations: the dense
+model distilled without pruning, each the teacher of what follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparsekd.recipe import Compress, Distill, Recipe
+
+Place = str | Path  # a model: a name, as in the recipe, or a folder of the run that has `model` in it
+CORPUS = "corpus"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One prune-distil step; folders are relative to the run directory."""
+
+    name: str
+    seed: int  # of the statistics' sample, the labels drawn for curvature, and the order of the training blocks
+    start: Place  # the model that is pruned further
+    compress: Compress | None  # None: nothing is removed
+    compressed: Path | None  # folder of the pruned model; rounds that differ only in training share it
+    distill: Distill
+    teachers: dict[Place, float]  # with their weights
+    cache: str  # folder of the teachers' distributions; rounds with the same teachers share it
+
+    @property
+    def student(self) -> Place:
+        """What is trained: the pruned model, or the start as it is."""
+        return self.compressed or self.start
+
+    @property
+    def distilled(self) -> Path:
+        return Path(self.name) / "distilled"
+
+    @property
+    def evaluation(self) -> Path:
+        return Path(self.name) / "eval"
+
+    @property
+    def measured(self) -> dict[str, Place]:
+        """The models to evaluate beside the dense one; a pruned model that is shared, where it was made."""
+        is_own = self.compressed is not None and self.compressed.parent == Path(self.name)
+        pruned: dict[str, Place] = {"compressed": self.compressed} if is_own and self.compressed else {}
+        return pruned | {"distilled": self.distilled}
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folder of each stage, in order."""
+        stages = {"cache": self.cache, "compress": self.compressed, "distill": self.distilled}
+        return {name: str(place) for name, place in (stages | {"evaluate": self.evaluation}).items() if place}
+
+
+def planned(recipe: Recipe) -> list[Round]:
+    """All rounds of a run: the cascade's generations, then one for each reduction."""
+    made: list[Round] = []
+    for number in range(1, recipe.teacher.cascade + 1):
+        made.append(_next(recipe, made, f"generation-{number:02d}", None))
+    for number, reduction in enumerate(recipe.rounds or [recipe.compress.reduction], 1):
+        made.append(_next(recipe, made, f"round-{number:02d}", replace(recipe.compress, reduction=reduction)))
+    return made
+
+
+def _next(recipe: Recipe, earlier: list[Round], name: str, compress: Compress | None) -> Round:
+    """A generation starts from the dense model, a round from the round before; the newest teacher is the last
+    generation, or with `recache` the last round, and the first teacher stays beside it with the anchor's weight."""
+    dense = recipe.model.name
+    rounds = [one for one in earlier if one.compress is not None]
+    start = rounds[-1].distilled if rounds and compress is not None else dense
+    newer = earlier if recipe.teacher.recache else [one for one in earlier if one.compress is None]
+    first: dict[Place, float] = {**(recipe.teacher.models or {dense: 1.0})}
+    teachers = first
+    if newer:
+        anchor, total = recipe.teacher.anchor, sum(first.values())
+        teachers = {place: anchor * weight / total for place, weight in first.items() if anchor}
+        teachers[newer[-1].distilled] = 1 - anchor
+    shared = next((one.cache for one in earlier if one.teachers == teachers), None)
+    compressed = None if compress is None else Path(name) / "compressed"
+    return Round(name, recipe.seed, start, compress, compressed, recipe.distill, teachers, shared or f"{name}/cache")

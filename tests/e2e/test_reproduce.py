@@ -1,0 +1,109 @@
+"""The paper's experiments on tiny real models: what runs, what is shared, what is compared."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsekd import errors
+from sparsekd.recipe import load_recipe
+from sparsekd.report import experiments
+from sparsekd.reproduce import reproduce
+
+ROUNDS = "rounds=[0.3,0.5]"
+
+
+def run(experiment: str, recipe: Path, folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    options = {"seeds": [1, 2], "rates": [1e-4, 1e-3]} | options
+    return reproduce(experiment, load_recipe(str(recipe), (ROUNDS, *overrides)), folder, **options)
+
+
+def cells(found: dict[str, Any]) -> dict[str, list[list[str]]]:
+    return {table.title: table.rows for table in experiments.all_tables(found)}
+
+
+def test_rounds_over_seeds_against_the_control(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = run("III", tiny_recipe, tmp_path / "run")
+    assert found == json.loads((tmp_path / "run/reproduce-III.json").read_text())
+    assert list(found["arms"]) == ["Dense+KD", "round 30%", "round 50%"]
+    for arm in found["arms"].values():
+        assert set(arm) == {"1", "2"} and arm["1"]["learning_rate"] == arm["2"]["learning_rate"] in (1e-4, 1e-3)
+        assert arm["1"]["models"]["distilled"] != arm["2"]["models"]["distilled"]  # another order of the data
+    reductions = [arm["1"]["mlp_reduction"] for arm in found["arms"].values()]
+    assert reductions[0] == 0 and 0.3 <= reductions[1] < 0.4 and 0.5 <= reductions[2] < 0.6
+    assert "before" not in found["ratios"]["Dense+KD"]["held"] and "before" in found["ratios"]["round 30%"]["held"]
+    one, two = (found["arms"]["round 30%"][seed]["models"] for seed in ("1", "2"))
+    nats = [math.log(m["distilled"]["held"]["perplexity"] / m["dense"]["held"]["perplexity"]) for m in (one, two)]
+    after = found["ratios"]["round 30%"]["held"]["after"]
+    assert after["nats"] == pytest.approx(sum(nats) / 2)
+    assert after["deviation"] == pytest.approx(abs(nats[0] - nats[1]) / math.sqrt(2))
+    assert after["interval"][0] < after["ratio"] < after["interval"][1]
+    assert {pattern["verdict"] for pattern in found["patterns"]} <= {"holds", "does not hold", "not decided"}
+
+
+def test_experiments_share_a_directory_and_its_arms(tiny_recipe: Path, tmp_path: Path) -> None:
+    first = run("III", tiny_recipe, tmp_path / "run", seeds=[1])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/arms").rglob("model.safetensors")}
+    found = run("IV", tiny_recipe, tmp_path / "run", seeds=[1])
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    assert {name: found["arms"][name] for name in first["arms"]} == first["arms"]
+    swapped = tmp_path / "run/arms/round-50-better-teacher/seed-1"
+    assert not (swapped / "compressed").exists()  # it is the last round's
+    teacher = json.loads((swapped / "distilled/inputs.json").read_text())["teacher"]["teachers"]
+    assert [one["folder"] for one in teacher] == ["arms/Dense+KD/seed-1/distilled"]
+    [claim] = {pattern["claim"] for pattern in found["patterns"]}
+    assert claim == "a better teacher makes a better student"
+
+
+def test_one_seed_has_no_deviation(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = run("VI", tiny_recipe, tmp_path / "run", seeds=[1])
+    assert list(found["arms"]) == ["Dense+KD", "tiered SVD 10.32%", "one shot 10.32%"]
+    assert found["ratios"]["Dense+KD"]["held"]["after"]["deviation"] is None
+    [ratios, claims] = cells(found).values()
+    assert not any("\u00b1" in cell for row in [*ratios, *claims] for cell in row)
+    assert [row[-1] for row in ratios if row[0] == "tiered SVD 10.32%"] == ["0.43", "0.43"]  # 7.54 / 17.53
+
+
+def test_controls_attribute_the_change(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = run("controls", tiny_recipe, tmp_path / "run", "rounds=[0.35]", seeds=[1])
+    arms = found["arms"]
+    assert arms["dense KL T1"]["1"]["first_grad_norm"] < 0.01 * arms["dense CE"]["1"]["first_grad_norm"]
+    factors = {(row["cause"], row["text"]): row["nats"] for row in found["attribution"]}
+    for text in found["texts"]:
+        before, after = (factors[cause, text] for cause in ("pruning, before training", "training the pruned model"))
+        shot = found["ratios"]["one shot 35%"][text]["after"]["nats"]
+        assert before + after == pytest.approx(shot)
+    assert "before" not in found["ratios"]["pruned CE"]["held"]
+
+
+def test_a_long_run_gives_a_recovery_curve(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = run("recovery", tiny_recipe, tmp_path / "run", "distill.epochs=2", "distill.validations=4", seeds=[1])
+    curve = found["recovery"]
+    assert curve["tokens"] == [12 * 32 * 2 * part // 4 for part in (1, 2, 3, 4)]
+    assert len(curve["gaps"]) == 4 and set(curve["tokens_for"]) == {"1.05", "1.2", "1.6"}
+    assert "Tokens that the recovery curve asks for" in cells(found)
+
+
+def test_two_protocols(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = run("II", tiny_recipe, tmp_path / "run", seeds=[1])
+    rows = cells(found)["By protocol"]
+    assert [row[0] for row in rows] == [name for name in ("dense", *found["arms"]) for _ in found["texts"]]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "options", "message"),
+    [
+        ("VII", (), {}, "experiment VII: expected one of II, III, IV, V, VI, controls, recovery, svd"),
+        ("III", (), {"seeds": []}, r"seeds are \[\]"),
+        ("III", (), {"seeds": [1, 1]}, r"seeds are \[1, 1\]: expected one or several different numbers"),
+        ("III", ("teacher.cascade=1",), {}, "teacher: the experiments choose their teachers"),
+    ],
+)
+def test_bad_input(
+    experiment: str, overrides: tuple[str, ...], options: Any, message: str, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.UsageError, match=message):
+        run(experiment, tiny_recipe, tmp_path / "run", *overrides, **options)
+    assert not (tmp_path / "run").exists()

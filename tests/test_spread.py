@@ -1,0 +1,74 @@
+"""Comparisons over seeds and windows, and the recovery curve."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsekd.reproduce.patterns import Pattern, dense, distilled, verdict
+from sparsekd.reproduce.spread import Comparison, compare, fit_recovery
+
+TOKENS = [100] * 40
+
+
+def measured(per_token: float, noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
+    drawn = np.random.default_rng(seed).normal(per_token, noise, len(TOKENS))
+    return {"window_nll": (drawn * 100).tolist(), "window_tokens": TOKENS}
+
+
+def test_mean_and_deviation_are_over_seeds() -> None:
+    found = compare([measured(3.1), measured(3.3), measured(3.2)], [measured(3.0)] * 3)
+    assert found.value == pytest.approx(0.2) and found.ratio == pytest.approx(math.exp(0.2))
+    assert found.deviation == pytest.approx(0.1)
+    half = 4.303 * 0.1 / math.sqrt(3)  # Student's t, 2 degrees of freedom; all windows agree
+    assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+
+
+def test_one_seed_leaves_the_text_s_error_only() -> None:
+    found = compare([measured(3.1, 0.5)], [measured(3.0)])
+    assert found.deviation is None
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.3)
+
+
+def test_what_text_and_reference_share_adds_no_error() -> None:
+    text = measured(3.0, 2.0)
+    harder = {"window_nll": [nll + 10.0 for nll in text["window_nll"]], "window_tokens": text["window_tokens"]}
+    found = compare([harder], [text])
+    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(300):
+        seeds = rng.normal(0.2, 0.05, 3)
+        results = [measured(3.0 + shift, 0.2, seed=3 * trial + i) for i, shift in enumerate(seeds)]
+        found = compare(results, [measured(3.0)] * 3)
+        hits += found.low <= 0.2 <= found.high
+    assert 0.92 <= hits / 300 <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "side", "wanted"),
+    [
+        (-0.2, -0.1, "below", "holds"),
+        (-0.2, -0.1, "above", "does not hold"),
+        (0.1, 0.2, "above", "holds"),
+        (0.1, 0.2, "below", "does not hold"),
+        (-0.1, 0.1, "below", "not decided"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, side: str, wanted: str) -> None:
+    pattern = Pattern("it is so", distilled("arm"), dense(), side)  # type: ignore[arg-type]
+    assert verdict(Comparison((low + high) / 2, None, low, high), pattern) == wanted
+
+
+@pytest.mark.parametrize(("floor", "scale", "power"), [(0.1, 50.0, 0.6), (0.0, 3.0, 0.2)])
+def test_the_recovery_curve_is_found_again(floor: float, scale: float, power: float) -> None:
+    tokens = np.linspace(20_000, 300_000, 12)
+    fit = fit_recovery(tokens.tolist(), (floor + scale * tokens**-power).tolist())
+    assert fit.error < 1e-6
+    assert (fit.floor, fit.power) == (pytest.approx(floor, abs=1e-3), pytest.approx(power, rel=0.01))
+    gap = floor + scale * 1e6**-power
+    assert fit.tokens_for(gap) == pytest.approx(1e6, rel=0.02)
+    assert fit.tokens_for(floor / 2) is None if floor else fit.tokens_for(-0.1) is None
