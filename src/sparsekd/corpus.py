@@ -9,8 +9,9 @@ block i of an epoch depends on nothing but (seed, epoch, i).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text, check_text_name
 
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
+_SHOWN_WORDS, _SHOWN_DOCUMENTS = 20, 3  # of evaluation text found in a source: what the error shows
 _SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
 _VALIDATION_EVERY = 10  # one document in ten is for validation, until there are enough blocks
 
@@ -79,10 +81,12 @@ def shuffled(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: int) -> Corpus:
     """Reads the sources, keeps evaluation text out, and cuts the rest into blocks.
 
-    Raises `DataError` for a missing, empty or unreadable source and for one shorter than a block.
+    Raises `DataError` for a missing, empty or unreadable source, for one shorter than a block and, where
+    `recipe.overlap` is "stop", for evaluation text in the sources, once all of them are read.
     """
     evaluation = {name: read_text(text, recipe) for name, text in texts.items()}
-    guard = Guard(evaluation.values())
+    guard = Guard(evaluation)
+    overlaps: list[tuple[str, str, Overlap]] = []  # source, document
     total_weight = sum(source.weight for source in recipe.sources.values())
     blocks: list[Block] = []
     train: list[int] = []
@@ -94,8 +98,10 @@ def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: in
         wanted_validation = max(1, round(recipe.num_validation_blocks * share))
         report = reports[name] = SourceReport()
         rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + number]))
-        documents = _kept(name, source, recipe, guard, report)
+        documents = _kept(name, source, recipe, guard, report, overlaps)
         learned, held = _split_blocks(name, documents, tokenizer, recipe, wanted, wanted_validation, rng)
+        if overlaps and recipe.overlap == "stop":
+            continue  # this will not become a corpus, but the next sources may hold evaluation text too
         if not learned:
             raise DataError(
                 f"corpus.sources.{name}: not enough text for one block of {recipe.seq_len} tokens and a validation "
@@ -108,6 +114,8 @@ def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: in
         train.extend(first + i % len(learned) for i in range(wanted))
         validation.extend(range(len(blocks), len(blocks) + len(held)))
         blocks.extend(held)
+    if overlaps and recipe.overlap == "stop":
+        raise DataError(_describe(overlaps, reports))
     separator = _separator(tokenizer) if recipe.document_mask else None
     corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = _fingerprint(corpus)
@@ -153,20 +161,56 @@ def read_text(text: Text, recipe: CorpusRecipe) -> str:
     return text.rows_joined_by.join(row + "\n" if row.strip() else "" for row in rows)
 
 
+class Overlap(NamedTuple):
+    """What a document shares with evaluation text."""
+
+    text: str  # name of the evaluation text
+    passage: str  # the longest run of words that both have, cut to 20
+    sequences: int  # of 13 words that both have
+
+
 class Guard:
-    """The 13-word sequences of all evaluation texts, case and punctuation aside."""
+    """The 13-word sequences of all evaluation texts, given by name; case and punctuation aside."""
 
-    def __init__(self, texts: Iterable[str]):
-        self._sequences = {sequence for text in texts for sequence in _sequences(text)}
+    def __init__(self, texts: Mapping[str, str]):
+        self._names = {sequence: name for name, text in texts.items() for sequence in _sequences(_words(text))}
 
-    def overlaps(self, text: str) -> int:
-        """How many of the text's 13-word sequences also stand in an evaluation text."""
-        return sum(sequence in self._sequences for sequence in _sequences(text)) if self._sequences else 0
+    def overlap(self, document: str) -> Overlap | None:
+        """What the document shares; of several evaluation texts, the one with the longest run is named."""
+        if not self._names:
+            return None
+        words = _words(document)
+        names = [self._names.get(sequence) for sequence in _sequences(words)]
+        grouped = itertools.groupby(range(len(names)), names.__getitem__)
+        runs = [(name, list(run)) for name, run in grouped if name is not None]
+        if not runs:
+            return None
+        name, longest = max(runs, key=lambda run: len(run[1]))
+        shared = words[longest[0] : longest[-1] + GUARD_WORDS]
+        passage = " ".join(shared[:_SHOWN_WORDS]) + (" ..." if len(shared) > _SHOWN_WORDS else "")
+        return Overlap(name, passage, sum(len(run) for _, run in runs))
 
 
-def _sequences(text: str) -> Iterator[str]:
-    words = re.findall(r"\w+", text.lower())
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _sequences(words: list[str]) -> Iterator[str]:
     return (" ".join(words[i : i + GUARD_WORDS]) for i in range(len(words) - GUARD_WORDS + 1))
+
+
+def _describe(overlaps: list[tuple[str, str, Overlap]], reports: dict[str, SourceReport]) -> str:
+    """A line that says all, then a line for each of the first passages of every source and evaluation text."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for source, document, overlap in overlaps:
+        pairs.setdefault((source, overlap.text), []).append(f'{source}, {document}: "{overlap.passage}"')
+    counts = ", ".join(
+        f"{len(lines)} of {reports[source].documents} documents of corpus.sources.{source} (evaluate.texts.{text})"
+        for (source, text), lines in pairs.items()
+    )
+    shown = [line for lines in pairs.values() for line in lines[:_SHOWN_DOCUMENTS]]
+    first = f"evaluation text found in training sources: {counts}; corpus.overlap=drop leaves those documents out"
+    return "\n  ".join([first, *shown])
 
 
 # ---- documents to blocks
@@ -187,16 +231,23 @@ def _documents(name: str, source: Source, recipe: CorpusRecipe, held_out: bool =
 
 
 def _kept(
-    name: str, source: Source, recipe: CorpusRecipe, guard: Guard, report: SourceReport
+    name: str,
+    source: Source,
+    recipe: CorpusRecipe,
+    guard: Guard,
+    report: SourceReport,
+    overlaps: list[tuple[str, str, Overlap]],
 ) -> Iterator[tuple[str, str]]:
+    """The documents without evaluation text; the others are counted and noted in `overlaps`."""
     for identifier, text in _documents(name, source, recipe):
         report.documents += 1
-        overlaps = guard.overlaps(text)
-        if overlaps:
-            report.leaked_sequences += overlaps
-            report.dropped_documents += 1
-        else:
+        overlap = guard.overlap(text)
+        if overlap is None:
             yield identifier, text
+        else:
+            report.leaked_sequences += overlap.sequences
+            report.dropped_documents += 1
+            overlaps.append((name, identifier, overlap))
 
 
 def _split_blocks(

@@ -71,6 +71,7 @@ class Corpus:
     num_validation_blocks: int = 16  # blocks of other documents, to choose the best weights by
     pack: bool = True  # join documents until a block is full; false: a document a block, cut at seq_len
     document_mask: bool = False  # packed documents do not see each other; positions start again with each
+    overlap: Literal["stop", "drop"] = "stop"  # evaluation text in a source: an error, or its documents are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,8 @@ DEMO: dict[str, Any] = {
         },
         "num_blocks": 100,
         "num_validation_blocks": 10,
+        # an article quotes what a held-out one quotes, and functions share comments with held-out ones
+        "overlap": "drop",
     },
     "compress": {"method": "two-sided", "allocation": "global", "num_tokens": 8192},
     "distill": {"micro_batch_size": 2},

@@ -90,6 +90,26 @@ def test_empty_or_short_corpus(content: str, words: str, sparsekd: Any, tiny_rec
     expect(sparsekd("run", changed(tiny_recipe, **short), "--out", str(tmp_path / "out")), 3, words)
 
 
+def test_evaluation_text_in_a_training_source(
+    sparsekd: Any, tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The passage is shown, nothing is made of it, and the way out that the message names works."""
+    passage = (tmp_path / "other.txt").read_text().split("\n\n")[7]
+    learn = tmp_path / "learn.txt"
+    learn.write_text(f"{passage}\n\n{learn.read_text()}")
+    monkeypatch.setattr(sys, "argv", ["sparsekd", "run", str(tiny_recipe), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 3
+    first, shown = capsys.readouterr().err.splitlines()[-2:]
+    assert first.startswith("sparsekd: evaluation text found")
+    assert "1 of 161 documents of corpus.sources.learn (evaluate.texts.other); corpus.overlap=drop" in first
+    assert shown.startswith('  learn, learn.txt:0: "' + " ".join(passage.lower().split()[:15]))
+    assert not (tmp_path / "out/corpus/stage.json").exists()
+    drop = ("--set", "corpus.overlap=drop", "--out", str(tmp_path / "dropped"))
+    assert sparsekd("corpus", str(tiny_recipe), *drop)[0] == 0
+
+
 def test_tokenizer_that_does_not_match(
     sparsekd: Any, tiny_recipe: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
