@@ -57,10 +57,11 @@ class Mixture:
         contexts = [context for context in map(_context, models) if context is not None]
         self.models = list(models)
         self.weights = [weight / math.fsum(weights) for weight in weights]
-        # what those who have a single model's config ask it for
-        self.config = PreTrainedConfig(
-            vocab_size=shared_vocab_size(sizes), max_position_embeddings=min(contexts, default=None)
-        )
+        shared: dict[str, Any] = {
+            "vocab_size": shared_vocab_size(sizes),
+            "max_position_embeddings": min(contexts, default=None),
+        }
+        self.config = PreTrainedConfig(**shared)  # what a single model's config is asked for
 
 
 TeacherModel = PreTrainedModel | Mixture
