@@ -1,6 +1,6 @@
 """SmolLM2-135M: one step of the truncation after the other, before training and after 51,200 tokens of it.
 
-    python benchmarks/truncation_ablation.py DATA [--reductions 0.15 0.35 0.65] [--train] [--seeds 42] [--rate 1e-4] [--arms NAME ...]
+    python benchmarks/truncation_ablation.py DATA [--reductions 0.15] [--arms NAME] [--train] [--seeds 42] [--rate 1e-4]
 
 DATA is a folder as recipes/local-mixture.yaml describes it. Every arm has the same corpus, statistics (98,304 tokens),
 budget and training (one pass over 200 of the blocks), so what differs is the truncation alone; the learning rate

@@ -20,11 +20,13 @@ from sparsekd import compression, corpus, distillation, files, models, sources, 
 from sparsekd.cache import WHOLE, Cache, Part, Targets
 from sparsekd.corpus import Corpus
 from sparsekd.device import place
+from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
 from sparsekd.objective import Teacher
 from sparsekd.recipe import Compress, as_dict
 from sparsekd.rounds import CORPUS, Place, Round
 from sparsekd.run import Run, Stage, stop_signals
+from sparsekd.teacher import TeacherModel
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -152,17 +154,17 @@ def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
         return stage.summary
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
     num_tokens = sum(len(tokens) for tokens in by_id.values()) // part.count
-    model, tokenizer = _open_teacher(work, round_)
+    model, tokenizer, vocab_size = _open_teacher(work, round_)
     with work.run.console.bar("caching", num_tokens) as bar:
         cache = teacher.fill(
             model,
             stage.folder,
             by_id,
-            tokenizer=models.tokenizer_hash(tokenizer),
+            tokenizer=tokenizer,
             corpus_fingerprint=blocks.fingerprint,
             codec=options.codec,
             top_k=options.top_k,
-            vocab_size=models.real_vocab_size(model, tokenizer),
+            vocab_size=vocab_size,
             seed=work.recipe.seed,
             blocks_per_shard=options.blocks_per_shard,
             batch_size=options.batch_size,
@@ -192,13 +194,21 @@ def cache_summary(cache: Cache, blocks: Corpus) -> dict[str, Any]:
     return facts | {"identity": cache.identity}
 
 
-def _open_teacher(work: Work, round_: Round) -> Loaded:
-    """The teacher as one model, mixed where there are several."""
+def _open_teacher(work: Work, round_: Round) -> tuple[TeacherModel, str, int]:
+    """The teacher as one model, mixed where there are several; the hash of its tokenizer; the tokens all know."""
     opened = {where: work.open(where) for where in round_.teachers}
-    first, tokenizer = next(iter(opened.values()))
+    hashes = {where: models.tokenizer_hash(tokenizer) for where, (_, tokenizer) in opened.items()}
+    wanted = models.tokenizer_hash(work.open(work.dense)[1])
+    for where, found in hashes.items():
+        if found != wanted:
+            raise MismatchError(
+                f"teacher {where}: its tokenizer is not that of {work.dense}, whose tokens it is to predict"
+            )
+    vocab_size = min(models.real_vocab_size(model, tokenizer) for model, tokenizer in opened.values())
     if len(opened) == 1:
-        return first, tokenizer
-    return teacher.Mixture([(model, round_.teachers[where]) for where, (model, _) in opened.items()]), tokenizer
+        return next(iter(opened.values()))[0], wanted, vocab_size
+    mixed = teacher.Mixture([model for model, _ in opened.values()], list(round_.teachers.values()))
+    return mixed, wanted, vocab_size
 
 
 def _open_cache(work: Work, round_: Round, needed: Iterable[int]) -> Cache:
@@ -370,8 +380,8 @@ def _teacher(work: Work, round_: Round) -> Teacher:
     blocks = work.blocks
     if work.recipe.distill.teacher == "cache":
         return _open_cache(work, round_, {*blocks.train_ids.tolist(), *blocks.validation_ids.tolist()})
-    model, tokenizer = _open_teacher(work, round_)
-    return teacher.Online(model, work.recipe.cache.top_k, models.real_vocab_size(model, tokenizer), blocks.separator)
+    model, _, vocab_size = _open_teacher(work, round_)
+    return teacher.Online(model, work.recipe.cache.top_k, vocab_size, blocks.separator)
 
 
 # ---- evaluate

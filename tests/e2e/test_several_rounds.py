@@ -1,0 +1,98 @@
+"""Several rounds, and teachers other than the dense model, on tiny real models."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsekd
+from sparsekd import errors, inspection, pipeline
+from sparsekd.recipe import load_recipe
+
+
+def run(recipe: Path, folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    with contextlib.suppress(errors.QualityError):  # a random model has nothing to restore
+        pipeline.run(load_recipe(str(recipe), overrides), folder, **options)
+    return json.loads((folder / "report.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return sparsekd.load(str(folder / "model"))[0].state_dict()
+
+
+def test_each_round_goes_on_from_the_one_before(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    report = run(tiny_recipe, out, "rounds=[0.3,0.5,0.6]")
+    reductions = [one["mlp_reduction"] for one in report["rounds"]]
+    assert all(wanted <= found < wanted + 0.1 for wanted, found in zip((0.3, 0.5, 0.6), reductions, strict=True))
+    assert report["compression"]["mlp_reduction"] == reductions[-1]
+    assert report["model_folder"] == "round-03/distilled/model"
+    assert [path.name for path in sorted(out.glob("round-*/cache"))] == ["cache"]  # the first teacher stays
+    made_from = json.loads((out / "round-02/compressed/inputs.json").read_text())["model"]
+    assert made_from["folder"] == "round-01/distilled"
+    before, after = weights(out / "round-01/distilled"), weights(out / "round-02/compressed")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(before[name], after[name])  # attention as the first round trained it
+    page = (out / "report.html").read_text()
+    assert "Round by round" in page and "round-02" in page and "<script" not in page
+    assert set(inspection.describe(out)) >= {"round-01/cache", "round-03/eval"}
+
+
+def test_a_round_can_be_the_start_of_another_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    run(tiny_recipe, tmp_path / "two", "rounds=[0.3,0.5]")
+    start = tmp_path / "two/round-01/distilled/model"
+    report = run(tiny_recipe, tmp_path / "on", f"model.name={start}", "compress.reduction=0.5")
+    assert report["compression"]["mlp_parameters_after"] <= 0.5 * report["compression"]["mlp_parameters_before"]
+    with pytest.raises(errors.UsageError, match="are removed already"):
+        run(tiny_recipe, tmp_path / "less", f"model.name={start}", "compress.reduction=0.2")
+
+
+def test_stopped_between_rounds_it_ends_with_the_same_bytes(tiny_recipe: Path, tmp_path: Path) -> None:
+    rounds = "rounds=[0.3,0.5]"
+    run(tiny_recipe, tmp_path / "straight", rounds)
+    pipeline.run(load_recipe(str(tiny_recipe), (rounds,)), tmp_path / "steps", until="distill")
+    assert not (tmp_path / "steps/round-02").exists()
+    run(tiny_recipe, tmp_path / "steps", rounds, resume=True)
+    for name in ("round-01", "round-02"):
+        straight, steps = (
+            tmp_path / f"{run}/{name}/distilled/model/model.safetensors" for run in ("straight", "steps")
+        )
+        assert straight.read_bytes() == steps.read_bytes()
+
+
+def test_with_recache_and_anchor_the_round_before_teaches_beside_the_first(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny_recipe, out, "rounds=[0.3,0.5]", "teacher.recache=true", "teacher.anchor=0.25")
+    first, second = (json.loads((out / f"round-0{n}/cache/stage.json").read_text())["identity"] for n in (1, 2))
+    assert isinstance(first["teacher"], str)
+    assert second["weights"] == [0.25, 0.75] and second["teacher"][0] == first["teacher"] != second["teacher"][1]
+
+
+def test_a_cascade_teaches_with_the_distilled_dense_model(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    report = run(tiny_recipe, out, "teacher.cascade=2")
+    assert [one["name"] for one in report["rounds"]] == ["generation-01", "generation-02", "round-01"]
+    assert [one["mlp_reduction"] > 0 for one in report["rounds"]] == [False, False, True]
+    assert list(report["rounds"][1]["teachers"]) == ["generation-01/distilled"]
+    dense, distilled = weights(out / "generation-01/distilled"), weights(out / "generation-02/distilled")
+    assert dense.keys() == distilled.keys() and not all(torch.equal(dense[name], distilled[name]) for name in dense)
+
+
+@pytest.mark.parametrize("teacher", ["cache", "online"])
+def test_a_larger_teacher_of_the_same_vocabulary(
+    teacher: str, tiny_recipe: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    larger = model_folder("qwen3")
+    out = tmp_path / "run"
+    run(tiny_recipe, out, f"teacher.models={{{larger}: 1}}", f"distill.teacher={teacher}")
+    made_from = json.loads((out / "round-01/cache/inputs.json").read_text())
+    assert [one["name"] for one in made_from["teachers"]] == [str(larger)]
+
+
+def test_a_teacher_that_is_not_there_is_named_before_anything_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.UsageError, match="no such folder"):
+        run(tiny_recipe, tmp_path / "run", "teacher.models={/nowhere/at/all: 1}")
+    assert not (tmp_path / "run").exists()
