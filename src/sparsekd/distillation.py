@@ -37,7 +37,7 @@ from sparsekd.corpus import shuffled
 from sparsekd.device import trains_in_bfloat16
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.objective import Data, Objective, make_batch, require_document_mask
-from sparsekd.optimization import make_optimizer, prepared, schedule
+from sparsekd.optimization import PrunedWeights, make_optimizer, prepared, schedule
 from sparsekd.recipe import Distill, distill_section
 
 METRICS = "metrics.jsonl"  # in the stage's folder: a line for every step and every validation
@@ -148,6 +148,7 @@ def train(
     _require_covered(data, order)
     with _folder(folder) as place, _accelerated(student, options, place) as accelerator, prepared(student, options):
         optimizer, worker = _distribute(student, data, options, accelerator)
+        pruned = PrunedWeights(student)
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
         state = checkpoints.restore(student, optimizer, say)
         if state is None:
@@ -170,11 +171,13 @@ def train(
             while (sums := worker.gradients(ids, micro_batch_size)) is None:  # memory ran out
                 optimizer.zero_grad()
                 micro_batch_size = _halved(micro_batch_size, accelerator, say)
+            pruned.drop_gradients()
             clipped: Any = accelerator.clip_grad_norm_(worker.objective.parameters(), options.max_grad_norm)
             loss, kd, ce = worker.summed(sums)
             grad_norm = float(clipped)
             _require_finite(step + 1, loss, grad_norm)
             optimizer.step()
+            pruned.restore()
             optimizer.zero_grad()
             num_tokens += sum(len(data.blocks[i]) for i in ids)
             seconds = time.monotonic() - start

@@ -73,6 +73,9 @@ def _describe_model(path: Path) -> dict[str, Any]:
     if description is None:
         dense = sum(models.num_parameters(skeleton.get_submodule(name)) for mlp in mlps for name in mlp.matrices)
         return facts | {"MLP parameters": dense, "compressed": "no"}
+    if description["format"] == "mask":
+        zeros = sum(description["zeros"].values())
+        return facts | {"compressed": f"{description['method']}, {zeros} zeros in dense matrices", "format": "mask"}
     ranks = description["ranks"].values()
     return facts | {
         "compressed": f"{description['method']}, {description['reduction']:.0%} of the MLP parameters removed",

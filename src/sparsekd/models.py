@@ -3,7 +3,8 @@
 A compressed model is an ordinary transformers model of a class made on the fly: `SparseKDLlamaForCausalLM` is
 `LlamaForCausalLM` whose `__init__` ends by putting low-rank layers where `config.sparsekd` says. Its `model_type`,
 `sparsekd_llama`, is unknown to plain transformers, which therefore refuses the folder instead of filling the MLPs
-with random numbers.
+with random numbers. A masked model keeps the class and the type of the dense one: its `config.sparsekd` only says how
+many zeros each matrix has, and `load` and `save` hold it to that.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def load(
         raise DataError(f"model {name}: {len(wrong)} weights are missing or of the wrong shape, first: {wrong[0]}")
     if place.gguf:
         _make_ordinary(model)
+    check_zeros(model)
     check_tokenizer(model, tokenizer, name)
     return model.to(device).eval(), tokenizer
 
@@ -166,22 +168,25 @@ def _config_and_class(place: _Place, options: dict[str, Any]) -> tuple[PreTraine
     raw = _raw_config(place, options.get("revision"))
     model_type = raw.get("model_type", "")
     if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
+        if "sparsekd" in raw:
+            _check_description(raw["sparsekd"], place.source, ("mask",), "zeros")
         return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
     base = CONFIG_MAPPING[model_type.removeprefix(_PREFIX)]
-    _check_description(raw.get("sparsekd"), place.source)
+    _check_description(raw.get("sparsekd"), place.source, FORMATS, "ranks")
     model_class = compressed_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])
     return model_class.config_class.from_dict(raw), model_class
 
 
-def _check_description(found: Any, source: str) -> None:
-    """Raises `DataError` when a compressed model's config does not say what its layers are."""
-    ranks = found.get("ranks") if isinstance(found, dict) else None
-    whole = isinstance(ranks, dict) and all(type(rank) is int and rank > 0 for rank in ranks.values())
-    known = whole and found.get("format") in FORMATS and {"method", "reduction"} <= found.keys()
+def _check_description(found: Any, source: str, formats: tuple[str, ...], counted: str) -> None:
+    """Raises `DataError` when a compressed model's config does not say what its layers are; what is `counted` of them
+    are ranks or zeros."""
+    counts = found.get(counted) if isinstance(found, dict) else None
+    whole = isinstance(counts, dict) and all(type(count) is int and count > 0 for count in counts.values())
+    known = whole and found.get("format") in formats and {"method", "reduction"} <= found.keys()
     if not known:
         raise DataError(
-            f"model {source}: `sparsekd` in config.json is damaged: expected format ({' or '.join(FORMATS)}), method, "
-            "reduction and ranks"
+            f"model {source}: `sparsekd` in config.json is damaged: expected format ({' or '.join(formats)}), method, "
+            f"reduction and {counted}"
         )
 
 
@@ -268,9 +273,10 @@ def save(
     """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing.
 
     `dtype` changes the model's number format, in place, before; None leaves it. Raises `ResourceError` when the disk
-    is too small.
+    is too small, `DataError` when a masked model has lost zeros.
     """
     folder = Path(folder)
+    check_zeros(model)
     if dtype is not None:
         nn.Module.to(model, dtype)
     files.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), "the model")
@@ -466,8 +472,28 @@ def mark_compressed(model: PreTrainedModel, description: dict[str, Any]) -> None
 
 
 def is_compressed(model: PreTrainedModel) -> bool:
-    """Whether a model has layers in a compressed format."""
-    return getattr(model.config, "sparsekd", None) is not None
+    """Whether a model has layers in a compressed format; those of a masked model are dense."""
+    return getattr(model.config, "sparsekd", None) is not None and not pruned_zeros(model)
+
+
+def pruned_zeros(model: PreTrainedModel) -> dict[str, int]:
+    """How many zeros pruning left in each matrix of a masked model, by its name; of any other model nothing."""
+    description = getattr(model.config, "sparsekd", None) or {}
+    return description.get("zeros", {})
+
+
+def check_zeros(model: PreTrainedModel) -> None:
+    """Raises `DataError` naming the first matrix of a masked model that has fewer zeros than pruning left in it."""
+    matrices = {name for mlp in find_mlps(model) for name in mlp.matrices} if pruned_zeros(model) else set()
+    for name, expected in pruned_zeros(model).items():
+        if name not in matrices:
+            raise DataError(f"config.json gives zeros to {name}, which is no matrix of an MLP")
+        found = int((linear_weight(model.get_submodule(name)) == 0).sum())
+        if found < expected:
+            raise DataError(
+                f"{name} has {found} zeros, pruning left {expected}: other training filled them; sparsekd distill "
+                "keeps them, and without `sparsekd` in config.json the model is a dense one"
+            )
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.layers import CompressedLinear
-from sparsekd.models import find_layers, is_attention, is_linear, replace_module
-from sparsekd.recipe import Distill, RateScale
+from sparsekd.models import find_layers, is_attention, is_linear, pruned_zeros, replace_module
+from sparsekd.recipe import LORA_FILLS_ZEROS, Distill, RateScale
 
 
 @contextmanager
@@ -30,8 +30,10 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
     """The student made ready: what does not train is frozen, dropout is off, adapters and checkpointing are on.
 
     Undone at the end: adapters are merged into the weights, the rest is as it was. Raises `UsageError` when nothing is
-    left to train, `ResourceError` when peft is missing.
+    left to train or adapters would fill a masked model's zeros, `ResourceError` when peft is missing.
     """
+    if options.train == "lora" and pruned_zeros(student):
+        raise UsageError(LORA_FILLS_ZEROS)
     was_trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.eval()  # no dropout: the teacher's distributions were made without, and a resumed run repeats its numbers
     try:
@@ -66,10 +68,11 @@ def _activation_checkpointing(student: PreTrainedModel) -> Iterator[None]:
 
 
 def _freeze(student: PreTrainedModel, options: Distill) -> None:
+    masked = pruned_zeros(student)
     compressed = {
         id(parameter)
-        for module in student.modules()
-        if isinstance(module, CompressedLinear)
+        for name, module in student.named_modules()
+        if isinstance(module, CompressedLinear) or name in masked
         for parameter in module.parameters()
     }
     scales = rate_scales(student, options.lr_scale)
@@ -108,6 +111,30 @@ def make_optimizer(student: PreTrainedModel, options: Distill) -> torch.optim.Ad
         weight_decay=options.weight_decay,
         fused=True,  # one pass over the weights and no temporaries, on a CPU as well
     )
+
+
+class PrunedWeights:
+    """The zeros of a masked model's matrices, taken now and kept through training; of any other model none.
+
+    Without a gradient from the first step on, they have no part in clipping and Adam's moments stay zero; setting them
+    back after a step is for moments that are not. Made after accelerate has put the parameters where they train.
+    """
+
+    @torch.no_grad()
+    def __init__(self, student: PreTrainedModel):
+        weights: list[Any] = [student.get_submodule(name).weight for name in pruned_zeros(student)]
+        self._masks = [(weight, weight == 0) for weight in weights]
+
+    def drop_gradients(self) -> None:
+        """Before clipping."""
+        for weight, mask in self._masks:
+            weight.grad.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """After the optimizer's step."""
+        for weight, mask in self._masks:
+            weight.masked_fill_(mask, 0)
 
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:

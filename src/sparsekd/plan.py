@@ -80,25 +80,25 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     tokens = recipe.distill.micro_batch_size * recipe.corpus.seq_len
     activations = tokens * sizes.layers * (14 * sizes.hidden + 5 * sizes.widest) * 4
     head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
-    training = 5 * 4 * structure.model_parameters_after + activations + head
+    training = 5 * 4 * structure.model_parameters_stored + activations + head
     logits = recipe.evaluate.batch_size * recipe.evaluate.context * sizes.vocab * 4
     together = 2 if recipe.evaluate.agreement else 1  # models beside the dense one
-    evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_after) + (2 + together) * logits
-    directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices)
+    evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_stored) + (2 + together) * logits
+    directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices if m.rank is not None)
     truncation = itemsize * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
     return _RUNTIME_BYTES + max(training, evaluation, truncation)
 
 
 def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float) -> dict[str, float]:
     forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
-    smaller = forward * (1 - structure.model_reduction)
-    solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices)
+    smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
+    solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices if m.rank is not None)
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     trained = corpus.num_blocks * corpus.seq_len * distill.epochs
     validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
     # curvature: forward to record, then forward and backward; the probe starts in the middle of the model on average
-    passes = {"svd": 0, "whitened": 1, "two-sided": 3.5}[recipe.compress.method]
+    passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[recipe.compress.method]
     probed = len(structure.matrices) * 0.65 * recipe.compress.probe_tokens
     return {
         "cache": forward * cached,

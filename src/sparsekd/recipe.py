@@ -23,6 +23,9 @@ import yaml
 from sparsekd.errors import UsageError
 
 EMBEDDED_MODEL = "smollm2-135m"
+LORA_FILLS_ZEROS = (
+    "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +103,11 @@ class Compress:
     """The structural step."""
 
     reduction: float = 0.15  # fraction of the dense model's MLP parameters removed
-    method: Literal["whitened", "svd", "two-sided"] = "whitened"
+    method: Literal["whitened", "svd", "two-sided", "wanda"] = "whitened"  # wanda: zeros instead of low rank
     # energy: the paper's threshold and tiers; global: one budget over all matrices, by curvature or by the probe
     allocation: Literal["uniform", "energy", "global"] = "uniform"
-    format: Literal["pivot", "lowrank"] = "pivot"  # r(m+n) - r^2 weights a matrix, or r(m+n)
+    # r(m+n) - r^2 weights a matrix; r(m+n); or all of them, some zero: of method wanda, and of no other
+    format: Literal["pivot", "lowrank", "mask"] = "pivot"
     num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
     offload: bool = False  # the model stays in host memory; its layers visit the device one at a time
@@ -129,7 +133,7 @@ class Distill:
 
     teacher: Literal["cache", "online"] = "cache"  # online: the dense model answers at every step, nothing is cached
     loss: Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"] = "bucket"  # docs/distill.md compares them
-    # every weight, the low-rank layers, or adapters that are merged at the end
+    # every weight, the low-rank layers or masked matrices, or adapters that are merged at the end
     train: Literal["all", "compressed", "lora"] = "all"
     lora_rank: int = 16
     epochs: int = 1  # passes over the corpus
@@ -402,6 +406,8 @@ def check(recipe: Recipe) -> None:
     _check_ranges(ranges)
     check_compress(recipe.compress)
     check_distill(recipe.distill)
+    if recipe.compress.format == "mask" and recipe.distill.train == "lora":
+        raise UsageError(LORA_FILLS_ZEROS)
     _check_targets(recipe)
     _check_places(recipe)
 
@@ -428,6 +434,21 @@ def check_compress(options: Compress) -> None:
             f"compress.allocation is global, which compares matrices by curvature or by the probe: expected "
             f"compress.method two-sided or compress.probe_tokens above 0, found {options.method} and 0"
         )
+    _check_mask(options)
+
+
+def _check_mask(options: Compress) -> None:
+    """Format `mask` and method `wanda` go together, and without what chooses ranks."""
+    if options.method != "wanda":
+        if options.format == "mask":
+            raise UsageError(f"compress.format is mask, which is of method wanda only: found {options.method}")
+        return
+    of_ranks = ("allocation", "probe_tokens", "rank_floor", "rank_cap", "rank_multiple", "ranks_from")
+    expected = {"format": "mask"} | {name: Compress.__dataclass_fields__[name].default for name in of_ranks}
+    wrong = {name: value for name, value in expected.items() if getattr(options, name) != value}
+    if wrong:
+        settings = " ".join(f"compress.{name}={'null' if value is None else value}" for name, value in wrong.items())
+        raise UsageError(f"compress.method is wanda, which prunes every row alike and knows no ranks: set {settings}")
 
 
 def check_distill(options: Distill) -> None:

@@ -1,10 +1,10 @@
-"""Replace the MLP weights of a model by low-rank ones; attention, norms and embeddings stay.
+"""Replace the MLP weights of a model by low-rank or sparse ones; attention, norms and embeddings stay.
 
-`compress` is the whole stage: statistics, solver, ranks, replacement. Every method projects a matrix's outputs on the
-directions that matter most; they differ in what "matters" means: `svd` (the paper's) looks at the weight alone,
+`compress` is the whole stage: statistics, solver, ranks, replacement. The low-rank methods project a matrix's outputs
+on the directions that matter most; they differ in what "matters" means: `svd` (the paper's) looks at the weight alone,
 `whitened` at the outputs on the calibration corpus, `two-sided` at what a change of these outputs does to the model's
-distribution. A model that is compressed already is truncated further, from its own trained factors and activations.
-`docs/compress.md` has the mathematics and what each costs.
+distribution. `wanda` makes weights zero instead (`sparse.py`). A model that is compressed already is truncated
+further, from its own trained factors and activations. `docs/compress.md` has the mathematics and what each costs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.cache import Targets
+from sparsekd.compression import ranks, sparse
 from sparsekd.compression.directions import directions_of
 from sparsekd.compression.formats import convert as convert
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.compression.ranks import Plan as Plan
-from sparsekd.compression.ranks import choose
-from sparsekd.compression.ranks import plan as plan
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import linear_weight, mark_compressed
 from sparsekd.recipe import Compress, check_compress
@@ -39,7 +38,8 @@ def compress(
     seed: int = 42,
     **options: Any,
 ) -> PreTrainedModel:
-    """Makes the MLPs of `model` low-rank, in place, and returns it: an ordinary model with fewer weights.
+    """Makes the MLPs of `model` low-rank, in place, and returns it: an ordinary model with fewer weights; or, with
+    `method="wanda", format="mask"`, the same model with zeros in them.
 
     `blocks` are token ids to take the statistics from, as one tensor or as batches; `svd` needs none. `options` are
     the fields of the recipe's `compress` section, such as `reduction` (the fraction of the dense model's MLP
@@ -54,6 +54,11 @@ def compress(
         )
     truncate(model, blocks, Compress(**options), seed=seed)
     return model
+
+
+def plan(model: PreTrainedModel, options: Compress) -> Plan:
+    """What the shapes alone decide: uniform ranks, or zeros. Works on a model without weights too."""
+    return sparse.plan(model, options) if options.method == "wanda" else ranks.plan(model, options)
 
 
 def truncate(
@@ -86,10 +91,13 @@ def truncate(
     batches: list[Tensor] = []
     if blocks is not None:
         batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
+    if options.method == "wanda":
+        sparse.prune(model, uniform, batches, options, device=device)
+        return uniform
     batches, probed = _split(batches, options.probe_tokens)
     found = directions_of(model, batches, options.method, seed=seed, device=device, warn=warn)
     probe = Probe(model, probed, teacher) if probed else None
-    chosen = choose(model, uniform, found, options, probe)
+    chosen = ranks.choose(model, uniform, found, options, probe)
     factors = {}
     for matrix in chosen.matrices:
         projection = found.pop(matrix.name)  # from here on the factors stand for it: not both in memory
@@ -97,9 +105,9 @@ def truncate(
             weight = linear_weight(model.get_submodule(matrix.name)).detach()
             factors[matrix.name] = projection.factors(weight, matrix.rank)
     put(model, factors, options.format)
-    ranks = {matrix.name: matrix.rank for matrix in chosen.matrices if matrix.rank is not None}
+    kept = {matrix.name: matrix.rank for matrix in chosen.matrices if matrix.rank is not None}
     description = {"format": options.format, "method": options.method, "allocation": options.allocation}
-    mark_compressed(model, description | {"reduction": options.reduction, "ranks": ranks})
+    mark_compressed(model, description | {"reduction": options.reduction, "ranks": kept})
     return chosen if probe is None else replace(chosen, measured_kl=probe.of_all())
 
 

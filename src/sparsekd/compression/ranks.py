@@ -29,7 +29,8 @@ from sparsekd.recipe import Compress
 class MatrixPlan:
     """What happens to one matrix: parameters are counted with its bias. A rank of None leaves it dense.
 
-    Losses are KL to the model as it was, in nats a token, of a truncation of this matrix alone.
+    Losses are KL to the model as it was, in nats a token, of a truncation of this matrix alone. Pruned weights are not
+    counted as parameters, though `zeros` of them stay in the dense matrix.
     """
 
     name: str
@@ -44,6 +45,7 @@ class MatrixPlan:
     probed_rank: int | None = None
     probed_kl: float | None = None  # measured at the probed rank
     predicted_at_probed_rank: float | None = None  # without the probe
+    zeros: int = 0  # pruned weights
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Plan:
         return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
 
     @property
+    def model_parameters_stored(self) -> int:
+        """Numbers that a file, memory and every product still have: pruned weights too."""
+        return self.model_parameters_after + sum(matrix.zeros for matrix in self.matrices)
+
+    @property
     def mlp_reduction(self) -> float:
         return 1 - self.mlp_parameters_after / self.mlp_parameters_before
 
@@ -78,6 +85,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
+        totals["model_parameters_stored"] = self.model_parameters_stored
         found = {"predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression import ranks
 from sparsekd.compression.directions import directions_of
+from sparsekd.errors import UsageError
 from sparsekd.models import linear_weight
 from sparsekd.recipe import Compress
 
@@ -47,6 +48,8 @@ def spectrum(
     warn: Callable[[str], None] = warnings.warn,
 ) -> list[Spectrum]:
     """The spectrum of every MLP matrix in depth order, on `blocks`, by `options.method` and for `options.reduction`."""
+    if options.method == "wanda":
+        raise UsageError("compress.method is wanda, which has no directions: a spectrum is of another method")
     planned = ranks.plan(model, options)
     found = directions_of(model, list(blocks), options.method, seed=seed, warn=warn)
     result = []

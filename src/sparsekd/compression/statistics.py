@@ -1,7 +1,8 @@
 """Second moments of activations and of loss gradients around every MLP, in one pass over the corpus.
 
 Only hidden-size matrices: the input's `E[x x^T]` serves gate and up, the output's `E[y y^T]` serves down, so no
-intermediate-size matrix ever appears (SmolLM2-135M: 80 MB instead of 323 MB, a quarter of the operations).
+intermediate-size matrix ever appears (SmolLM2-135M: 80 MB instead of 323 MB, a quarter of the operations). Pruning
+needs diagonals only (`input_norms`).
 
 Curvature is the Fisher matrix of the KL to the teacher: `E[g g^T]` of the gradients g that cross-entropy against
 labels drawn from the model's own distribution has at a layer's outputs. It is kept whole for the MLP's output and as
@@ -107,36 +108,70 @@ def collect(
                 module = model.get_submodule(name)
                 seen.input_curvature[name] = Gram(shape(module)[1], cap=None, diagonal=True)
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
+    grams = {mlp: seen.grams() for mlp, seen in moments.items()}
+    try:
+        _run_all(model, batches, grams, device, seed if curvature else None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
+
+
+def input_norms(
+    model: PreTrainedModel, batches: Iterable[Int[Tensor, "_ _"]], *, device: torch.device | None = None
+) -> dict[str, Float[Tensor, " F"]]:
+    """The norm of every input of each MLP matrix over all tokens, `||x_j||_2`, by the matrix's name, on the host.
+
+    `device` and errors as in `collect`. No token is capped: the norms are those of the published method.
+    """
+    grams, norms, handles = {}, {}, []
+    for mlp in find_mlps(model):
+        modules = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
+        grams[mlp] = [Gram(shape(module)[0], cap=None, diagonal=True) for module in modules]
+        norms |= dict.fromkeys(mlp.inputs, grams[mlp][0]) | {mlp.output: grams[mlp][1]}
+        for module, gram in zip(modules, grams[mlp], strict=True):
+            handles.append(module.register_forward_pre_hook(_reads_input(gram, False)))
+    try:
+        _run_all(model, batches, grams, device, None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: gram.sum.sqrt() for name, gram in norms.items()}
+
+
+def _run_all(
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    grams: dict[MLP, list[Gram]],
+    device: torch.device | None,
+    label_seed: int | None,
+) -> None:
+    """This process's share of the batches through the model, whose hooks fill `grams`, forward, and backward too with
+    a `label_seed`; then the sums of all processes."""
     layers, home = Layers(model), model.device
     device = device or home
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
-    try:
-        with _without_weight_gradients(model), _all_but_layers_on(model, layers, device):
-            for number, batch in enumerate(batches):
-                if number % world != rank:
-                    continue
-                tokens = batch.to(device)
-                if curvature:  # labels depend on the batch alone, not on which process takes it
-                    labels = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                    _backward(model, layers, tokens, number, home, device, labels)
-                else:
-                    with torch.inference_mode(), _in_turn(layers, home, device):
-                        model.get_decoder()(input_ids=tokens, use_cache=False)
-                _check_finite(moments, number, len(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for seen in moments.values() if shared else []:
-        for gram in seen.grams():
-            gram.add_processes()
-    return moments
+    with _without_weight_gradients(model), _all_but_layers_on(model, layers, device):
+        for number, batch in enumerate(batches):
+            if number % world != rank:
+                continue
+            tokens = batch.to(device)
+            if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
+                labels = torch.Generator().manual_seed(label_seed * 1_000_003 + number)
+                _backward(model, layers, tokens, number, home, device, labels)
+            else:
+                with torch.inference_mode(), _in_turn(layers, home, device):
+                    model.get_decoder()(input_ids=tokens, use_cache=False)
+            _check_finite(grams, number, len(batch))
+    for gram in (gram for of_mlp in grams.values() for gram in of_mlp if shared):
+        gram.add_processes()
 
 
-def _check_finite(moments: dict[MLP, Moments], number: int, size: int) -> None:
+def _check_finite(grams: dict[MLP, list[Gram]], number: int, size: int) -> None:
     """Raises `DataError` naming the first MLP around which something was not finite, and the batch it came with."""
-    for mlp, seen in moments.items():
-        diagonals = [gram.sum if gram.diagonal else gram.sum.diagonal() for gram in seen.grams()]
+    for mlp, of_mlp in grams.items():
+        diagonals = [gram.sum if gram.diagonal else gram.sum.diagonal() for gram in of_mlp]
         if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
             raise _not_finite(f"activations around {mlp.output}", number, size)
 
