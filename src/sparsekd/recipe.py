@@ -429,12 +429,12 @@ def check_compress(options: Compress) -> None:
         value, known = getattr(options, name), typing.get_args(kind)
         if typing.get_origin(kind) is Literal and value not in known:
             raise UsageError(f"compress.{name} is {value!r}: expected one of {', '.join(known)}")
+    _check_mask(options)
     if options.allocation == "global" and options.method != "two-sided" and not options.probe_tokens:
         raise UsageError(
             f"compress.allocation is global, which compares matrices by curvature or by the probe: expected "
             f"compress.method two-sided or compress.probe_tokens above 0, found {options.method} and 0"
         )
-    _check_mask(options)
 
 
 def _check_mask(options: Compress) -> None:
