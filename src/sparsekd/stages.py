@@ -223,7 +223,7 @@ def _open_cache(work: Work, round_: Round, needed: Iterable[int]) -> Cache:
 
 
 def truncate(work: Work, round_: Round) -> dict[str, Any]:
-    """Stage `compress`: the round's start with smaller MLPs, in `compressed/model`."""
+    """Stage `compress`: the round's start with low-rank or masked MLPs, in `compressed/model`."""
     options = round_.compress
     assert options is not None
     inputs = {
@@ -252,9 +252,9 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         warn=work.run.console.warn,
     )
     models.save(student, tokenizer, stage.folder / "model", dtype=work.checkpoint_dtype)
-    work.run.console.say(
-        f"  removed {plan.mlp_reduction:.1%} of the MLP parameters, {plan.model_reduction:.1%} of the whole model"
-    )
+    share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
+    removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
+    work.run.console.say(f"  set {share} to zero" if options.format == "mask" else f"  {removed}")
     return stage.finish(plan.as_dict())
 
 

@@ -16,8 +16,9 @@ def render(report: dict[str, Any]) -> str:
         "perplexities": plots.perplexities(report["evaluation"]),
         "calibration": plots.calibration(report["evaluation"]),
         "loss": plots.loss_curve(report["distillation"]),
-        "ranks": plots.ranks(report["compression"]),
     }
+    if report["recipe"]["compress"]["format"] != "mask":
+        pictures["ranks"] = plots.ranks(report["compression"])
     if len(report["rounds"]) > 1:
         pictures["rounds"] = plots.rounds(report["rounds"])
     seconds = [[name, tables.duration(value)] for name, value in report["seconds"].items()]

@@ -158,7 +158,7 @@ def matrices(plan: dict[str, Any]) -> Rows:
             [
                 m["name"],
                 f"{m['out_features']} x {m['in_features']}",
-                str(m["rank"] or "dense"),
+                f"{m['zeros']:,} zeros" if m["zeros"] else str(m["rank"] or "dense"),
                 f"{m['parameters_before']:,}",
                 f"{m['parameters_after']:,}",
                 "" if lost is None else f"{lost:.2%}",
