@@ -406,8 +406,11 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
     print(f"device        {planned['device']}, {planned['dtype']}")
-    print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
-    for name, size in planned["cache"].items():
+    if recipe.distill.teacher == "online":
+        print("teacher cache none: distill.teacher is online")
+    else:
+        print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
+    for name, size in planned["cache"].items() if recipe.distill.teacher == "cache" else ():
         chosen = "  <- this recipe" if name == recipe.cache.codec else ""
         print(
             f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {tables.size(float(size['bytes'])):>9}{chosen}"

@@ -21,7 +21,7 @@ from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe
-from sparsekd.rounds import CORPUS, Round, planned
+from sparsekd.rounds import CORPUS, Place, Round, planned
 from sparsekd.run import Run
 from sparsekd.stages import Work
 
@@ -66,8 +66,17 @@ def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, A
     if round_.compress is not None:
         steps["compress"] = lambda: stages.truncate(work, round_)
     steps["distill"] = lambda: stages.train(work, round_)
-    steps["evaluate"] = lambda: stages.evaluate(work, round_.evaluation, round_.measured)
+    steps["evaluate"] = lambda: evaluate(work, round_)
     return {name: step() for name, step in steps.items() if STAGES.index(name) <= STAGES.index(until)}
+
+
+def evaluate(work: Work, round_: Round) -> dict[str, Any]:
+    """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
+    found = stages.evaluate(work, round_.evaluation, round_.measured)
+    if not work.recipe.evaluate.tasks:
+        return found | {"tasks": {}}
+    scored: dict[str, Place] = {"dense": work.dense, **round_.measured}
+    return found | {"tasks": {name: stages.score_tasks(work, where) for name, where in scored.items()}}
 
 
 def check_before_starting(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from sparsekd import compression, models
 from sparsekd.codecs import CODECS, codec_for
 from sparsekd.device import measured_flops, place
 from sparsekd.recipe import Recipe, as_dict
+from sparsekd.rounds import Round, planned
 
 # Shares of the speed of a large matrix product, from SmolLM2-135M on 2 cores; elsewhere the estimate is coarser.
 _FORWARD_EFFICIENCY = 0.75
@@ -30,12 +31,16 @@ class _Sizes:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Parameters of each matrix before and after, cache bytes, peak memory and seconds a stage, as plain values."""
+    """Parameters of each matrix before and after the last round, bytes of one cache, peak memory, and seconds a stage
+    of all rounds together, as plain values."""
     skeleton = models.skeleton(
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     placement = place(recipe.device, recipe.model.dtype)
-    structure = compression.plan(skeleton, recipe.compress)
+    rounds = planned(recipe)
+    last = rounds[-1].compress
+    assert last is not None
+    structure = compression.plan(skeleton, last)
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len
@@ -48,7 +53,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "cache": {name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
         "model_bytes": sizes.parameters * placement.dtype.itemsize,
         "peak_memory_bytes": _memory(recipe, sizes, structure, placement.dtype.itemsize),
-        "seconds": _seconds(recipe, sizes, structure, cached, measured_flops(placement)),
+        "seconds": _seconds(recipe, rounds, sizes, structure, cached, measured_flops(placement)),
     }
 
 
@@ -89,7 +94,9 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     return _RUNTIME_BYTES + max(training, evaluation, truncation)
 
 
-def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached: int, flops: float) -> dict[str, float]:
+def _seconds(
+    recipe: Recipe, rounds: list[Round], sizes: _Sizes, structure: compression.Plan, cached: int, flops: float
+) -> dict[str, float]:
     forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
     smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
     solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices if m.rank is not None)
@@ -100,9 +107,12 @@ def _seconds(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, cached:
     # curvature: forward to record, then forward and backward; the probe starts in the middle of the model on average
     passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[recipe.compress.method]
     probed = len(structure.matrices) * 0.65 * recipe.compress.probe_tokens
+    truncation = forward * (passes * recipe.compress.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY)
+    caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})
+    asked = trained + validated if distill.teacher == "online" else 0  # tokens for which an online teacher answers
     return {
-        "cache": forward * cached,
-        "compress": forward * (passes * recipe.compress.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY),
-        "distill": smaller * (3 * trained + validated),
-        "evaluate": (forward + 2 * smaller) * scored,
+        "cache": forward * cached * caches,
+        "compress": truncation * sum(one.compress is not None for one in rounds),
+        "distill": (smaller * (3 * trained + validated) + forward * asked) * len(rounds),
+        "evaluate": (forward + 2 * smaller) * scored * len(rounds),
     }

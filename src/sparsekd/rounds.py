@@ -15,6 +15,11 @@ Place = str | Path  # a model: a name, as in the recipe, or a folder of the run 
 CORPUS = "corpus"
 
 
+def tasks_folder(where: Place) -> Path:
+    """Where a model's scores on tasks lie; every named model but the dense one only teaches and has none."""
+    return (where if isinstance(where, Path) else Path("dense")) / "tasks"
+
+
 @dataclass(frozen=True)
 class Round:
     """One prune-distil step; folders are relative to the run directory."""

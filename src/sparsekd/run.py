@@ -30,7 +30,9 @@ from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
-_OWN = re.compile(r"recipe\.yaml|log\.jsonl|corpus|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)")
+_OWN = re.compile(
+    r"recipe\.yaml|log\.jsonl|corpus|dense|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)"
+)
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 

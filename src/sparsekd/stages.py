@@ -24,7 +24,7 @@ from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
 from sparsekd.objective import Teacher
 from sparsekd.recipe import Compress, as_dict
-from sparsekd.rounds import CORPUS, Place, Round
+from sparsekd.rounds import CORPUS, Place, Round, tasks_folder
 from sparsekd.run import Run, Stage, stop_signals
 from sparsekd.teacher import TeacherModel
 
@@ -388,17 +388,15 @@ def _teacher(work: Work, round_: Round) -> Teacher:
 
 
 def evaluate(work: Work, folder: Path, measured: Mapping[str, Place]) -> dict[str, Any]:
-    """Stage `evaluate`: the dense model and others, by name, on every text and task; what `folder` has already is not
-    measured again."""
-    options, root = work.recipe.evaluate, work.recipe.corpus.root
+    """Stage `evaluate`: the dense model and others, by name, on every text; what `folder` has already is not measured
+    again."""
+    options, texts = work.recipe.evaluate, work.blocks.texts
     named: dict[str, Place] = {"dense": work.dense, **measured}
+    about_tasks = {"tasks", "task_limit", "skip_missing_tasks"}
     inputs = {
         "models": {name: work.identity(where) for name, where in named.items()},
         "corpus": work.blocks.fingerprint,
-        "evaluate": as_dict(options),
-        "task_files": {
-            name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()
-        },
+        "evaluate": {key: value for key, value in as_dict(options).items() if key not in about_tasks},
     }
     stage = work.run.stage(str(folder), inputs)
     if stage.summary is not None:
@@ -406,15 +404,43 @@ def evaluate(work: Work, folder: Path, measured: Mapping[str, Place]) -> dict[st
     together = [tuple(named)] if options.agreement else [(name,) for name in named]  # one at a time needs less memory
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
-        for text, content in work.blocks.texts.items():
+        for text, content in texts.items():
             _measure(compared, text, content, stage.folder)
-        for name in names:
-            _run_tasks(compared, name, stage.folder)
-    texts = {
-        name: {text: files.read_json(_result(stage.folder, name, text)) for text in work.blocks.texts} for name in named
+    return stage.finish(
+        {
+            "models": {
+                name: {text: files.read_json(_result(stage.folder, name, text)) for text in texts} for name in named
+            }
+        }
+    )
+
+
+def score_tasks(work: Work, where: Place) -> dict[str, Any]:
+    """Stage `tasks`: a model's scores on the recipe's tasks. The dense model's serve all rounds."""
+    options, root, console = work.recipe.evaluate, work.recipe.corpus.root, work.run.console
+    inputs = {
+        "model": work.identity(where),
+        "tasks": options.tasks,
+        "limit": options.task_limit,
+        "files": {name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()},
     }
-    tasks = {name: files.read_json(_tasks(stage.folder, name)) for name in named} if options.tasks else {}
-    return stage.finish({"models": texts, "tasks": tasks})
+    stage = work.run.stage(str(tasks_folder(where)), inputs)
+    if stage.summary is not None:
+        return stage.summary["scores"]
+    model, tokenizer = work.open(where)
+    found = harness.run_tasks(
+        model,
+        tokenizer,
+        options.tasks,
+        root=root,
+        limit=options.task_limit,
+        skip_missing=options.skip_missing_tasks,
+        batch_size=options.batch_size,
+    )
+    for result in found.values():
+        if result.skipped is not None:
+            console.say(f"  skipped: {result.skipped}")
+    return stage.finish({"scores": {task: result.as_dict() for task, result in found.items()}})["scores"]
 
 
 class _Compared:
@@ -469,31 +495,5 @@ def _measure(compared: _Compared, text: str, content: str, folder: Path) -> None
         files.write_json(_result(folder, name, text), measurement.as_dict())
 
 
-def _run_tasks(compared: _Compared, name: str, folder: Path) -> None:
-    """Writes a file of the model's scores on the recipe's tasks, if it has any."""
-    recipe, console = compared.work.recipe, compared.work.run.console
-    options = recipe.evaluate
-    if not options.tasks or _tasks(folder, name).exists():
-        return
-    console.say(f"  {name} on {', '.join(options.tasks)}")
-    found = harness.run_tasks(
-        compared.models[name],
-        compared.tokenizer,
-        options.tasks,
-        root=recipe.corpus.root,
-        limit=options.task_limit,
-        skip_missing=options.skip_missing_tasks,
-        batch_size=options.batch_size,
-    )
-    for result in found.values():
-        if result.skipped is not None:
-            console.say(f"  skipped: {result.skipped}")
-    files.write_json(_tasks(folder, name), {task: result.as_dict() for task, result in found.items()})
-
-
 def _result(folder: Path, name: str, text: str) -> Path:
     return folder / f"{name}-text-{text}.json"
-
-
-def _tasks(folder: Path, name: str) -> Path:
-    return folder / f"{name}-tasks.json"

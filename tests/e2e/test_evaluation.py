@@ -52,13 +52,13 @@ def test_everything_measured_is_in_the_report(tiny_recipe: Path, rows: Path, tmp
 
 
 def test_what_was_measured_already_is_kept(tiny_recipe: Path, rows: Path, tmp_path: Path) -> None:
-    """As after a kill: the stage is not finished, one text and one model's tasks are missing."""
-    folder = tmp_path / "run" / "round-01" / "eval"
+    """As after a kill: the stages are not finished, one text and one model's tasks are missing."""
+    folder = tmp_path / "run" / "round-01"
     before = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
-    kept = [folder / "dense-text-held.json", folder / "compressed-tasks.json"]
-    lost = [folder / "distilled-text-other.json", folder / "dense-tasks.json"]
+    kept = [folder / "eval/dense-text-held.json", folder / "compressed/tasks/stage.json"]
+    lost = [folder / "eval/distilled-text-other.json", tmp_path / "run/dense/tasks/stage.json"]
     times = [path.stat().st_mtime_ns for path in kept]
-    for path in (folder / "stage.json", *lost):
+    for path in (folder / "eval/stage.json", *lost):
         path.unlink()
     after = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]
     for key in ("models", "tasks", "ratios"):
@@ -86,5 +86,5 @@ def test_a_missing_task_stops_the_run_before_it_starts(tiny_recipe: Path, tmp_pa
 def test_other_rows_under_a_finished_evaluation_are_noticed(tiny_recipe: Path, rows: Path, tmp_path: Path) -> None:
     report_of(tmp_path / "run", tiny_recipe, *TASKS)
     rows.write_text(rows.read_text().replace("quiet", "loud"))
-    with pytest.raises(sparsekd.SparseKDError, match=r"holds another run: task_files\.local_lambada is"):
+    with pytest.raises(sparsekd.SparseKDError, match=r"holds another run: files\.local_lambada is"):
         report_of(tmp_path / "run", tiny_recipe, *TASKS)

@@ -86,10 +86,16 @@ def test_a_long_run_gives_a_recovery_curve(tiny_recipe: Path, tmp_path: Path) ->
     assert "Tokens that the recovery curve asks for" in cells(found)
 
 
-def test_two_protocols(tiny_recipe: Path, tmp_path: Path) -> None:
-    found = run("II", tiny_recipe, tmp_path / "run", seeds=[1])
+def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wikitext2-raw" / "test.txt"
+    path.parent.mkdir()
+    path.write_text(" = River = \n \n The quiet river passes under the old bridge . \n" * 3)
+    found = run("II", tiny_recipe, tmp_path / "run", "evaluate.tasks=[local_wikitext]", seeds=[1])
     rows = cells(found)["By protocol"]
-    assert [row[0] for row in rows] == [name for name in ("dense", *found["arms"]) for _ in found["texts"]]
+    names = ["dense", *found["arms"]]
+    assert [row[0] for row in rows if row[1] == "held"] == names
+    harness = [row for row in rows if row[1].startswith("local_wikitext, word_perplexity")]
+    assert [row[0] for row in harness] == names and len({row[2] for row in harness}) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 from sparsekd import files
 from sparsekd.errors import DataError
 from sparsekd.evaluate import Perplexity, ratio
-from sparsekd.recipe import as_dict, load_recipe
+from sparsekd.recipe import Recipe, as_dict, load_recipe
 from sparsekd.report import html
-from sparsekd.rounds import CORPUS, Round, planned
+from sparsekd.rounds import CORPUS, Round, planned, tasks_folder
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "cache": last["cache"],
         "compression": last["compress"],
         "distillation": last["distill"],
-        "evaluation": with_ratios(last["evaluate"]),
+        "evaluation": with_ratios(last["evaluate"]) | {"tasks": _tasks(folder, recipe, rounds[-1])},
         "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
         "seconds": seconds,
         "peak_memory_bytes": max(
@@ -48,6 +48,14 @@ def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{folder}: stage {stage} ({place}) is not finished: continue it with sparsekd run")
     return files.read_json(path)
+
+
+def _tasks(folder: Path, recipe: Recipe, one: Round) -> dict[str, Any]:
+    """Scores of the dense model and of a round's own, by name."""
+    if not recipe.evaluate.tasks:
+        return {}
+    places = {"dense": recipe.model.name, **one.measured}
+    return {name: _summary(folder, "tasks", str(tasks_folder(place)))["scores"] for name, place in places.items()}
 
 
 def _round(one: Round, stages: dict[str, Any]) -> dict[str, Any]:

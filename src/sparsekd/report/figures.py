@@ -54,7 +54,7 @@ def _of_seed(found: dict[str, Any], names: list[str], seed: str, key: str, text:
 
 def _attribution(found: dict[str, Any]) -> str:
     """A bar a cause and text: the factor on perplexity with its 95 % interval."""
-    figure, all_axes = figures(1, height=0.55 * len(found["attribution"]) / len(found["texts"]) + 1.2)
+    figure, all_axes = figures(1, height=0.5 * len(found["attribution"]) / len(found["texts"]) + 1.2, width=9.6)
     axes, causes = all_axes[0], list(dict.fromkeys(row["cause"] for row in found["attribution"]))
     height = 0.8 / len(found["texts"])
     for number, (text, color) in enumerate(zip(found["texts"], (BLUE, ORANGE, GREEN), strict=False)):
@@ -65,7 +65,7 @@ def _attribution(found: dict[str, Any]) -> str:
         spread = [np.subtract(nats, low), np.subtract(high, nats)]
         axes.barh(y, nats, height, xerr=spread, color=color, ecolor=GREY, capsize=2, label=text)
     axes.axvline(0, color=GREY, lw=0.8)
-    axes.set(xlabel="change of log-perplexity (nats a token)", yticks=np.arange(len(causes)) + 0.4 - height / 2)
+    axes.set(xlabel="change of log-perplexity (nats)", yticks=np.arange(len(causes)) + 0.4 - height / 2)
     axes.set_yticklabels(causes)
     axes.invert_yaxis()
     axes.legend(**LEGEND)
@@ -73,7 +73,8 @@ def _attribution(found: dict[str, Any]) -> str:
 
 
 def _recovery(curve: dict[str, Any]) -> str:
-    """The gap to the distilled dense model against tokens, and the curve through it, carried on to ten times as far."""
+    """Validation perplexity to the distilled dense model's against tokens, and the curve through it, carried on to ten
+    times as far."""
     figure, all_axes = figures(1)
     axes = all_axes[0]
     axes.plot(curve["tokens"], np.exp(curve["gaps"]), "o", color=BLUE, label="measured")
@@ -82,7 +83,11 @@ def _recovery(curve: dict[str, Any]) -> str:
         tokens = np.geomspace(curve["tokens"][0], 10 * curve["tokens"][-1], 100)
         label = f"{fit['floor']:.3f} + {fit['scale']:.3g} tokens^-{fit['power']:.2f} nats"
         axes.plot(tokens, np.exp(fit["floor"] + fit["scale"] * tokens ** -fit["power"]), color=ORANGE, label=label)
-    axes.set(xlabel="tokens trained on", ylabel="perplexity / Dense+KD, validation blocks", xscale="log")
+    axes.set(xlabel="tokens trained on (thousands)", ylabel="perplexity / Dense+KD", xscale="log")
+    ticks = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+    axes.set_xticks([1000 * n for n in ticks], [f"{n:,}" for n in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(0.9 * curve["tokens"][0], 12 * curve["tokens"][-1])
     axes.legend(**LEGEND)
     return svg(figure)
 

@@ -176,10 +176,10 @@ def _figure() -> tuple[Figure, Any]:
     return figure, axes[0]
 
 
-def figures(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
-    """A row of `count` axes, `height` inches high."""
+def figures(count: int, height: float = 3.2, width: float = 6.4) -> tuple[Figure, list[Any]]:
+    """A row of `count` axes, `height` inches high and at least `width` wide."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(6.4, 4.2 * count), height), layout="constrained")
+        figure = Figure(figsize=(max(width, 4.2 * count), height), layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
 
