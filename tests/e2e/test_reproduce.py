@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments
 from sparsekd.reproduce import reproduce
 
+ROOT = Path(__file__).parents[2]
 ROUNDS = "rounds=[0.3,0.5]"
 
 
@@ -113,3 +115,27 @@ def test_bad_input(
     with pytest.raises(errors.UsageError, match=message):
         run(experiment, tiny_recipe, tmp_path / "run", *overrides, **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shipped", "architecture", "experiment"),
+    [("reproduce-qwen3-0.6b", "qwen3", "IV"), ("reproduce-phi4-mini", "phi3", "VI")],
+)
+def test_the_recipes_for_gpus_on_tiny_models_of_their_architectures(
+    shipped: str, architecture: str, experiment: str, tiny_recipe: Path, model_folder: Any, tmp_path: Path
+) -> None:
+    tiny = load_recipe(str(tiny_recipe))
+    recipe = load_recipe(str(ROOT / "recipes" / f"{shipped}.yaml"), (f"model.name={model_folder(architecture)}",))
+    recipe = replace(
+        recipe,
+        rounds=[0.3, 0.5],
+        corpus=tiny.corpus,
+        cache=tiny.cache,
+        evaluate=tiny.evaluate,
+        compress=replace(recipe.compress, num_tokens=384, rank_multiple=2),
+        distill=replace(recipe.distill, batch_size=2, micro_batch_size=1, validations=8, patience=1),
+    )
+    found = reproduce(experiment, recipe, tmp_path / "run", seeds=[1], rates=[1e-3])
+    assert all(arm["1"]["tokens"] > 0 and arm["1"]["stop_reason"] for arm in found["arms"].values())
+    ranks = json.loads(next((tmp_path / "run/arms").glob("*/seed-1/compressed/stage.json")).read_text())["matrices"]
+    assert all(matrix["rank"] is None or matrix["rank"] % 2 == 0 for matrix in ranks)
