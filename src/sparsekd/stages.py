@@ -239,7 +239,9 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         return stage.summary
     student, tokenizer = work.take(round_.start)
     batches = statistics_batches(work.blocks, options, round_.seed)
+    # the probe asks what a cut does to the model as it is: its own distributions, cached if it is its own teacher
     has_top_k = work.recipe.distill.teacher == "cache" and work.recipe.cache.codec != "sampled"
+    is_cached = has_top_k and list(round_.teachers) == [round_.start]
     if options.offload:
         torch.nn.Module.to(student, "cpu")
     plan = compression.truncate(
@@ -247,7 +249,7 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         batches,
         options,
         seed=round_.seed,
-        teacher=_cached(work, round_) if options.probe_tokens and has_top_k else None,
+        teacher=_cached(work, round_) if options.probe_tokens and is_cached else None,
         device=work.placement.device,
         warn=work.run.console.warn,
     )

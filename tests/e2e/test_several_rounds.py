@@ -41,6 +41,14 @@ def test_each_round_goes_on_from_the_one_before(tiny_recipe: Path, tmp_path: Pat
     assert set(inspection.describe(out)) >= {"round-01/cache", "round-03/eval"}
 
 
+def test_a_later_round_s_probe_measures_from_the_model_as_it_is(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Else the distance that training left to the first teacher would count as damage of every single cut."""
+    probe = ("compress.method=two-sided", "compress.allocation=global", "compress.probe_tokens=64")
+    report = run(tiny_recipe, tmp_path / "run", "rounds=[0.3,0.5]", "distill.learning_rate=0.01", *probe)
+    kl = report["rounds"][0]["models"]["distilled"]["held"]["agreement"]["kl"]["value"]
+    assert max(matrix["probed_kl"] for matrix in report["compression"]["matrices"]) < 0.5 * kl
+
+
 def test_a_round_can_be_the_start_of_another_run(tiny_recipe: Path, tmp_path: Path) -> None:
     run(tiny_recipe, tmp_path / "two", "rounds=[0.3,0.5]")
     start = tmp_path / "two/round-01/distilled/model"
