@@ -46,7 +46,7 @@ def test_a_later_round_s_probe_measures_from_the_model_as_it_is(tiny_recipe: Pat
     probe = ("compress.method=two-sided", "compress.allocation=global", "compress.probe_tokens=64")
     report = run(tiny_recipe, tmp_path / "run", "rounds=[0.3,0.5]", "distill.learning_rate=0.01", *probe)
     kl = report["rounds"][0]["models"]["distilled"]["held"]["agreement"]["kl"]["value"]
-    assert max(matrix["probed_kl"] for matrix in report["compression"]["matrices"]) < 0.5 * kl
+    assert kl > 0.01 and max(matrix["probed_kl"] for matrix in report["compression"]["matrices"]) < 0.0005
 
 
 def test_a_round_can_be_the_start_of_another_run(tiny_recipe: Path, tmp_path: Path) -> None:
