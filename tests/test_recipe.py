@@ -348,8 +348,8 @@ SECTIONS = {
         st.dictionaries(st.sampled_from(keys_of(item.default_factory)), VALUES, max_size=3),
     )
     for item in dataclasses.fields(Recipe)
-    if item.default_factory is not dataclasses.MISSING
-}
+    if dataclasses.is_dataclass(item.default_factory)
+} | {"rounds": VALUES}
 MAPPINGS = st.one_of(
     st.dictionaries(KEYS, VALUES, max_size=4),
     st.fixed_dictionaries({}, optional={**SECTIONS, "preset": st.sampled_from(["demo", "paper"]) | VALUES}),

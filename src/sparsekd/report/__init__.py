@@ -17,6 +17,8 @@ from sparsekd.rounds import CORPUS, Round, planned, tasks_folder
 def gather(folder: Path) -> dict[str, Any]:
     """Everything the report shows, from the finished stages of a run, of the last round in full; raises `DataError` if
     a stage is missing."""
+    if not (folder / "recipe.yaml").exists():
+        raise DataError(f"{folder} holds no run, so no stage is finished: start one with sparsekd run --out {folder}")
     recipe = load_recipe(str(folder / "recipe.yaml"))
     rounds = planned(recipe)
     corpus = _summary(folder, "corpus", CORPUS)
