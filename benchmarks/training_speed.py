@@ -38,7 +38,7 @@ from sparsekd.cache import Cache, Targets
 from sparsekd.compression import compress
 from sparsekd.recipe import Distill, load_recipe
 
-ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 5, 4, 4, 0.5, 2.0
+ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
 LOOPS = ("fine-tuning", "plain KD", "ours")
 TRL = "GKDTrainer"
 
