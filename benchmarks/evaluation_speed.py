@@ -10,6 +10,7 @@ The speed does not depend on the length of the text.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from _record import record, summary
@@ -44,7 +45,7 @@ def main() -> None:
         sparsekd.perplexity(model, tokenizer, text, max_tokens=TOKENS, context=CONTEXT, stride=STRIDE, batch_size=BATCH)
 
     def all_measures() -> None:
-        options = {"max_tokens": TOKENS, "context": CONTEXT, "stride": STRIDE, "batch_size": BATCH}
+        options: dict[str, Any] = {"max_tokens": TOKENS, "context": CONTEXT, "stride": STRIDE, "batch_size": BATCH}
         measure({"model": model}, tokenizer, text, **options)
 
     bare()

@@ -27,7 +27,7 @@ from sparsekd.models import find_mlps, linear_weight
 from sparsekd.recipe import Compress, load_recipe
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2"]
-MASK = {"method": "wanda", "format": "mask"}
+MASK: dict[str, Any] = {"method": "wanda", "format": "mask"}
 
 
 def matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -256,7 +256,7 @@ def test_training_keeps_every_zero_and_moves_the_rest(
     student = sparsekd.compress(model, blocks, reduction=0.5, **MASK)
     with torch.no_grad():  # zeros by chance, in a matrix that nothing pruned
         attention = next(module for module in student.modules() if models.is_attention(module))
-        chance = next(child for child in attention.children() if models.is_linear(child)).weight
+        chance: Any = next(child for child in attention.children() if models.is_linear(child)).weight
         chance[:3] = 0
     pruned, before = zeros(student), state(student)
     options = replace(OPTIONS, train=train, alpha=1.0, weight_decay=0.1, learning_rate=1e-3, epochs=4)
@@ -291,8 +291,9 @@ def test_the_gradient_norm_is_that_of_the_kept_weights(new_masked: Any, blocks: 
     objective(batch, everything.num_positions(ids)).total.backward()
     total = 0.0
     for name, parameter in objective.student.named_parameters():
-        zero = pruned.get(name.rpartition(".")[0])
-        total += float((parameter.grad if zero is None else parameter.grad[~zero]).square().sum())
+        zero, gradient = pruned.get(name.rpartition(".")[0]), parameter.grad
+        assert gradient is not None
+        total += float((gradient if zero is None else gradient[~zero]).square().sum())
     history = distillation.train(student, everything, options)
     assert history.steps[0].grad_norm == pytest.approx(total**0.5, rel=1e-4)
 

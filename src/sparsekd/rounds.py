@@ -77,7 +77,8 @@ def _next(recipe: Recipe, earlier: list[Round], name: str, compress: Compress | 
     rounds = [one for one in earlier if one.compress is not None]
     start = rounds[-1].distilled if rounds and compress is not None else dense
     newer = earlier if recipe.teacher.recache else [one for one in earlier if one.compress is None]
-    first: dict[Place, float] = {**(recipe.teacher.models or {dense: 1.0})}
+    models = recipe.teacher.models or {dense: 1.0}
+    first: dict[Place, float] = {**models}
     teachers = first
     if newer:
         anchor, total = recipe.teacher.anchor, sum(first.values())

@@ -1,6 +1,7 @@
 """The whole path with zeros instead of low rank."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sparsekd.recipe import load_recipe
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_pruned_model_goes_the_whole_path(
-    architecture: str, tiny_recipe: Path, model_folder: object, tmp_path: Path
+    architecture: str, tiny_recipe: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     settings = ("compress.method=wanda", "compress.format=mask", "compress.reduction=0.5", "distill.weight_decay=0.1")
     recipe = load_recipe(str(tiny_recipe), (*settings, f"model.name={model_folder(architecture)}"))
