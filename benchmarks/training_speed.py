@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with trl")
     given = parser.parse_args()
     loops = (*LOOPS, TRL) if given.trl else LOOPS
+    environment = os.environ | {"PYTHONPATH": str(Path(sparsekd.__file__).parents[1])}  # the other has no sparsekd
     if given.child:
         print(json.dumps(turn(given.child[0], Path(given.child[1]))))
         return
@@ -59,7 +61,7 @@ def main() -> None:
             for loop in loops:
                 python = given.trl if loop == TRL else sys.executable
                 command = [python, __file__, "--child", loop, folder]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
                 turns[loop].append(json.loads(output.splitlines()[-1]))
     figures: dict[str, Any] = {"tokens": STEPS * BATCH * 256, "rounds": ROUNDS}
     for loop in loops:
