@@ -410,11 +410,10 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         print("teacher cache none: distill.teacher is online")
     else:
         print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
-    for name, size in planned["cache"].items() if recipe.distill.teacher == "cache" else ():
-        chosen = "  <- this recipe" if name == recipe.cache.codec else ""
-        print(
-            f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {tables.size(float(size['bytes'])):>9}{chosen}"
-        )
+        for name, size in planned["cache"].items():
+            chosen = "  <- this recipe" if name == recipe.cache.codec else ""
+            total = tables.size(float(size["bytes"]))
+            print(f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {total:>9}{chosen}")
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
     for name, seconds in planned["seconds"].items():
         print(f"{name:<13} about {tables.duration(seconds)}")

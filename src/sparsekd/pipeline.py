@@ -21,7 +21,7 @@ from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe
-from sparsekd.rounds import CORPUS, Place, Round, planned
+from sparsekd.rounds import CORPUS, Round, planned
 from sparsekd.run import Run
 from sparsekd.stages import Work
 
@@ -72,11 +72,13 @@ def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, A
 
 def evaluate(work: Work, round_: Round) -> dict[str, Any]:
     """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
-    found = stages.evaluate(work, round_.evaluation, round_.measured)
-    if not work.recipe.evaluate.tasks:
-        return found | {"tasks": {}}
-    scored: dict[str, Place] = {"dense": work.dense, **round_.measured}
-    return found | {"tasks": {name: stages.score_tasks(work, where) for name, where in scored.items()}}
+    return stages.evaluate(work, round_) | {"tasks": score_tasks(work, round_)}
+
+
+def score_tasks(work: Work, round_: Round) -> dict[str, Any]:
+    """The scores of the dense model and the round's own, by name; none without tasks in the recipe."""
+    named = round_.models(work.dense) if work.recipe.evaluate.tasks else {}
+    return {name: stages.score_tasks(work, where) for name, where in named.items()}
 
 
 def check_before_starting(recipe: Recipe) -> None:

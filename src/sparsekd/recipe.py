@@ -437,15 +437,20 @@ def check_compress(options: Compress) -> None:
         )
 
 
+# What method wanda demands of the section: format mask, and the defaults of what chooses ranks.
+WANDA: dict[str, Any] = {"method": "wanda", "format": "mask"} | {
+    name: Compress.__dataclass_fields__[name].default
+    for name in ("allocation", "probe_tokens", "rank_floor", "rank_cap", "rank_multiple", "ranks_from")
+}
+
+
 def _check_mask(options: Compress) -> None:
     """Format `mask` and method `wanda` go together, and without what chooses ranks."""
     if options.method != "wanda":
         if options.format == "mask":
             raise UsageError(f"compress.format is mask, which is of method wanda only: found {options.method}")
         return
-    of_ranks = ("allocation", "probe_tokens", "rank_floor", "rank_cap", "rank_multiple", "ranks_from")
-    expected = {"format": "mask"} | {name: Compress.__dataclass_fields__[name].default for name in of_ranks}
-    wrong = {name: value for name, value in expected.items() if getattr(options, name) != value}
+    wrong = {name: value for name, value in WANDA.items() if getattr(options, name) != value}
     if wrong:
         settings = " ".join(f"compress.{name}={'null' if value is None else value}" for name, value in wrong.items())
         raise UsageError(f"compress.method is wanda, which prunes every row alike and knows no ranks: set {settings}")

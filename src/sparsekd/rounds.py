@@ -46,12 +46,13 @@ class Round:
     def evaluation(self) -> Path:
         return Path(self.name) / "eval"
 
-    @property
-    def measured(self) -> dict[str, Place]:
-        """The models to evaluate beside the dense one; a pruned model that is shared, where it was made."""
-        is_own = self.compressed is not None and self.compressed.parent == Path(self.name)
-        pruned: dict[str, Place] = {"compressed": self.compressed} if is_own and self.compressed else {}
-        return pruned | {"distilled": self.distilled}
+    def models(self, dense: str) -> dict[str, Place]:
+        """The models to evaluate, by name: the dense one and the round's own. A pruned model that rounds share is
+        evaluated where it was made."""
+        found: dict[str, Place] = {"dense": dense}
+        if self.compressed is not None and self.compressed.parent == Path(self.name):
+            found["compressed"] = self.compressed
+        return found | {"distilled": self.distilled}
 
     @property
     def folders(self) -> dict[str, str]:

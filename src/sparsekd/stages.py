@@ -6,7 +6,7 @@ Models are opened only when a stage needs them, and the dense one is kept from s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
 
 
 def cache_stage(work: Work, round_: Round) -> Stage:
+    """The round's stage `cache` and what it is made from: who teaches, and unless it answers online what is cached."""
     if round_.teachers == {work.dense: 1.0}:
         taught_by: dict[str, Any] = {"model": work.dense_identity}
     else:
@@ -189,6 +190,7 @@ def cache_stage(work: Work, round_: Round) -> Stage:
 
 
 def cache_summary(cache: Cache, blocks: Corpus) -> dict[str, Any]:
+    """What a finished cache comes to: sizes, and the identity that whoever opens it insists on."""
     num_tokens = sum(len(block.tokens) for block in blocks.blocks)
     facts = {"blocks": len(blocks.blocks), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes}
     return facts | {"identity": cache.identity}
@@ -198,17 +200,17 @@ def _open_teacher(work: Work, round_: Round) -> tuple[TeacherModel, str, int]:
     """The teacher as one model, mixed where there are several; the hash of its tokenizer; the tokens all know."""
     opened = {where: work.open(where) for where in round_.teachers}
     hashes = {where: models.tokenizer_hash(tokenizer) for where, (_, tokenizer) in opened.items()}
-    wanted = models.tokenizer_hash(work.open(work.dense)[1])
-    for where, found in hashes.items():
-        if found != wanted:
+    for where, found in hashes.items():  # the run's own models have the dense one's
+        if isinstance(where, str) and found != models.tokenizer_hash(work.open(work.dense)[1]):
             raise MismatchError(
                 f"teacher {where}: its tokenizer is not that of {work.dense}, whose tokens it is to predict"
             )
+    tokenizer_hash = next(iter(hashes.values()))
     vocab_size = min(models.real_vocab_size(model, tokenizer) for model, tokenizer in opened.values())
     if len(opened) == 1:
-        return next(iter(opened.values()))[0], wanted, vocab_size
+        return next(iter(opened.values()))[0], tokenizer_hash, vocab_size
     mixed = teacher.Mixture([model for model, _ in opened.values()], list(round_.teachers.values()))
-    return mixed, wanted, vocab_size
+    return mixed, tokenizer_hash, vocab_size
 
 
 def _open_cache(work: Work, round_: Round, needed: Iterable[int]) -> Cache:
@@ -389,18 +391,18 @@ def _teacher(work: Work, round_: Round) -> Teacher:
 # ---- evaluate
 
 
-def evaluate(work: Work, folder: Path, measured: Mapping[str, Place]) -> dict[str, Any]:
-    """Stage `evaluate`: the dense model and others, by name, on every text; what `folder` has already is not measured
+def evaluate(work: Work, round_: Round) -> dict[str, Any]:
+    """Stage `evaluate`: the dense model and the round's own on every text; what is there already is not measured
     again."""
     options, texts = work.recipe.evaluate, work.blocks.texts
-    named: dict[str, Place] = {"dense": work.dense, **measured}
+    named = round_.models(work.dense)
     about_tasks = {"tasks", "task_limit", "skip_missing_tasks"}
     inputs = {
         "models": {name: work.identity(where) for name, where in named.items()},
         "corpus": work.blocks.fingerprint,
         "evaluate": {key: value for key, value in as_dict(options).items() if key not in about_tasks},
     }
-    stage = work.run.stage(str(folder), inputs)
+    stage = work.run.stage(str(round_.evaluation), inputs)
     if stage.summary is not None:
         return stage.summary
     together = [tuple(named)] if options.agreement else [(name,) for name in named]  # one at a time needs less memory
@@ -408,13 +410,8 @@ def evaluate(work: Work, folder: Path, measured: Mapping[str, Place]) -> dict[st
         compared = _Compared(work, {name: named[name] for name in names})
         for text, content in texts.items():
             _measure(compared, text, content, stage.folder)
-    return stage.finish(
-        {
-            "models": {
-                name: {text: files.read_json(_result(stage.folder, name, text)) for text in texts} for name in named
-            }
-        }
-    )
+    results = {name: {text: files.read_json(_result(stage.folder, name, text)) for text in texts} for name in named}
+    return stage.finish({"models": results})
 
 
 def score_tasks(work: Work, where: Place) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> Non
     [
         ("VII", (), {}, "experiment VII: expected one of II, III, IV, V, VI, controls, recovery, svd"),
         ("III", (), {"seeds": []}, r"seeds are \[\]"),
+        ("III", (), {"rates": [1e-4, 0.0]}, r"distill.learning_rate is 0.0: expected \(0, 1\]"),
+        ("V", ("distill.train=lora",), {}, "distill.train is lora"),
         ("III", (), {"seeds": [1, 1]}, r"seeds are \[1, 1\]: expected one or several different numbers"),
         ("III", ("teacher.cascade=1",), {}, "teacher: the experiments choose their teachers"),
     ],
@@ -119,7 +121,11 @@ def test_bad_input(
 
 @pytest.mark.parametrize(
     ("shipped", "architecture", "experiment"),
-    [("reproduce-qwen3-0.6b", "qwen3", "IV"), ("reproduce-phi4-mini", "phi3", "VI")],
+    [
+        ("reproduce-qwen3-0.6b", "qwen3", "IV"),
+        ("reproduce-qwen3-0.6b", "qwen3", "V"),  # whose arms have no ranks to be multiples of anything
+        ("reproduce-phi4-mini", "phi3", "VI"),
+    ],
 )
 def test_the_recipes_for_gpus_on_tiny_models_of_their_architectures(
     shipped: str, architecture: str, experiment: str, tiny_recipe: Path, model_folder: Any, tmp_path: Path

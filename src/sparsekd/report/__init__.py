@@ -35,7 +35,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "cache": last["cache"],
         "compression": last["compress"],
         "distillation": last["distill"],
-        "evaluation": with_ratios(last["evaluate"]) | {"tasks": _tasks(folder, recipe, rounds[-1])},
+        "evaluation": last["evaluate"]
+        | {"ratios": _ratios(last["evaluate"]["models"]), "tasks": _tasks(folder, recipe, rounds[-1])},
         "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
         "seconds": seconds,
         "peak_memory_bytes": max(
@@ -54,9 +55,7 @@ def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
 
 def _tasks(folder: Path, recipe: Recipe, one: Round) -> dict[str, Any]:
     """Scores of the dense model and of a round's own, by name."""
-    if not recipe.evaluate.tasks:
-        return {}
-    places = {"dense": recipe.model.name, **one.measured}
+    places = one.models(recipe.model.name) if recipe.evaluate.tasks else {}
     return {name: _summary(folder, "tasks", str(tasks_folder(place)))["scores"] for name, place in places.items()}
 
 
@@ -67,7 +66,8 @@ def _round(one: Round, stages: dict[str, Any]) -> dict[str, Any]:
         "teachers": {str(place): weight for place, weight in one.teachers.items()},
         "mlp_reduction": stages["compress"]["mlp_reduction"] if one.compress else 0.0,
         "stop_reason": stages["distill"]["stop_reason"],
-        **{key: with_ratios(stages["evaluate"])[key] for key in ("models", "ratios")},
+        "models": stages["evaluate"]["models"],
+        "ratios": _ratios(stages["evaluate"]["models"]),
     }
 
 
@@ -79,10 +79,9 @@ def write(folder: Path) -> dict[str, Any]:
     return gathered
 
 
-def with_ratios(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation with each perplexity over the dense model's, with the standard error of the paired comparison."""
-    models = evaluation["models"]
-    ratios = {
+def _ratios(models: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity over the dense model's, with the standard error of the paired comparison, by model and text."""
+    return {
         name: {
             text: dict(zip(("ratio", "standard_error"), _ratio(result, models["dense"][text]), strict=True))
             for text, result in texts.items()
@@ -90,7 +89,6 @@ def with_ratios(evaluation: dict[str, Any]) -> dict[str, Any]:
         for name, texts in models.items()
         if name != "dense"
     }
-    return evaluation | {"ratios": ratios}
 
 
 def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:

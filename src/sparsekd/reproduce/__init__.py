@@ -17,7 +17,7 @@ import numpy as np
 from sparsekd import files, pipeline, stages
 from sparsekd.console import Console
 from sparsekd.errors import UsageError
-from sparsekd.recipe import Recipe, Teacher, as_dict
+from sparsekd.recipe import Recipe, Teacher, as_dict, check
 from sparsekd.report import html
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
 from sparsekd.reproduce.patterns import (
@@ -39,8 +39,6 @@ from sparsekd.rounds import Round
 from sparsekd.run import Run
 from sparsekd.stages import Work
 
-SEEDS = (42, 123, 456)  # the paper's
-RATES = (3e-5, 1e-4, 3e-4)
 Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
 
@@ -50,8 +48,8 @@ def reproduce(
     recipe: Recipe,
     folder: Path,
     *,
-    seeds: Sequence[int] = SEEDS,
-    rates: Sequence[float] = RATES,
+    seeds: Sequence[int],
+    rates: Sequence[float],
     resume: bool = False,
     fresh: bool = False,
     console: Console | None = None,
@@ -61,8 +59,8 @@ def reproduce(
 
     The recipe gives model, corpus, training budget and the method under test; its `rounds` are the reductions, by
     default those that the paper reports. Each arm's learning rate is searched among `rates` with the first seed, and
-    used for all. Killed and called again, it goes on. Raises `UsageError` for an unknown experiment or no seed, and
-    what the stages raise.
+    used for all. Killed and called again, it goes on. Raises `UsageError` for an unknown experiment, no seed, and
+    options that an arm cannot have, all before anything starts; then what the stages raise.
     """
     if experiment not in EXPERIMENTS:
         raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
@@ -71,30 +69,34 @@ def reproduce(
     if recipe.teacher != Teacher():
         raise UsageError("teacher: the experiments choose their teachers: leave the section out")
     pipeline.check_before_starting(recipe)
+    planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed)) for seed in seeds}
+    for round_ in (round_ for rounds in planned.values() for round_ in rounds.values()):
+        for rate in rates:
+            options = {"compress": round_.compress or recipe.compress, "seed": round_.seed}
+            check(replace(recipe, distill=replace(round_.distill, learning_rate=rate), **options))
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
         stages.make_corpus(work)
         arms: Arms = {}
-        for seed in seeds:
-            for name, round_ in EXPERIMENTS[experiment](Seed(recipe, seed)).items():
+        for seed, rounds in planned.items():
+            for name, round_ in rounds.items():
                 opened.console.say(f"{name}, seed {seed}:")
                 searched = None if seed == seeds[0] else arms[name][seeds[0]]["learning_rate"]
-                arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched)
-                if experiment == "II" and recipe.evaluate.tasks:
-                    arms[name][seed]["tasks"] = pipeline.evaluate(work, round_)["tasks"]
+                tasks = experiment == "II"  # the others compare perplexities only
+                arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
         found = gather(experiment, recipe, arms) | {"rates": list(rates)}
         files.write_json(folder / f"reproduce-{experiment}.json", found)
         files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
         return found
 
 
-def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | None) -> dict[str, Any]:
+def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | None, tasks: bool) -> dict[str, Any]:
     """One arm with one seed: what it did and what was measured."""
     made = pipeline.run_round(work, round_, until="compress")
     rate = stages.search_rate(work, round_, rates) if searched is None else searched
     trained = replace(round_, distill=replace(round_.distill, learning_rate=rate))
     history = stages.train(work, trained)
-    evaluation = stages.evaluate(work, trained.evaluation, trained.measured)
+    evaluation = stages.evaluate(work, trained)
     return {
         "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
         "learning_rate": rate,
@@ -105,20 +107,22 @@ def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | No
         "steps": [[step["step"], step["num_tokens"]] for step in history["steps"]],
         "dense_ce": history["dense_ce"],
         "models": evaluation["models"],
-        "tasks": {},
+        "tasks": pipeline.score_tasks(work, trained) if tasks else {},
     }
 
 
 def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
     """The comparisons of an experiment from its finished arms, as plain values."""
     found = Found({name: {seed: arm["models"] for seed, arm in by_seed.items()} for name, by_seed in arms.items()})
-    first = Seed(recipe, next(iter(next(iter(arms.values())))))
+    first_arm = next(iter(arms.values()))
+    seeds = list(first_arm)
+    first = Seed(recipe, seeds[0])
     gathered: dict[str, Any] = {
         "experiment": experiment,
         "recipe": as_dict(recipe),
         "texts": found.texts,
-        "seeds": list(next(iter(arms.values()))),
-        "tokens": next(iter(next(iter(arms.values())).values()))["tokens"],
+        "seeds": seeds,
+        "tokens": first_arm[seeds[0]]["tokens"],
         "arms": {name: {str(seed): arm for seed, arm in by_seed.items()} for name, by_seed in arms.items()},
         "ratios": {name: _ratios(found, experiment, name) for name in arms},
         "patterns": [
@@ -171,8 +175,9 @@ def _recovery(long_run: dict[int, Any], control: dict[int, Any]) -> dict[str, An
     """The gap of the pruned model's cross-entropy on the validation blocks to the distilled dense model's best, by
     tokens trained on, mean over seeds; the curve through it; and the tokens it asks for three ratios of perplexity."""
     goal = float(np.mean([min(v["ce"] for v in arm["validations"]) for arm in control.values()]))
-    tokens_after = dict(next(iter(long_run.values()))["steps"])
-    validated = [v["step"] for v in next(iter(long_run.values()))["validations"][1:]]
+    first = next(iter(long_run.values()))
+    tokens_after = dict(first["steps"])
+    validated = [v["step"] for v in first["validations"][1:]]
     ce = np.mean([[v["ce"] for v in arm["validations"][1:]] for arm in long_run.values()], axis=0)
     tokens, gaps = [float(tokens_after[step]) for step in validated], (ce - goal).tolist()
     curve: dict[str, Any] = {"tokens": tokens, "gaps": gaps, "dense_kd_ce": goal}

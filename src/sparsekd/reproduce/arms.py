@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsekd.recipe import Recipe
+from sparsekd.recipe import WANDA, Recipe
 from sparsekd.rounds import Place, Round
 
 FOLDER = "arms"
@@ -79,8 +79,7 @@ def better_teacher(seed: Seed) -> dict[str, Round]:
 
 def wanda(seed: Seed) -> dict[str, Round]:
     """Unstructured pruning by WANDA."""
-    options = {"method": "wanda", "format": "mask", "allocation": "uniform", "probe_tokens": 0}
-    return {name: seed.pruned(name, r, **options) for r in ONE_SHOT for name in [f"WANDA {percent(r)}"]}
+    return {name: seed.pruned(name, r, **WANDA) for r in ONE_SHOT for name in [f"WANDA {percent(r)}"]}
 
 
 def tiered(seed: Seed) -> dict[str, Round]:

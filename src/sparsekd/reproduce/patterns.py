@@ -40,14 +40,17 @@ class Pattern:
 
 
 def dense() -> Model:
+    """The model as it comes."""
     return Model(DENSE)
 
 
 def pruned(arm: str) -> Model:
+    """The arm's model before its training."""
     return Model(PRUNED, arm)
 
 
 def distilled(arm: str) -> Model:
+    """The arm's model after its training."""
     return Model(DISTILLED, arm)
 
 
