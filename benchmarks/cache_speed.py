@@ -3,7 +3,8 @@
     python benchmarks/cache_speed.py
 
 The bare pass is `model(input_ids).logits` and nothing else. The cache stage is the whole of it: forward pass,
-distributions, encoding, Parquet shards on disk. Bar: at least 0.9.
+distributions, encoding, Parquet shards on disk, and the hash of the weights, half a second whatever the text. Bar: at
+least 0.93.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sparsekd
 from sparsekd import corpus, teacher
 from sparsekd.recipe import load_recipe
 
-ROUNDS, BATCH, BLOCKS = 3, 4, 40
+ROUNDS, BATCH, BLOCKS = 3, 4, 80
 
 
 def main() -> None:

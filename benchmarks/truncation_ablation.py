@@ -24,7 +24,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -67,14 +67,22 @@ class Setup:
 
     recipe: Recipe
     model: Any
+    tokenizer: Any
+    texts: dict[str, str]  # to measure on, TEST_TOKENS of each
     batches: list[torch.Tensor]  # of the statistics, then of the probe
     moments: Any
     ids: np.ndarray  # of the blocks to train on
     data: distillation.Data | None
-    measure: Callable[[Any], dict[str, Any]]
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Perplexity by text."""
+        return {
+            name: sparsekd.perplexity(model, self.tokenizer, text, max_tokens=TEST_TOKENS)
+            for name, text in self.texts.items()
+        }
 
 
-def prepare(folder: str, *, train: bool) -> Setup:
+def prepare(folder: str, *, train: bool, training_blocks: int = TRAINING_BLOCKS) -> Setup:
     num_blocks = (STATISTICS_TOKENS + PROBE_TOKENS) // 256
     overrides = (f"corpus.root={folder}", "corpus.seq_len=256", f"corpus.num_blocks={num_blocks}")
     recipe = load_recipe(str(Path(__file__).parents[1] / "recipes" / "local-mixture.yaml"), overrides)
@@ -85,15 +93,9 @@ def prepare(folder: str, *, train: bool) -> Setup:
     seen = batches[: STATISTICS_TOKENS // batches[0].numel()]  # the probe's tokens are others
     kept = Path(tempfile.gettempdir()) / f"{NAME}_{built.fingerprint}"
     moments = _statistics(model, seen, kept.with_suffix(".pt"))
-    ids = ids[:TRAINING_BLOCKS]
-
-    def measure(measured: Any) -> dict[str, Any]:
-        texts = built.texts.items()
-        return {name: sparsekd.perplexity(measured, tokenizer, text, max_tokens=TEST_TOKENS) for name, text in texts}
-
-    return Setup(
-        recipe, model, batches, moments, ids, _training_data(model, built, ids, kept) if train else None, measure
-    )
+    ids = ids[:training_blocks]
+    data = _training_data(model, built, ids, kept.with_name(f"{kept.name}_{training_blocks}")) if train else None
+    return Setup(recipe, model, tokenizer, built.texts, batches, moments, ids, data)
 
 
 def train(setup: Setup, student: Any, learning_rate: float, seed: int = 42, num_blocks: int = TRAINING_BLOCKS) -> Any:
