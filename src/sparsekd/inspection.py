@@ -15,6 +15,7 @@ from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
 from sparsekd.recipe import load_recipe
+from sparsekd.reproduce import arms
 from sparsekd.rounds import CORPUS, planned
 from sparsekd.run import machine, versions
 
@@ -48,16 +49,27 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"kind": "run"}
+    if (path / arms.FOLDER).is_dir():
+        return _describe_reproduction(path)
     rounds = planned(load_recipe(str(path / "recipe.yaml")))
     places = {"corpus": CORPUS}
     for one in rounds:
         places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
-    for name, folder in places.items():
-        done = (path / folder / "stage.json").exists()
-        started = (path / folder / "inputs.json").exists()
-        facts[name] = "finished" if done else "started, not finished" if started else "not started"
+    facts = {"kind": "run"} | {name: _state(path / folder) for name, folder in places.items()}
     return facts | {"report": "written" if (path / "report.html").exists() else "not written"}
+
+
+def _describe_reproduction(path: Path) -> dict[str, Any]:
+    stages = sorted(place.parent for place in (path / arms.FOLDER).rglob("inputs.json"))
+    states = {str(stage.relative_to(path)): _state(stage) for stage in [path / CORPUS, *stages]}
+    written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
+    return {"kind": "reproduction", **states, "experiments": ", ".join(written) or "none finished"}
+
+
+def _state(stage: Path) -> str:
+    if (stage / "stage.json").exists():
+        return "finished"
+    return "started, not finished" if (stage / "inputs.json").exists() else "not started"
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
@@ -97,8 +109,7 @@ def verify(path: Path) -> dict[str, Any]:
 
     Damage is among the facts, for `require_sound`; raises `DataError` when there is no cache, or its manifest is bad.
     """
-    recipe = path / "recipe.yaml"
-    cache = Cache(path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path, strict=False)
+    cache = Cache(_cache_of(path), strict=False)
     beside = cache.folder.parent.parent / CORPUS
     blocks = {i: block.tokens for i, block in enumerate(corpus.load(beside).blocks)} if beside.exists() else None
     damaged, seen = cache.damaged_shards(), collections.Counter[str]()
@@ -137,6 +148,14 @@ def verify(path: Path) -> dict[str, Any]:
         "tail mass, quantiles": quantiles,
         "expected KL error of the codec, nats": float(np.concatenate(errors).mean()),
     }
+
+
+def _cache_of(path: Path) -> Path:
+    """The folder of a run's first cache, or of the cache that most arms of a reproduction share; else `path` itself."""
+    if (path / arms.FOLDER).is_dir():
+        return path / arms.TEACHER
+    recipe = path / "recipe.yaml"
+    return path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path
 
 
 def require_sound(facts: dict[str, Any], path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsekd import errors
+from sparsekd import errors, inspection
 from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments
 from sparsekd.reproduce import reproduce
@@ -57,6 +58,24 @@ def test_experiments_share_a_directory_and_its_arms(tiny_recipe: Path, tmp_path:
     assert [one["folder"] for one in teacher] == ["arms/Dense+KD/seed-1/distilled"]
     [claim] = {pattern["claim"] for pattern in found["patterns"]}
     assert claim == "a better teacher makes a better student"
+
+
+def test_finished_arms_need_no_weights(tiny_recipe: Path, tmp_path: Path) -> None:
+    """What is kept of a long experiment between machines is its JSON; only the arms that are missing run."""
+    out = tmp_path / "run"
+    first = run("III", tiny_recipe, out, seeds=[1])
+    facts = inspection.describe(out)
+    assert facts["kind"] == "reproduction" and facts["experiments"] == "III"
+    assert facts["arms/round-50/seed-1/distilled"] == facts["corpus"] == "finished"
+    assert inspection.verify(out)["coverage"] == 1
+    for path in (out / "arms").rglob("*"):
+        if path.is_file() and path.suffix != ".json":
+            path.unlink()
+    shutil.rmtree(out / "corpus")
+    again = run("III", tiny_recipe, out, seeds=[1, 2])
+    for name, arm in first["arms"].items():
+        assert again["arms"][name]["1"] == arm["1"] and set(again["arms"][name]) == {"1", "2"}
+    assert not list((out / "arms/round-30/seed-1").rglob("model.safetensors"))
 
 
 def test_one_seed_has_no_deviation(tiny_recipe: Path, tmp_path: Path) -> None:
