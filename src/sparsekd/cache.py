@@ -288,10 +288,15 @@ def _part_manifests(folder: Path) -> dict[Part, Path]:
     return {Part(int(name[1]), int(name[2])): path for name, path in named if name}
 
 
-def _finish(folder: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
-    _write_manifest(folder / "manifest.json", identity, shards)
+def forget_parts(folder: Path) -> None:
+    """Removes manifests of parts; their shards stay, and whoever writes the cache next takes them over."""
     for path in _part_manifests(folder).values():
         files.remove(path)
+
+
+def _finish(folder: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
+    _write_manifest(folder / "manifest.json", identity, shards)
+    forget_parts(folder)
 
 
 def _require_blocks(folder: Path, found: Iterable[int], wanted: Iterable[int]) -> None:

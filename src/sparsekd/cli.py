@@ -149,6 +149,8 @@ def reproduce(
         resume=resume,
         fresh=fresh,
     )
+    if not _is_main():
+        return
     if as_json:
         _print_json(found)
         return
@@ -340,12 +342,19 @@ def _run_stages(
     except QualityError:
         _show_report(folder, as_json)
         raise
+    if not _is_main():
+        return
     if until == "report":
         _show_report(folder, as_json)
     elif as_json:
         _print_json(summaries)
     else:
         print(f"done: {folder}")
+
+
+def _is_main() -> bool:
+    """Results are printed once, by the main one of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _recipe(

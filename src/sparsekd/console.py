@@ -35,8 +35,8 @@ class Bar:
 class Console:
     """Human text to stderr, so that stdout stays free for results."""
 
-    def __init__(self) -> None:
-        self._rich = RichConsole(stderr=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self._rich = RichConsole(stderr=True, quiet=quiet)
 
     def say(self, text: str) -> None:
         self._rich.print(text, markup=False, highlight=False, soft_wrap=True)

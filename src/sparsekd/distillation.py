@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -146,7 +147,7 @@ def train(
     num_steps = math.ceil(len(order) / options.batch_size)
     validation_steps = {round(num_steps * (i + 1) / options.validations) for i in range(options.validations)}
     _require_covered(data, order)
-    with _folder(folder) as place, _accelerated(student, options, place) as accelerator, prepared(student, options):
+    with _folder(folder, student.device) as place, _accelerated(student, options, place) as accelerator, prepared(student, options):
         optimizer, worker = _distribute(student, data, options, accelerator)
         pruned = PrunedWeights(student)
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
@@ -247,12 +248,16 @@ def _require_covered(data: Data, order: Sequence[int]) -> None:
 
 
 @contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
+def _folder(folder: Path | None, device: torch.device) -> Iterator[Path]:
+    """`folder`, or a temporary one that all processes share."""
     if folder is not None:
         yield folder
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
+        return
+    processes = PartialState(cpu=device.type == "cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        [shared] = broadcast_object_list([temporary])
+        yield Path(shared)
+        processes.wait_for_everyone()
 
 
 @contextmanager

@@ -49,11 +49,11 @@ def run(
         rounds = rounds[:1]
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
-        summaries = {"corpus": stages.make_corpus(work)}
+        summaries = {"corpus": opened.processes.main_first(lambda: stages.make_corpus(work))}
         if until != "corpus":
             for round_ in rounds:
                 summaries |= run_round(work, round_, until)
-        if until == "report":
+        if until == "report" and opened.processes.is_main:
             written = report.write(folder)
             opened.console.say(f"report: {folder / 'report.html'}")
             _quality_gate(written)
@@ -61,13 +61,20 @@ def run(
 
 
 def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, Any]:
-    """The stages of one round up to `until`, with the summary of each by name."""
+    """The stages of one round up to `until`, with the summary of each by name. Processes started together share
+    teacher, statistics and training; the main one evaluates."""
+    processes = work.run.processes
     steps: dict[str, Callable[[], dict[str, Any]]] = {"cache": lambda: stages.fill_cache(work, round_)}
     if round_.compress is not None:
         steps["compress"] = lambda: stages.truncate(work, round_)
     steps["distill"] = lambda: stages.train(work, round_)
-    steps["evaluate"] = lambda: evaluate(work, round_)
-    return {name: step() for name, step in steps.items() if STAGES.index(name) <= STAGES.index(until)}
+    steps["evaluate"] = lambda: processes.main_first(lambda: evaluate(work, round_))
+    summaries = {}
+    for name, step in steps.items():
+        if STAGES.index(name) <= STAGES.index(until):
+            summaries[name] = step()
+            processes.wait()  # what comes next reads what the main process has just written
+    return summaries
 
 
 def evaluate(work: Work, round_: Round) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from typing import Any
 
 from sparsekd import files
 from sparsekd.console import Console
+from sparsekd.device import place
 from sparsekd.errors import DataError, MismatchError, UsageError
+from sparsekd.processes import Processes
 from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
@@ -51,26 +53,33 @@ class Stage:
                 self.summary = files.read_json(self.folder / "stage.json")
                 run.console.say(f"{name}: up to date")
                 return
+        run.console.say(f"{name} ...")
+        if not run.processes.is_main:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not run.shared:  # else they may be the others' at work
             files.remove_temporaries(self.folder)
         files.write_json(self.folder / "inputs.json", inputs)
-        run.console.say(f"{name} ...")
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Writes what came out, with time and memory; from here on the stage is reused."""
         seconds = time.monotonic() - self._start
         self.summary = summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
-        files.write_json(self.folder / "stage.json", self.summary)
-        self._run.log("stage", name=self.name, seconds=seconds)
+        if self._run.processes.is_main:
+            files.write_json(self.folder / "stage.json", self.summary)
+            self._run.log("stage", name=self.name, seconds=seconds)
         return self.summary
 
 
 class Run:
-    """An open run directory; use as `with Run.open(...) as run`. One process holds it, or several share it."""
+    """An open run directory; use as `with Run.open(...) as run`. One process holds it, or several share it.
 
-    def __init__(self, folder: Path, recipe: Recipe, console: Console, shared: bool = False):
-        self.folder, self.recipe, self.console, self.shared = folder, recipe, console, shared
+    Of processes that a launcher started together, only the main one writes stages and speaks.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, console: Console, processes: Processes, shared: bool = False):
+        self.folder, self.recipe, self.processes, self.shared = folder, recipe, processes, shared
+        self.console = console if processes.is_main else Console(quiet=True)
 
     @classmethod
     @contextmanager
@@ -90,7 +99,11 @@ class Run:
         processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
         or another process in it, `MismatchError` naming the field that differs.
         """
-        run = cls(folder, recipe, console, shared)
+        run = cls(folder, recipe, console, Processes(place(recipe.device).device), shared)
+        if not run.processes.is_main:
+            run.processes.wait()
+            yield run
+            return
         exists = _is_run(folder)
         if not exists and folder.exists() and not _is_free(folder):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
@@ -103,6 +116,7 @@ class Run:
         with files.lock(folder / "run.lock", str(folder), shared=shared):
             if not shared:
                 run._settle(exists, exists and has_recipe, fresh)
+            run.processes.wait()
             yield run
 
     def _settle(self, exists: bool, has_recipe: bool, fresh: bool) -> None:

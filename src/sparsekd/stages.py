@@ -96,10 +96,12 @@ class Work:
             trust_remote_code=self.recipe.model.trust_remote_code,
         )
 
-    @property
-    def checkpoint_dtype(self) -> torch.dtype:
-        """Results are saved in the number format that the dense checkpoint has, so that sizes compare."""
-        return models.checkpoint_dtype(self.dense, self.recipe.model.revision)
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
+        """Writes `model` in the stage's folder, in the number format that the dense checkpoint has, so that sizes
+        compare."""
+        if self.run.processes.is_main:
+            dtype = models.checkpoint_dtype(self.dense, self.recipe.model.revision)
+            models.save(model, tokenizer, stage.folder / "model", dtype=dtype)
 
 
 # ---- corpus
@@ -146,12 +148,16 @@ def make_corpus(work: Work) -> dict[str, Any]:
 
 def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
     """Stage `cache`: the teacher's distributions of all training and validation blocks, or one `part` of them."""
-    options, blocks = work.recipe.cache, work.blocks
+    options, blocks, processes = work.recipe.cache, work.blocks, work.run.processes
     stage = cache_stage(work, round_)
     if work.recipe.distill.teacher == "online":  # an empty stage, so that later ones find its inputs
         return stage.summary or stage.finish({"blocks": 0, "tokens": 0, "top_k": options.top_k, "bytes": 0})
     if stage.summary is not None and caches.is_complete(stage.folder):  # else a shard was removed: it is made again
         return stage.summary
+    together = processes.count > 1
+    if together:
+        part = Part(processes.rank + 1, processes.count)
+        processes.main_first(lambda: caches.forget_parts(stage.folder))
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
     num_tokens = sum(len(tokens) for tokens in by_id.values()) // part.count
     model, tokenizer, vocab_size = _open_teacher(work, round_)
@@ -172,6 +178,9 @@ def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
             separator=blocks.separator,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
         )
+    if together:
+        processes.wait()
+        cache = processes.main_first(lambda: caches.merge(stage.folder, by_id))
     return {"part": str(part)} if cache is None else stage.finish(cache_summary(cache, blocks))
 
 
@@ -255,7 +264,7 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         device=work.placement.device,
         warn=work.run.console.warn,
     )
-    models.save(student, tokenizer, stage.folder / "model", dtype=work.checkpoint_dtype)
+    work.save(student, tokenizer, stage)
     share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
     removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
     work.run.console.say(f"  set {share} to zero" if options.format == "mask" else f"  {removed}")
@@ -330,8 +339,9 @@ def train(work: Work, round_: Round) -> dict[str, Any]:
             stop_signal=lambda: received[0] if received else None,
         )
     run.console.say(f"  {history.stop_reason}; weights after step {history.best_step} kept")
-    models.save(student, tokenizer, stage.folder / "model", dtype=work.checkpoint_dtype)
-    files.remove(stage.folder / "checkpoints")
+    work.save(student, tokenizer, stage)
+    if run.processes.is_main:
+        files.remove(stage.folder / "checkpoints")
     return stage.finish(history.as_dict())
 
 
@@ -349,12 +359,15 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> float:
     losses: dict[str, float] = {}
     for rate in rates:
         tried = stage.folder / f"rate-{rate:g}.json"
-        if not tried.exists():
+        if tried.exists():
+            losses[f"{rate:g}"] = files.read_json(tried)["loss"]
+        else:
             student, _ = work.take(round_.student, torch.float32)
             options = replace(round_.distill, learning_rate=rate, epochs=1, validations=1, trackers=[])
-            history = distillation.train(student, data, options)
-            files.write_json(tried, {"loss": history.validations[-1].loss})
-        losses[f"{rate:g}"] = files.read_json(tried)["loss"]
+            losses[f"{rate:g}"] = distillation.train(student, data, options).validations[-1].loss
+            work.run.processes.wait()  # all have seen that it was not tried
+            if work.run.processes.is_main:
+                files.write_json(tried, {"loss": losses[f"{rate:g}"]})
         work.run.console.say(f"  rate {rate:g}: validation loss {losses[f'{rate:g}']:.3f}")
     best = min(rates, key=lambda rate: losses[f"{rate:g}"])
     return stage.finish({"losses": losses, "learning_rate": best})["learning_rate"]

@@ -76,7 +76,7 @@ def reproduce(
             check(replace(recipe, distill=replace(round_.distill, learning_rate=rate), **options))
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
-        stages.make_corpus(work)
+        opened.processes.main_first(lambda: stages.make_corpus(work))
         arms: Arms = {}
         for seed, rounds in planned.items():
             for name, round_ in rounds.items():
@@ -85,8 +85,9 @@ def reproduce(
                 tasks = experiment == "II"  # the others compare perplexities only
                 arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
         found = gather(experiment, recipe, arms) | {"rates": list(rates)}
-        files.write_json(folder / f"reproduce-{experiment}.json", found)
-        files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
+        if opened.processes.is_main:
+            files.write_json(folder / f"reproduce-{experiment}.json", found)
+            files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
         return found
 
 
@@ -96,7 +97,7 @@ def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | No
     rate = stages.search_rate(work, round_, rates) if searched is None else searched
     trained = replace(round_, distill=replace(round_.distill, learning_rate=rate))
     history = stages.train(work, trained)
-    evaluation = stages.evaluate(work, trained)
+    evaluation = work.run.processes.main_first(lambda: stages.evaluate(work, trained))
     return {
         "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
         "learning_rate": rate,
@@ -107,7 +108,7 @@ def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | No
         "steps": [[step["step"], step["num_tokens"]] for step in history["steps"]],
         "dense_ce": history["dense_ce"],
         "models": evaluation["models"],
-        "tasks": pipeline.score_tasks(work, trained) if tasks else {},
+        "tasks": work.run.processes.main_first(lambda: pipeline.score_tasks(work, trained)) if tasks else {},
     }
 
 

@@ -1,0 +1,55 @@
+"""The processes of one run, as `torchrun` and `accelerate launch` start them: who writes, and who waits for whom."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+from sparsekd.errors import UsageError
+
+_PATIENCE = timedelta(days=7)  # while the main process does what cannot be shared, the others wait
+_T = TypeVar("_T")
+
+
+class Processes:
+    """All processes of a run, which share its directory; one, unless a launcher started more.
+
+    Raises `UsageError` under FSDP, which splits weights that a run has to save: DDP is what it can do.
+    """
+
+    def __init__(self, device: torch.device):
+        self._state: PartialState | None = None
+        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count == 1:
+            return
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise UsageError(
+                "a run in several processes uses DDP: start it with torchrun, or without FSDP in accelerate's settings"
+            )
+        self._state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+        self.rank = self._state.process_index
+        atexit.register(self._state.destroy_process_group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    def main_first(self, step: Callable[[], _T]) -> _T:
+        """What `step` returns; the others begin it when the main process is done, and find everything there."""
+        if not self.is_main:
+            self.wait()
+        result = step()
+        if self.is_main:
+            self.wait()
+        return result

@@ -1,0 +1,58 @@
+"""The command line in two processes of a real launcher, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def launched(*arguments: object, count: int) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    command = [sys.executable, *launcher, "-m", "sparsekd", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path) -> None:
+    together = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", "cache.blocks_per_shard=2", count=2)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("report:") == 1 and together.stderr.count("round-01/distilled ...") == 1
+    alone = launched("run", tiny_recipe, "--out", tmp_path / "one", "--set", "cache.blocks_per_shard=2", count=1)
+    assert alone.returncode == 0, alone.stderr
+    one, two = (tmp_path / name / "round-01" for name in ("one", "two"))
+    shards = [read(folder / "cache/manifest.json")["shards"] for folder in (one, two)]
+    assert shards[0] == shards[1] and len(shards[0]) > 2  # with their sha256
+    assert not list((two / "cache").glob("manifest-*"))
+    for stage, tolerance in (("compressed", 1e-5), ("distilled", 1e-3)):
+        expected, found = (load_file(folder / stage / "model/model.safetensors") for folder in (one, two))
+        assert expected.keys() == found.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance)
+    expected, found = (read(folder / "eval/stage.json")["models"]["distilled"]["held"] for folder in (one, two))
+    assert abs(found["perplexity"] / expected["perplexity"] - 1) < 1e-3
+    again = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", "cache.blocks_per_shard=2", count=1)
+    assert again.returncode == 0 and again.stderr.count("up to date") == 5  # any number of processes may go on
+
+
+def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> None:
+    options = ("--set", "rounds=[0.4]", "--seeds", "1", "--rates", "1e-4,1e-3", "--json")
+    together = launched("reproduce", "III", tiny_recipe, "--out", tmp_path / "two", *options, count=2)
+    assert together.returncode == 0, together.stderr
+    found = json.loads(together.stdout)
+    assert found == read(tmp_path / "two/reproduce-III.json") and list(found["arms"]) == ["Dense+KD", "round 40%"]
+
+
+def test_fsdp_is_refused(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
+    assert outcome.returncode != 0 and "a run in several processes uses DDP" in outcome.stderr
+    assert not (tmp_path / "two").exists()
