@@ -147,7 +147,11 @@ def train(
     num_steps = math.ceil(len(order) / options.batch_size)
     validation_steps = {round(num_steps * (i + 1) / options.validations) for i in range(options.validations)}
     _require_covered(data, order)
-    with _folder(folder, student.device) as place, _accelerated(student, options, place) as accelerator, prepared(student, options):
+    with (
+        _folder(folder, student.device) as place,
+        _accelerated(student, options, place) as accelerator,
+        prepared(student, options),
+    ):
         optimizer, worker = _distribute(student, data, options, accelerator)
         pruned = PrunedWeights(student)
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
