@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from sparsekd import corpus, distillation, teacher
 from sparsekd.cache import Cache, Targets
 from sparsekd.compression import compress
 from sparsekd.recipe import Distill, load_recipe
+from sparsekd.run import peak_memory_bytes
 
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
 OURS = {"ours": BATCH, "ours in parts": 2}  # blocks in a micro batch
@@ -95,7 +95,7 @@ def turn(loop: str, folder: Path) -> dict[str, float]:
     blocks = np.load(folder / "blocks.npy").astype(np.int64)
     model, _ = sparsekd.load(str(folder / "model"))
     cache = Cache(folder / "cache")
-    before = _peak()
+    before = peak_memory_bytes()
     if loop in OURS:
         found = our_steps(model, blocks, cache, OURS[loop])
     elif loop == TRL:
@@ -103,11 +103,8 @@ def turn(loop: str, folder: Path) -> dict[str, float]:
     else:
         targets = [cache.read(number, tokens.astype(np.int32)) for number, tokens in enumerate(blocks)]
         found = hand_written(model, blocks, targets if loop == "plain KD" else None)
-    return found | {"peak_bytes": _peak(), "peak_bytes_above_the_model": _peak() - before}
-
-
-def _peak() -> float:
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory_bytes()
+    return found | {"peak_bytes": peak, "peak_bytes_above_the_model": peak - before}
 
 
 def hand_written(model: Any, blocks: np.ndarray, targets: list[Any] | None) -> dict[str, float]:
