@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The memory figure that a run reports."""
 
 import subprocess
 import sys
