@@ -21,8 +21,8 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
     """Chooses device and dtype: a GPU in bfloat16 if there is one that knows it, else float32.
 
     bfloat16 is never chosen on a CPU: many run it a hundred times slower than float32. Of processes that a launcher
-    started, each takes its own GPU. Raises `UsageError` for a
-    device that is not there or a dtype that is not a floating point one.
+    started, each takes its own GPU. Raises `UsageError` for a device that is not there or a dtype that is not a
+    floating point one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -25,15 +25,15 @@ class Processes:
 
     def __init__(self, device: torch.device):
         self._state: PartialState | None = None
-        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        if self.count == 1:
+        self.rank, self.count = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise UsageError(
                 "a run in several processes uses DDP: start it with torchrun, or without FSDP in accelerate's settings"
             )
         self._state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
-        self.rank = self._state.process_index
+        self.rank, self.count = self._state.process_index, self._state.num_processes
         atexit.register(self._state.destroy_process_group)
 
     @property
