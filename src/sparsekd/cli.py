@@ -135,6 +135,7 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """One of the paper's experiments on a model of yours, with controls: its claims, our ratios beside the paper's."""
+    from sparsekd.device import rank_and_count
     from sparsekd.report import experiments, tables
     from sparsekd.reproduce import reproduce as run_experiment
 
@@ -149,7 +150,8 @@ def reproduce(
         resume=resume,
         fresh=fresh,
     )
-    if not _is_main():
+    rank, _ = rank_and_count()
+    if rank > 0:  # results are printed once
         return
     if as_json:
         _print_json(found)
@@ -333,6 +335,7 @@ def _run_stages(
         _dry_run(recipe, as_json)
         return
     from sparsekd import pipeline
+    from sparsekd.device import rank_and_count
     from sparsekd.errors import QualityError
 
     _quiet()
@@ -342,7 +345,8 @@ def _run_stages(
     except QualityError:
         _show_report(folder, as_json)
         raise
-    if not _is_main():
+    rank, _ = rank_and_count()
+    if rank > 0:  # results are printed once
         return
     if until == "report":
         _show_report(folder, as_json)
@@ -350,11 +354,6 @@ def _run_stages(
         _print_json(summaries)
     else:
         print(f"done: {folder}")
-
-
-def _is_main() -> bool:
-    """Results are printed once, by the main one of the processes that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _recipe(

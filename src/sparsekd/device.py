@@ -7,6 +7,7 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 
 from sparsekd.errors import UsageError
 
@@ -41,6 +42,13 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
     if chosen.type == "cuda" and torch.cuda.is_bf16_supported():
         return Placement(chosen, torch.bfloat16, "bfloat16: this GPU supports it")
     return Placement(chosen, torch.float32, f"float32: the safe choice on {chosen.type}")
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Which of the processes that work together this one is, and how many there are; (0, 1) alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def trains_in_bfloat16(precision: str, device: torch.device) -> bool:

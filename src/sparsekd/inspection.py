@@ -15,8 +15,7 @@ from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
 from sparsekd.recipe import load_recipe
-from sparsekd.reproduce import arms
-from sparsekd.rounds import CORPUS, planned
+from sparsekd.rounds import ARMS, CORPUS, SHARED_CACHE, planned
 from sparsekd.run import machine, versions
 
 _EXTRAS = {
@@ -49,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    if (path / arms.FOLDER).is_dir():
+    if (path / ARMS).is_dir():
         return _describe_reproduction(path)
     rounds = planned(load_recipe(str(path / "recipe.yaml")))
     places = {"corpus": CORPUS}
@@ -60,7 +59,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 
 def _describe_reproduction(path: Path) -> dict[str, Any]:
-    stages = sorted(place.parent for place in (path / arms.FOLDER).rglob("inputs.json"))
+    stages = sorted(place.parent for place in (path / ARMS).rglob("inputs.json"))
     states = {str(stage.relative_to(path)): _state(stage) for stage in [path / CORPUS, *stages]}
     written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
     return {"kind": "reproduction", **states, "experiments": ", ".join(written) or "none finished"}
@@ -152,8 +151,8 @@ def verify(path: Path) -> dict[str, Any]:
 
 def _cache_of(path: Path) -> Path:
     """The folder of a run's first cache, or of the cache that most arms of a reproduction share; else `path` itself."""
-    if (path / arms.FOLDER).is_dir():
-        return path / arms.TEACHER
+    if (path / ARMS).is_dir():
+        return path / SHARED_CACHE
     recipe = path / "recipe.yaml"
     return path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
+from sparsekd.device import rank_and_count
 from sparsekd.errors import UsageError
 
 _PATIENCE = timedelta(days=7)  # while the main process does what cannot be shared, the others wait
@@ -24,17 +25,14 @@ class Processes:
     """
 
     def __init__(self, device: torch.device):
-        self._state: PartialState | None = None
-        self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise UsageError(
-                "a run in several processes uses DDP: start it with torchrun, or without FSDP in accelerate's settings"
-            )
-        self._state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
-        self.rank, self.count = self._state.process_index, self._state.num_processes
-        atexit.register(self._state.destroy_process_group)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                raise UsageError(
+                    "a run in several processes uses DDP: start it with torchrun, or without FSDP in accelerate's "
+                    "settings"
+                )
+            atexit.register(PartialState(cpu=device.type == "cpu", timeout=_PATIENCE).destroy_process_group)
+        self.rank, self.count = rank_and_count()
 
     @property
     def is_main(self) -> bool:
@@ -42,8 +40,8 @@ class Processes:
 
     def wait(self) -> None:
         """Until all have come here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
+        if self.count > 1:
+            PartialState().wait_for_everyone()
 
     def main_first(self, step: Callable[[], _T]) -> _T:
         """What `step` returns; the others begin it when the main process is done, and find everything there."""

@@ -13,6 +13,8 @@ from sparsekd.recipe import Compress, Distill, Recipe
 
 Place = str | Path  # a model: a name, as in the recipe, or a folder of the run that has `model` in it
 CORPUS = "corpus"
+ARMS = "arms"  # of a reproduction
+SHARED_CACHE = f"{ARMS}/teacher"  # the dense model's, which most arms share
 
 
 def tasks_folder(where: Place) -> Path:

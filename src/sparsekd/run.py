@@ -76,9 +76,11 @@ class Run:
     Of processes that a launcher started together, only the main one writes stages and speaks.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, console: Console, processes: Processes, shared: bool = False):
-        self.folder, self.recipe, self.processes, self.shared = folder, recipe, processes, shared
-        self.console = console if processes.is_main else Console(quiet=True)
+    def __init__(self, folder: Path, recipe: Recipe, console: Console, shared: bool = False):
+        self.folder, self.recipe, self.shared = folder, recipe, shared
+        self.placement = place(recipe.device, recipe.model.dtype)
+        self.processes = Processes(self.placement.device)
+        self.console = console if self.processes.is_main else Console(quiet=True)
 
     @classmethod
     @contextmanager
@@ -98,7 +100,7 @@ class Run:
         processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
         or another process in it, `MismatchError` naming the field that differs.
         """
-        run = cls(folder, recipe, console, Processes(place(recipe.device).device), shared)
+        run = cls(folder, recipe, console, shared)
         if not run.processes.is_main:
             run.processes.wait()
             yield run

@@ -19,7 +19,6 @@ from sparsekd import cache as caches
 from sparsekd import compression, corpus, distillation, files, models, sources, teacher
 from sparsekd.cache import WHOLE, Cache, Part, Targets
 from sparsekd.corpus import Corpus
-from sparsekd.device import place
 from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
 from sparsekd.objective import Teacher
@@ -37,7 +36,7 @@ class Work:
     def __init__(self, run: Run):
         self.run = run
         self.recipe = run.recipe
-        self.placement = place(run.recipe.device, run.recipe.model.dtype)
+        self.placement = run.placement
         self._dense: Loaded | None = None
 
     @functools.cached_property
@@ -360,15 +359,16 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> float:
     for rate in rates:
         tried = stage.folder / f"rate-{rate:g}.json"
         if tried.exists():
-            losses[f"{rate:g}"] = files.read_json(tried)["loss"]
+            loss = files.read_json(tried)["loss"]
         else:
             student, _ = work.take(round_.student, torch.float32)
             options = replace(round_.distill, learning_rate=rate, epochs=1, validations=1, trackers=[])
-            losses[f"{rate:g}"] = distillation.train(student, data, options).validations[-1].loss
+            loss = distillation.train(student, data, options).validations[-1].loss
             work.run.processes.wait()  # all have seen that it was not tried
             if work.run.processes.is_main:
-                files.write_json(tried, {"loss": losses[f"{rate:g}"]})
-        work.run.console.say(f"  rate {rate:g}: validation loss {losses[f'{rate:g}']:.3f}")
+                files.write_json(tried, {"loss": loss})
+        losses[f"{rate:g}"] = loss
+        work.run.console.say(f"  rate {rate:g}: validation loss {loss:.3f}")
     best = min(rates, key=lambda rate: losses[f"{rate:g}"])
     return stage.finish({"losses": losses, "learning_rate": best})["learning_rate"]
 

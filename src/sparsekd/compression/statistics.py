@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
 from sparsekd.models import MLP, find_mlps, shape
@@ -150,8 +151,7 @@ def _run_all(
     a `label_seed`; then the sums of all processes."""
     layers, home = Layers(model), model.device
     device = device or home
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+    rank, world = rank_and_count()
     with _without_weight_gradients(model), _all_but_layers_on(model, layers, device):
         for number, batch in enumerate(batches):
             if number % world != rank:
@@ -164,7 +164,7 @@ def _run_all(
                 with torch.inference_mode(), _in_turn(layers, home, device):
                     model.get_decoder()(input_ids=tokens, use_cache=False)
             _check_finite(grams, number, len(batch))
-    for gram in (gram for of_mlp in grams.values() for gram in of_mlp if shared):
+    for gram in (gram for of_mlp in grams.values() for gram in of_mlp if world > 1):
         gram.add_processes()
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.recipe import WANDA, Recipe
-from sparsekd.rounds import Place, Round
+from sparsekd.rounds import ARMS, SHARED_CACHE, Place, Round
 
-FOLDER = "arms"
-TEACHER = f"{FOLDER}/teacher"  # the dense model's cache, which most arms share
 DENSE_KD = "Dense+KD"
 REDUCTIONS = (0.15, 0.35, 0.51, 0.65)  # of the paper's rounds 1, 4, 6 and 8
 ONE_SHOT = (0.15, 0.35, 0.65)  # of the plain truncation and of the paper's Table V
@@ -39,7 +37,7 @@ class Seed:
         """The dense model distilled without pruning, with some of the recipe's training changed."""
         model, options = self._recipe.model.name, replace(self._recipe.distill, **distill)
         teachers: dict[Place, float] = {model: 1.0}
-        return Round(self._folder(name), self._seed, model, None, None, options, teachers, TEACHER)
+        return Round(self._folder(name), self._seed, model, None, None, options, teachers, SHARED_CACHE)
 
     def pruned(self, name: str, reduction: float, start: Place | None = None, **compress: Any) -> Round:
         """The dense model, or what an earlier round left, pruned and distilled; some of `compress` changed."""
@@ -58,7 +56,7 @@ class Seed:
         return replace(like, name=self._folder(name), teachers={place: 1.0}, cache=f"{teacher.name}/cache")
 
     def _folder(self, name: str) -> str:
-        return f"{FOLDER}/{name.replace(' ', '-').replace('%', '')}/seed-{self._seed}"
+        return f"{ARMS}/{name.replace(' ', '-').replace('%', '')}/seed-{self._seed}"
 
 
 def rounds(seed: Seed) -> dict[str, Round]:
