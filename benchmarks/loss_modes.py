@@ -10,7 +10,8 @@ model's distributions to the arm's, over the whole vocabulary, in nats a token.
 `tempered tail` is a bucket that is tempered along with the kept tokens, r^(1/T) for the tail's mass r: common
 elsewhere, not in the product. At temperature 1 it is `bucket`, so it is not run there.
 
-An arm that benchmarks/results/loss_modes.json holds already is not run again: kill it and go on at any time.
+An arm that benchmarks/results/loss_modes.json holds already is not run again: kill it and go on at any time. Two of
+these with other seeds or temperatures may run side by side, with OMP_NUM_THREADS=1 faster than one with two threads.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from unittest.mock import patch
 import torch
 from _record import RESULTS, record
 from torch import Tensor
-from truncation_ablation import TEST_TOKENS, Setup, prepare, ratios, train, truncated
+from truncation_ablation import TEST_TOKENS, Setup, prepare, train, truncated
 
 from sparsekd import losses
-from sparsekd.evaluate import measure
+from sparsekd.evaluate import measure, ratio
 
 NAME, REDUCTION, BLOCKS = "loss_modes", 0.35, 235
 TEMPERED_TAIL = "tempered tail"
@@ -44,23 +45,21 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--rate", type=float, default=1e-4)
     given = parser.parse_args()
-    path = RESULTS / f"{NAME}.json"
-    found: dict[str, Any] = json.loads(path.read_text())["arms"] if path.exists() else {}
     setup = prepare(given.data, train=True, training_blocks=BLOCKS)
-    dense = setup.measure(setup.model)
     start, _ = truncated(setup, "two-sided, no probe", REDUCTION)
 
     def save(arm: str, part: str, model: Any) -> None:
-        values = {"perplexity": ratios(setup.measure(model), dense), "kl": kl_to_dense(setup, model)}
+        values = beside_dense(setup, model)
+        found = recorded()  # again: the one beside may have added to it
         found.setdefault(arm, {})[part] = values
         record(NAME, {"arms": found}, show=False)
         print(arm, part, values, flush=True)
 
-    if "start" not in found:
+    if "start" not in recorded():
         save("start", "before", start)
     for seed, temperature, mode in itertools.product(given.seeds, given.temperatures, given.modes):
         arm, part = f"{mode}, T {temperature:g}", f"seed {seed}, rate {given.rate:g}"
-        if part in found.get(arm, {}) or (mode == TEMPERED_TAIL and temperature == 1):
+        if part in recorded().get(arm, {}) or (mode == TEMPERED_TAIL and temperature == 1):
             continue
         distill = dataclasses.replace(
             setup.recipe.distill, loss="bucket" if mode == TEMPERED_TAIL else mode, temperature=temperature
@@ -71,15 +70,21 @@ def main() -> None:
             save(arm, part, train(chosen, start, given.rate, seed, BLOCKS))
 
 
-def kl_to_dense(setup: Setup, model: Any) -> dict[str, tuple[float, float]]:
-    """Mean and standard error by text."""
-    found = {}
+def recorded() -> dict[str, Any]:
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text())["arms"] if path.exists() else {}
+
+
+def beside_dense(setup: Setup, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
+    """Ratio of perplexities and KL by text, each with its standard error."""
+    found: dict[str, dict[str, tuple[float, float]]] = {"perplexity": {}, "kl": {}}
     for name, text in setup.texts.items():
-        compared = measure(
-            {"dense": setup.model, "model": model}, setup.tokenizer, text, teacher="dense", max_tokens=TEST_TOKENS
-        )["model"]
-        assert compared.agreement is not None
-        found[name] = (compared.agreement.kl.value, compared.agreement.kl.standard_error)
+        both = {"dense": setup.model, "model": model}
+        measured = measure(both, setup.tokenizer, text, teacher="dense", max_tokens=TEST_TOKENS)
+        agreement = measured["model"].agreement
+        assert agreement is not None
+        found["perplexity"][name] = ratio(measured["model"].perplexity, measured["dense"].perplexity)
+        found["kl"][name] = (agreement.kl.value, agreement.kl.standard_error)
     return found
 
 
