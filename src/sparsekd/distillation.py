@@ -210,7 +210,8 @@ def train(
             if stop is not None:
                 raise Stopped(f"stopped by signal {stop} after step {step + 1} of {num_steps}; state saved", stop)
         accelerator.wait_for_everyone()
-        checkpoints.load_best(student, history.best_step)
+        if history.best_step != (history.steps[-1].step if history.steps else 0):  # else the student has them already
+            checkpoints.load_best(student, history.best_step)
     history.stop_reason = history.stop_reason or f"all {options.epochs} epochs are done"
     return history
 

@@ -152,7 +152,9 @@ class ColumnPivotLinear(CompressedLinear):
         return self.pivots.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pivots(x[..., : self.rank] + self.rest(x[..., self.rank :]))
+        # not two slices: each would have a gradient of the whole width, zeros but for its part
+        pivots, others = x.split([self.rank, self.in_features - self.rank], dim=-1)
+        return self.pivots(pivots + self.rest(others))
 
 
 FORMATS = ("pivot", "lowrank")
