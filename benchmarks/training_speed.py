@@ -1,14 +1,18 @@
 """Our training step against two loops written by hand: tokens a second and peak memory, in turns.
 
-    python benchmarks/training_speed.py [--trl PYTHON]
+    python benchmarks/training_speed.py [--peers PYTHON]
 
 - `fine-tuning`: cross-entropy alone, `model(input_ids, labels=...)`, no teacher. Bars: 1.0 x its speed, 0.7 x
   its memory.
 - `plain KD`: the same loss as ours in the plainest way, the teacher's rows ready in memory, full logits, autograd.
 - `ours`: `distillation.train` itself, reading its targets from the cache on disk; the batch at once.
 - `ours in parts`: the same steps, their batch in micro batches of two blocks, as the demo's preset has it.
-- `GKDTrainer`: TRL's, with the dense model as its online teacher and no text generated (lmbda 0, beta 0). `--trl` is
-  the interpreter of an environment that has trl beside what this one has. Bars: 1.8 x its speed, 0.6 x its memory.
+- `GKDTrainer`: TRL's, with the dense model as its online teacher and no text generated (lmbda 0, beta 0). Bars: 1.8 x
+  its speed, 0.6 x its memory.
+- `DistillKit`: its `DistillationTrainer` with its default losses on a dataset of the teacher's rows, not compressed.
+  Its memory is to be beaten.
+
+`--peers` is the interpreter of an environment that has trl and distillkit beside what this one has.
 
 All train the same compressed model on the same blocks with the same optimizer, clipping included. Each turn is a
 process of its own, so that its peak memory is its own. `waits` is the share of our steps in which the loop waited for
@@ -44,15 +48,15 @@ from sparsekd.run import peak_memory_bytes
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
 OURS = {"ours": BATCH, "ours in parts": 2}  # blocks in a micro batch
 LOOPS = ("fine-tuning", "plain KD", *OURS)
-TRL = "GKDTrainer"
+PEERS = ("GKDTrainer", "DistillKit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--child", nargs=2, metavar=("LOOP", "FOLDER"), help="one turn; used by the script itself")
-    parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with trl")
+    parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with trl and distillkit")
     given = parser.parse_args()
-    loops = (*LOOPS, TRL) if given.trl else LOOPS
+    loops = (*LOOPS, *PEERS) if given.peers else LOOPS
     environment = os.environ | {"PYTHONPATH": str(Path(sparsekd.__file__).parents[1])}  # the other has no sparsekd
     if given.child:
         print(json.dumps(turn(given.child[0], Path(given.child[1]))))
@@ -62,7 +66,7 @@ def main() -> None:
         turns: dict[str, list[dict[str, float]]] = {loop: [] for loop in loops}
         for _ in range(ROUNDS):
             for loop in loops:
-                python = given.trl if loop == TRL else sys.executable
+                python = given.peers if loop in PEERS else sys.executable
                 command = [python, __file__, "--child", loop, folder]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
                 turns[loop].append(json.loads(output.splitlines()[-1]))
@@ -98,8 +102,8 @@ def turn(loop: str, folder: Path) -> dict[str, float]:
     before = peak_memory_bytes()
     if loop in OURS:
         found = our_steps(model, blocks, cache, OURS[loop])
-    elif loop == TRL:
-        found = gkd_trainer(model, blocks, folder)
+    elif loop in PEERS:
+        found = peer_trainer(loop, model, blocks, cache, folder)
     else:
         targets = [cache.read(number, tokens.astype(np.int32)) for number, tokens in enumerate(blocks)]
         found = hand_written(model, blocks, targets if loop == "plain KD" else None)
@@ -161,10 +165,9 @@ def our_steps(model: Any, blocks: np.ndarray, cache: Cache, micro_batch_size: in
     return {"tokens_per_second": blocks[BATCH:].size / seconds, "waits": sum(waits) / len(waits) * batches / seconds}
 
 
-def gkd_trainer(model: Any, blocks: np.ndarray, folder: Path) -> dict[str, float]:
+def peer_trainer(loop: str, model: Any, blocks: np.ndarray, cache: Cache, folder: Path) -> dict[str, float]:
     import datasets
     from transformers import TrainerCallback
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
 
     ends: list[float] = []
 
@@ -173,24 +176,60 @@ def gkd_trainer(model: Any, blocks: np.ndarray, folder: Path) -> dict[str, float
             ends.append(time.perf_counter())
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([row["input_ids"] for row in rows])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        batch = {name: torch.tensor(np.array([row[name] for row in rows])) for name in rows[0]}
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
 
+    rows: dict[str, Any] = {"input_ids": blocks.tolist()}
+    if loop == "DistillKit":
+        targets = [cache.read(number, tokens.astype(np.int32)) for number, tokens in enumerate(blocks)]
+        # it wants a row for the last token of a block as well
+        padded = [[F.pad(value, [0, 0, 0, 1]).numpy() for value in (t.ids, t.log_probs)] for t in targets]
+        rows |= {"token_ids": [ids for ids, _ in padded], "top_values": [values for _, values in padded]}
+    options: dict[str, Any] = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 3e-4}
+    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
+    options |= {"save_strategy": "no", "disable_tqdm": True, "max_length": blocks.shape[1]}
+    options |= {"output_dir": str(folder / loop)}
     dense, tokenizer = sparsekd.load()
-    options: dict[str, Any] = {"lmbda": 0.0, "beta": 0.0, "temperature": TEMPERATURE, "max_length": blocks.shape[1]}
-    options |= {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 3e-4, "use_cpu": True}
-    options |= {"bf16": False, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no"}
-    trainer = GKDTrainer(
-        model=model,
-        teacher_model=dense,
-        args=GKDConfig(output_dir=str(folder / "trl"), disable_tqdm=True, **options),
-        data_collator=collate,
-        train_dataset=datasets.Dataset.from_list([{"input_ids": row.tolist()} for row in blocks]),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    )
+    shared: dict[str, Any] = {
+        "model": model,
+        "data_collator": collate,
+        "train_dataset": datasets.Dataset.from_dict(rows),
+        "processing_class": tokenizer,
+        "callbacks": [Clock()],
+    }
+    trainer = gkd_trainer(dense, options, shared) if loop == "GKDTrainer" else distillkit_trainer(options, shared)
+    del dense
     trainer.train()
     return {"tokens_per_second": blocks[BATCH:].size / (ends[-1] - ends[0])}
+
+
+def gkd_trainer(dense: Any, options: dict[str, Any], shared: dict[str, Any]) -> Any:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
+
+    config = GKDConfig(lmbda=0.0, beta=0.0, temperature=TEMPERATURE, **options)
+    return GKDTrainer(teacher_model=dense, args=config, **shared)
+
+
+def distillkit_trainer(options: dict[str, Any], shared: dict[str, Any]) -> Any:
+    from distillkit.compression import (  # pyright: ignore[reportMissingImports]
+        DistributionQuantizationConfig,
+        LogprobCompressor,
+    )
+    from distillkit.configuration import DistillationRunConfig  # pyright: ignore[reportMissingImports]
+    from distillkit.signals import OfflineSignalSource  # pyright: ignore[reportMissingImports]
+    from distillkit.trainer import DistillationTrainer  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig  # pyright: ignore[reportMissingImports]
+
+    values = {"model": "given", "output_path": "given", "sequence_length": options["max_length"]}
+    values |= {"teacher": {"kind": "dataset"}, "dataset": {"train_dataset": {"disk_path": "given"}}}
+    losses = [{"function": "cross_entropy", "weight": 1 - ALPHA}]
+    losses += [{"function": "kl", "weight": ALPHA, "temperature": TEMPERATURE, "missing_probability_handling": "zero"}]
+    config = DistillationRunConfig(**values, loss_functions=losses)
+    vocab_size = shared["model"].config.vocab_size
+    codec = DistributionQuantizationConfig(d=vocab_size, k=32, exact_k=32, residual_bins=[])
+    source = OfflineSignalSource(LogprobCompressor(codec), vocab_size)
+    settings = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
+    return DistillationTrainer(config=config, signal_source=source, true_vocab_size=vocab_size, args=settings, **shared)
 
 
 if __name__ == "__main__":
