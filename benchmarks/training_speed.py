@@ -7,6 +7,7 @@
 - `plain KD`: the same loss as ours in the plainest way, the teacher's rows ready in memory, full logits, autograd.
 - `ours`: `distillation.train` itself, reading its targets from the cache on disk; the batch at once.
 - `ours in parts`: the same steps, their batch in micro batches of two blocks, as the demo's preset has it.
+- `ours block by block`: the same in micro batches of one.
 - `GKDTrainer`: TRL's, with the dense model as its online teacher and no text generated (lmbda 0, beta 0). Bars: 1.8 x
   its speed, 0.6 x its memory.
 - `DistillKit`: its `DistillationTrainer` with its default losses on a dataset of the teacher's rows, not compressed.
@@ -46,7 +47,7 @@ from sparsekd.recipe import Distill, load_recipe
 from sparsekd.run import peak_memory_bytes
 
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
-OURS = {"ours": BATCH, "ours in parts": 2}  # blocks in a micro batch
+OURS = {"ours": BATCH, "ours in parts": 2, "ours block by block": 1}  # blocks in a micro batch
 LOOPS = ("fine-tuning", "plain KD", *OURS)
 PEERS = ("GKDTrainer", "DistillKit")
 

@@ -38,7 +38,7 @@ from sparsekd.corpus import shuffled
 from sparsekd.device import trains_in_bfloat16
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.objective import Data, Objective, make_batch, require_document_mask
-from sparsekd.optimization import PrunedWeights, make_optimizer, prepared, schedule
+from sparsekd.optimization import PrunedWeights, allocate, make_optimizer, prepared, schedule
 from sparsekd.recipe import Distill, distill_section
 
 METRICS = "metrics.jsonl"  # in the stage's folder: a line for every step and every validation
@@ -153,6 +153,9 @@ def train(
         prepared(student, options),
     ):
         optimizer, worker = _distribute(student, data, options, accelerator)
+        # several micro batches add to gradients that are there in any case; one is spared them during its forward pass
+        accumulates = options.micro_batch_size * accelerator.num_processes < options.batch_size
+        allocate(optimizer, gradients=accumulates)
         pruned = PrunedWeights(student)
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
         state = checkpoints.restore(student, optimizer, say)
@@ -183,7 +186,7 @@ def train(
             _require_finite(step + 1, loss, grad_norm)
             optimizer.step()
             pruned.restore()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not accumulates)
             num_tokens += sum(len(data.blocks[i]) for i in ids)
             seconds = time.monotonic() - start
             history.steps.append(Step(step + 1, loss, kd, ce, grad_norm, learning_rate, num_tokens, seconds))
@@ -209,6 +212,7 @@ def train(
                 last_save = time.monotonic()
             if stop is not None:
                 raise Stopped(f"stopped by signal {stop} after step {step + 1} of {num_steps}; state saved", stop)
+        optimizer.zero_grad()
         accelerator.wait_for_everyone()
         if history.best_step != (history.steps[-1].step if history.steps else 0):  # else the student has them already
             checkpoints.load_best(student, history.best_step)

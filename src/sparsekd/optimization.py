@@ -113,6 +113,21 @@ def make_optimizer(student: PreTrainedModel, options: Distill) -> torch.optim.Ad
     )
 
 
+@torch.no_grad()
+def allocate(optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
+    """Makes AdamW's moments, and zero gradients where they are to be kept, before the first pass and not in it.
+
+    What lasts as long as the training would otherwise lie between the pieces that the first pass's activations leave
+    when they are freed, and the C library could not use these for the next pass's again.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **moments}
+        if gradients:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 class PrunedWeights:
     """The zeros of a masked model's matrices, taken now and kept through training; of any other model none.
 
