@@ -126,14 +126,15 @@ class Objective(nn.Module):
             else:
                 logits = self.student(**inputs).logits[:, :-1][batch.counted][:, : self.vocab_size]
         if hidden is not None:
-            weight = output_weight(self.student)[: self.vocab_size]
+            weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             hidden = hidden.bfloat16() if self._bfloat16 else hidden
-        loss = _loss_of(hidden, weight, logits, labels, batch.targets, self._head, self._options, denominator)
+        settings = (self._head, self.vocab_size, self._options, denominator)
+        loss = _loss_of(hidden, weight, logits, labels, batch.targets, *settings)
         agreeing = torch.zeros((), dtype=torch.int64, device=labels.device)
         if not torch.is_grad_enabled():
             scores = batch.targets[1]  # log-probabilities, or log-weights of samples
             likeliest = batch.targets.ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
-            agreeing = (_likeliest(hidden, weight, logits) == likeliest).sum()
+            agreeing = (_likeliest(hidden, weight, logits, self.vocab_size) == likeliest).sum()
         return Outcome(loss.total, loss.kd, loss.ce, agreeing)
 
 
@@ -144,6 +145,7 @@ def _loss_of(
     labels: Tensor,
     targets: Targets | Samples,
     head: Head,
+    vocab_size: int,
     options: Distill,
     denominator: int,
 ) -> Loss:
@@ -155,17 +157,20 @@ def _loss_of(
         "denominator": denominator,
     }
     if hidden is not None and weight is not None:
-        return linear_kd_loss(hidden, weight, labels, targets, scale=head.scale, softcap=head.cap, **settings)
+        settings |= {"scale": head.scale, "softcap": head.cap, "vocab_size": vocab_size}
+        return linear_kd_loss(hidden, weight, labels, targets, **settings)
     assert logits is not None
     return kd_loss(logits, labels, targets, **settings)
 
 
-def _likeliest(hidden: Tensor | None, weight: Tensor | None, logits: Tensor | None) -> Int[Tensor, " N"]:
+def _likeliest(
+    hidden: Tensor | None, weight: Tensor | None, logits: Tensor | None, vocab_size: int
+) -> Int[Tensor, " N"]:
     """The student's likeliest tokens; scale and cap of the logits, both rising, do not change which."""
     if hidden is None or weight is None:
         assert logits is not None
         return logits.argmax(-1)
-    matrix = weight.to(hidden.dtype)
+    matrix = weight[:vocab_size].to(hidden.dtype)
     return torch.cat([(chunk @ matrix.T).argmax(-1) for chunk in hidden.split(_CHUNK)])
 
 
