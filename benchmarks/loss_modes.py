@@ -1,6 +1,7 @@
 """Which distillation loss ends nearer to the dense model: modes and temperatures after equal training.
 
     python benchmarks/loss_modes.py DATA [--seeds 42 123 456] [--temperatures 1 2 3] [--modes bucket ...] [--rate 1e-4]
+    python benchmarks/loss_modes.py --summary     what is recorded, over seeds, each mode in pairs with `bucket`
 
 Every arm starts from the same truncated model (35 %, `two-sided, no probe` of truncation_ablation.py), and sees the
 same 60,160 tokens once, in the order of the seed, with alpha 0.5 and one learning rate. Measured are, on 4,096 tokens
@@ -21,9 +22,11 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from _record import RESULTS, record
 from torch import Tensor
@@ -39,17 +42,24 @@ MODES = ("bucket", "paper", "renorm_full", TEMPERED_TAIL)
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("data")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--summary", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 123, 456])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--rate", type=float, default=1e-4)
     given = parser.parse_args()
+    if given.summary:
+        print("\n".join(summary_lines(recorded(), given.rate)))
+        return
+    if given.data is None:
+        parser.error("DATA is needed, unless --summary is given")
     setup = prepare(given.data, train=True, training_blocks=BLOCKS)
     start, _ = truncated(setup, "two-sided, no probe", REDUCTION)
+    dense = Remembered(setup.model)
 
     def save(arm: str, part: str, model: Any) -> None:
-        values = beside_dense(setup, model)
+        values = beside_dense(setup, dense, model)
         found = recorded()  # again: the one beside may have added to it
         found.setdefault(arm, {})[part] = values
         record(NAME, {"arms": found}, show=False)
@@ -70,16 +80,50 @@ def main() -> None:
             save(arm, part, train(chosen, start, given.rate, seed, BLOCKS))
 
 
+def summary_lines(arms: dict[str, Any], rate: float) -> Iterator[str]:
+    """A table over seeds. `bucket`: mean and sample standard deviation of what was measured. Others: those of the
+    difference to `bucket` at the same temperature and seed; above zero, the arm is further from the dense model."""
+    figures = list(itertools.product(("perplexity", "kl"), ("wikitext2", "c4")))
+    yield "| loss | seeds | " + " | ".join(f"{figure}, {text}" for figure, text in figures) + " |"
+    yield "|---|---|" + "---|" * len(figures)
+    for arm in sorted(arms.keys() - {"start"}, key=lambda arm: (arm[-1], arm)):
+        reference = f"bucket, {arm.partition(', ')[2]}"
+        seeds = [part for part in arms[arm] if part.endswith(f"rate {rate:g}") and part in arms[reference]]
+        cells = []
+        for figure, text in figures:
+            found, base = (np.array([arms[a][seed][figure][text][0] for seed in seeds]) for a in (arm, reference))
+            cells.append(spread(found) if arm == reference else spread(found - base, sign="+"))
+        yield f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |"
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    return f"{values.mean():{sign}.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
 def recorded() -> dict[str, Any]:
     path = RESULTS / f"{NAME}.json"
     return json.loads(path.read_text())["arms"] if path.exists() else {}
 
 
-def beside_dense(setup: Setup, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
+class Remembered:
+    """A model whose answers are kept (3.2 GB here): every arm is compared with it on the same windows."""
+
+    def __init__(self, model: Any):
+        self.config, self.device, self._model = model.config, model.device, model
+        self._answers: dict[bytes, Any] = {}
+
+    def __call__(self, *, input_ids: Tensor, use_cache: bool) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in self._answers:
+            self._answers[key] = self._model(input_ids=input_ids, use_cache=use_cache)
+        return self._answers[key]
+
+
+def beside_dense(setup: Setup, dense: Any, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
     """Ratio of perplexities and KL by text, each with its standard error."""
     found: dict[str, dict[str, tuple[float, float]]] = {"perplexity": {}, "kl": {}}
     for name, text in setup.texts.items():
-        both = {"dense": setup.model, "model": model}
+        both = {"dense": dense, "model": model}
         measured = measure(both, setup.tokenizer, text, teacher="dense", max_tokens=TEST_TOKENS)
         agreement = measured["model"].agreement
         assert agreement is not None
