@@ -13,7 +13,9 @@
 - `DistillKit`: its `DistillationTrainer` with its default losses on a dataset of the teacher's rows, not compressed.
   Its memory is to be beaten.
 
-`--peers` is the interpreter of an environment that has trl and distillkit beside what this one has.
+`--peers` is the interpreter of an environment that has trl (1.16.0 was measured) and distillkit beside what this one
+has. DistillKit is not on PyPI, and its pins are older than what this project needs: `pip install --no-deps` of its
+repository (commit a61c2e7 was measured), then click and pydantic.
 
 All train the same compressed model on the same blocks with the same optimizer, clipping included. Each turn is a
 process of its own, so that its peak memory is its own. `waits` is the share of our steps in which the loop waited for

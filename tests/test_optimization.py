@@ -41,6 +41,20 @@ def test_every_parameter_has_its_group(architecture: str, make_model: Any) -> No
         assert any(word in name for word in words[scale]), name
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_state_made_first_changes_no_byte(
+    micro_batch_size: int, new_student: Any, blocks: torch.Tensor, cache: Cache, monkeypatch: Any
+) -> None:
+    """AdamW makes the same moments itself in its first step; and no gradient stays after the training."""
+    options = replace(OPTIONS, batch_size=4, micro_batch_size=micro_batch_size)
+    first, lazy = new_student(), new_student()
+    distillation.train(first, data(blocks, cache), options)
+    monkeypatch.setattr(distillation, "allocate", lambda optimizer, gradients: None)
+    distillation.train(lazy, data(blocks, cache), options)
+    assert equal(state(first), state(lazy))
+    assert all(parameter.grad is None for parameter in first.parameters())
+
+
 def test_rates_are_scaled_by_group(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
     """AdamW's first step moves a weight by its learning rate, whatever the gradient."""
     student = new_student()
