@@ -128,8 +128,9 @@ class Objective(nn.Module):
         if hidden is not None:
             weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             hidden = hidden.bfloat16() if self._bfloat16 else hidden
-        settings = (self._head, self.vocab_size, self._options, denominator)
-        loss = _loss_of(hidden, weight, logits, labels, batch.targets, *settings)
+        loss = _loss_of(
+            hidden, weight, logits, labels, batch.targets, self._head, self.vocab_size, self._options, denominator
+        )
         agreeing = torch.zeros((), dtype=torch.int64, device=labels.device)
         if not torch.is_grad_enabled():
             scores = batch.targets[1]  # log-probabilities, or log-weights of samples
