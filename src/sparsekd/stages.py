@@ -346,7 +346,9 @@ def train(work: Work, round_: Round) -> dict[str, Any]:
 
 def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> float:
     """Stage `search`: of `rates`, the learning rate whose loss on the validation blocks is lowest after a quarter of an
-    epoch, by the round's own objective."""
+    epoch, by the round's own objective. One rate needs no search."""
+    if len(rates) == 1:
+        return rates[0]
     wanted = as_dict(round_.distill) | {"learning_rate": None}
     stage = work.run.stage(
         f"{round_.name}/search", _training_inputs(work, round_) | {"distill": wanted, "rates": list(rates)}
