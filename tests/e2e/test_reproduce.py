@@ -44,12 +44,18 @@ def test_rounds_over_seeds_against_the_control(tiny_recipe: Path, tmp_path: Path
     assert after["deviation"] == pytest.approx(abs(nats[0] - nats[1]) / math.sqrt(2))
     assert after["interval"][0] < after["ratio"] < after["interval"][1]
     assert {pattern["verdict"] for pattern in found["patterns"]} <= {"holds", "does not hold", "not decided"}
+    distributions = {row[0]: row[2:] for row in cells(found)["Distance to the dense model, and calibration"]}
+    kl = [m["distilled"]["held"]["agreement"]["kl"]["value"] for m in (one, two)]
+    spread = abs(kl[0] - kl[1]) / math.sqrt(2)
+    assert distributions["round 30%"][0] == f"{sum(kl) / 2:.3f} \u00b1 {spread:.3f}"
+    assert distributions["dense"][:2] == ["", ""] and "\u00b1" in distributions["round 30%, pruned"][0]
 
 
 def test_experiments_share_a_directory_and_its_arms(tiny_recipe: Path, tmp_path: Path) -> None:
-    first = run("III", tiny_recipe, tmp_path / "run", seeds=[1])
+    first = run("III", tiny_recipe, tmp_path / "run", seeds=[1], rates=[1e-3])
+    assert not list((tmp_path / "run/arms").rglob("search"))  # one rate needs none
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/arms").rglob("model.safetensors")}
-    found = run("IV", tiny_recipe, tmp_path / "run", seeds=[1])
+    found = run("IV", tiny_recipe, tmp_path / "run", seeds=[1], rates=[1e-3])
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert {name: found["arms"][name] for name in first["arms"]} == first["arms"]
     swapped = tmp_path / "run/arms/round-50-better-teacher/seed-1"
@@ -82,8 +88,8 @@ def test_one_seed_has_no_deviation(tiny_recipe: Path, tmp_path: Path) -> None:
     found = run("VI", tiny_recipe, tmp_path / "run", seeds=[1])
     assert list(found["arms"]) == ["Dense+KD", "tiered SVD 10.32%", "one shot 10.32%"]
     assert found["ratios"]["Dense+KD"]["held"]["after"]["deviation"] is None
-    [ratios, claims] = cells(found).values()
-    assert not any("\u00b1" in cell for row in [*ratios, *claims] for cell in row)
+    ratios, claims, distributions = cells(found).values()
+    assert not any("\u00b1" in cell for row in [*ratios, *claims, *distributions] for cell in row)
     assert [row[-1] for row in ratios if row[0] == "tiered SVD 10.32%"] == ["0.43", "0.43"]  # 7.54 / 17.53
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 from sparsekd.report.tables import Titled, number
@@ -9,7 +11,7 @@ from sparsekd.report.tables import Titled, number
 
 def all_tables(found: dict[str, Any]) -> list[Titled]:
     """What `reproduce` found: the arms, the claims, and where there are any the attribution and the recovery."""
-    tables = [_arms(found), _claims(found)]
+    tables = [_arms(found), _claims(found), _distributions(found)]
     if found["experiment"] == "II":
         tables.append(_protocols(found))
     if "attribution" in found:
@@ -50,6 +52,39 @@ def _claims(found: dict[str, Any]) -> Titled:
         for p in found["patterns"]
     ]
     return Titled("What the paper claims", header, rows)
+
+
+def _distributions(found: dict[str, Any]) -> Titled:
+    """A row a model and text: how far its distributions are from the dense model's, and how well calibrated."""
+    columns: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "KL to dense": lambda r: r["agreement"] and r["agreement"]["kl"]["value"],
+        "same likeliest token": lambda r: r["agreement"] and r["agreement"]["top1"]["value"],
+        "calibration error": lambda r: r["calibration"]["expected_calibration_error"],
+        "overconfidence": lambda r: r["calibration"]["overconfidence"]["value"],
+        "Brier score": lambda r: r["calibration"]["brier"]["value"],
+        "entropy": lambda r: r["calibration"]["entropy"]["value"],
+    }
+    first_arm = next(iter(found["arms"].values()))
+    models = {"dense": [next(iter(first_arm.values()))["models"]["dense"]]}  # the same for every seed
+    for name, by_seed in found["arms"].items():
+        for stage, label in (("compressed", f"{name}, pruned"), ("distilled", name)):
+            measured = [arm["models"][stage] for arm in by_seed.values() if stage in arm["models"]]
+            models |= {label: measured} if measured else {}
+    rows = [
+        [name, text, *(_spread([column(results[text]) for results in measured]) for column in columns.values())]
+        for name, measured in models.items()
+        for text in found["texts"]
+    ]
+    return Titled("Distance to the dense model, and calibration", ["model", "text", *columns], rows)
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean over seeds and their sample standard deviation, if there are several; nothing where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    deviation = f" \u00b1 {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{deviation}"
 
 
 def _attribution(found: dict[str, Any]) -> Titled:
