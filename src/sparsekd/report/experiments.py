@@ -43,7 +43,7 @@ def _claims(found: dict[str, Any]) -> Titled:
         [
             f"{p['claim']}: {p['model']} to {p['reference']}",
             p["text"],
-            number(p["ratio"]),
+            _precise(p["ratio"]),
             _interval(p),
             f"{p['side']} {p['bound']:g}",
             number(p["paper"]) if p["paper"] else "",
@@ -120,9 +120,14 @@ def _protocols(found: dict[str, Any]) -> Titled:
 def _ratio(comparison: dict[str, Any]) -> str:
     """The ratio with what a standard deviation over seeds, in nats, makes of it; without one, the ratio alone."""
     spread = comparison["deviation"]
-    ratio = number(comparison["ratio"])
-    return ratio if spread is None else f"{ratio} \u00b1 {number(comparison['ratio'] * spread)}"
+    ratio = _precise(comparison["ratio"])
+    return ratio if spread is None else f"{ratio} \u00b1 {_precise(comparison['ratio'] * spread)}"
 
 
 def _interval(comparison: dict[str, Any]) -> str:
-    return " to ".join(number(bound) for bound in comparison["interval"])
+    return " to ".join(_precise(bound) for bound in comparison["interval"])
+
+
+def _precise(ratio: float) -> str:
+    """A third decimal where it says something: arms differ by hundredths."""
+    return f"{ratio:.3f}" if ratio < 10 else number(ratio)
