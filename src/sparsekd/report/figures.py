@@ -128,6 +128,6 @@ def _plain_ticks(axes: Any) -> None:
     """Ratios such as 1.5 instead of powers of ten, where a few of them span the axis."""
     low, high = axes.get_ylim()
     if high / low < 30:
-        ticks = [tick for tick in (0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5, 10, 20) if low <= tick <= high]
+        ticks = [tick for tick in (0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10, 20) if low <= tick <= high]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_yticks([], minor=True)
