@@ -111,6 +111,11 @@ def test_a_long_run_gives_a_recovery_curve(tiny_recipe: Path, tmp_path: Path) ->
     assert curve["tokens"] == [12 * 32 * 2 * part // 4 for part in (1, 2, 3, 4)]
     assert len(curve["gaps"]) == 4 and set(curve["tokens_for"]) == {"1.05", "1.2", "1.6"}
     assert "Tokens that the recovery curve asks for" in cells(found)
+    run_on = curve["tokens"][-1]
+    for asked, told in ((None, "never"), (2 * run_on, "(2 times those"), (101 * run_on, "over 100 times")):
+        curve["tokens_for"] = {"1.05": asked}
+        [[_, budget]] = cells(found)["Tokens that the recovery curve asks for"]
+        assert told in budget
 
 
 def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> None:

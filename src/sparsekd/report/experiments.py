@@ -93,12 +93,18 @@ def _attribution(found: dict[str, Any]) -> Titled:
 
 
 def _recovery(found: dict[str, Any]) -> Titled:
-    budgets = found["recovery"].get("tokens_for", {})
-    rows = [
-        [f"{ratio} x Dense+KD", "never, by this curve" if tokens is None else f"{tokens:,.0f}"]
-        for ratio, tokens in budgets.items()
-    ]
+    curve = found["recovery"]
+    rows = [[f"{r} x Dense+KD", _budget(t, curve["tokens"][-1])] for r, t in curve.get("tokens_for", {}).items()]
     return Titled("Tokens that the recovery curve asks for", ["perplexity on the validation blocks", "tokens"], rows)
+
+
+def _budget(tokens: float | None, measured: float) -> str:
+    """Tokens beside those that the curve was fitted on: a hundred times as many are no prediction any more."""
+    if tokens is None:
+        return "never, by this curve"
+    if tokens > 100 * measured:
+        return f"over 100 times the {measured:,.0f} of the run: the curve does not say"
+    return f"{tokens:,.0f} ({tokens / measured:.2g} times those of the run)"
 
 
 def _protocols(found: dict[str, Any]) -> Titled:
