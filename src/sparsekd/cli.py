@@ -130,6 +130,7 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/reproduce-NAME]")] = None,
     resume: Resume = False,
     fresh: Fresh = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -137,19 +138,23 @@ def reproduce(
     """One of the paper's experiments on a model of yours, with controls: its claims, our ratios beside the paper's."""
     from sparsekd.device import rank_and_count
     from sparsekd.report import experiments, tables
+    from sparsekd.reproduce import estimate
     from sparsekd.reproduce import reproduce as run_experiment
 
     _quiet()
     recipe = _recipe(target, None, set_, revision, device)
-    found = run_experiment(
-        experiment,
-        recipe,
-        out or Path("runs") / f"reproduce-{_name(target, recipe)}",
-        seeds=_numbers("--seeds", seeds, int),
-        rates=_numbers("--rates", rates, float),
-        resume=resume,
-        fresh=fresh,
-    )
+    each_seed, each_rate = _numbers("--seeds", seeds, int), _numbers("--rates", rates, float)
+    if dry_run:
+        planned = estimate(experiment, recipe, each_seed, each_rate)
+        if as_json:
+            _print_json(planned)
+            return
+        print(f"arms          {', '.join(planned['arms'])}")
+        print(f"seeds         {seeds}")
+        _show_costs(planned)
+        return
+    folder = out or Path("runs") / f"reproduce-{_name(target, recipe)}"
+    found = run_experiment(experiment, recipe, folder, seeds=each_seed, rates=each_rate, resume=resume, fresh=fresh)
     rank, _ = rank_and_count()
     if rank > 0:  # results are printed once
         return
@@ -332,7 +337,10 @@ def _run_stages(
     if resume and fresh:
         raise UsageError("--resume continues a run and --fresh removes it: give one of them")
     if dry_run:
-        _dry_run(recipe, as_json)
+        from sparsekd.plan import plan
+
+        _quiet()
+        _show_plan(plan(recipe), as_json)
         return
     from sparsekd import pipeline
     from sparsekd.device import rank_and_count
@@ -400,12 +408,9 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
-def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from sparsekd.plan import plan
+def _show_plan(planned: dict[str, Any], as_json: bool) -> None:
     from sparsekd.report import tables
 
-    _quiet()
-    planned = plan(recipe)
     if as_json:
         _print_json(planned)
         return
@@ -413,13 +418,20 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     rows = [row[:5] for row in tables.matrices(structure)]
     _print_table(tables.console_table("Matrices", tables.MATRIX_HEADER[:5], rows))
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(structure)))
+    _show_costs(planned)
+
+
+def _show_costs(planned: dict[str, Any]) -> None:
+    from sparsekd.report import tables
+
+    recipe = planned["recipe"]
     print(f"device        {planned['device']}, {planned['dtype']}")
-    if recipe.distill.teacher == "online":
+    if recipe["distill"]["teacher"] == "online":
         print("teacher cache none: distill.teacher is online")
     else:
         print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
         for name, size in planned["cache"].items():
-            chosen = "  <- this recipe" if name == recipe.cache.codec else ""
+            chosen = "  <- this recipe" if name == recipe["cache"]["codec"] else ""
             total = tables.size(float(size["bytes"]))
             print(f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {total:>9}{chosen}")
     print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")

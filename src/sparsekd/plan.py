@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from sparsekd import compression, models
 from sparsekd.codecs import CODECS, codec_for
 from sparsekd.device import measured_flops, place
-from sparsekd.recipe import Recipe, as_dict
+from sparsekd.recipe import Compress, Recipe, as_dict
 from sparsekd.rounds import Round, planned
 
 # Shares of the speed of a large matrix product, from SmolLM2-135M on 2 cores; elsewhere the estimate is coarser.
@@ -30,17 +31,19 @@ class _Sizes:
     widest: int
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Parameters of each matrix before and after the last round, bytes of one cache, peak memory, and seconds a stage
-    of all rounds together, as plain values."""
+def plan(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int = 0) -> dict[str, Any]:
+    """Parameters of each matrix before and after the largest reduction, bytes of one cache, peak memory, and seconds a
+    stage of all rounds together, as plain values.
+
+    `rounds` are by default those of the recipe's run; `num_trials` of a learning rate come on top of their training.
+    """
     skeleton = models.skeleton(
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     placement = place(recipe.device, recipe.model.dtype)
-    rounds = planned(recipe)
-    last = rounds[-1].compress
-    assert last is not None
-    structure = compression.plan(skeleton, last)
+    rounds = planned(recipe) if rounds is None else rounds
+    deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.reduction)
+    structure = compression.plan(skeleton, deepest)
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len
@@ -53,7 +56,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "cache": {name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
         "model_bytes": sizes.parameters * placement.dtype.itemsize,
         "peak_memory_bytes": _memory(recipe, sizes, structure, placement.dtype.itemsize),
-        "seconds": _seconds(recipe, rounds, sizes, structure, cached, measured_flops(placement)),
+        "seconds": _seconds(recipe, rounds, num_trials, sizes, structure, cached, measured_flops(placement)),
     }
 
 
@@ -95,7 +98,13 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
 
 
 def _seconds(
-    recipe: Recipe, rounds: list[Round], sizes: _Sizes, structure: compression.Plan, cached: int, flops: float
+    recipe: Recipe,
+    rounds: Sequence[Round],
+    num_trials: int,
+    sizes: _Sizes,
+    structure: compression.Plan,
+    cached: int,
+    flops: float,
 ) -> dict[str, float]:
     forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
     smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
@@ -104,15 +113,22 @@ def _seconds(
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     trained = corpus.num_blocks * corpus.seq_len * distill.epochs
     validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
-    # curvature: forward to record, then forward and backward; the probe starts in the middle of the model on average
-    passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[recipe.compress.method]
-    probed = len(structure.matrices) * 0.65 * recipe.compress.probe_tokens
-    truncation = forward * (passes * recipe.compress.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY)
+
+    def truncation(options: Compress) -> float:
+        # curvature: forward to record, then forward and backward; the probe starts in the model's middle on average
+        passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[options.method]
+        probed = len(structure.matrices) * 0.65 * options.probe_tokens
+        return forward * (passes * options.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY)
+
+    pruned = {one.compressed: one.compress for one in rounds if one.compress is not None}
     caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})
+    # of all rounds; a trial is a quarter of an epoch, validated before and after
+    trained = trained * len(rounds) + num_trials * corpus.num_blocks * corpus.seq_len / 4
+    validated = validated * len(rounds) + num_trials * 2 * corpus.num_validation_blocks * corpus.seq_len
     asked = trained + validated if distill.teacher == "online" else 0  # tokens for which an online teacher answers
     return {
         "cache": forward * cached * caches,
-        "compress": truncation * sum(one.compress is not None for one in rounds),
-        "distill": (smaller * (3 * trained + validated) + forward * asked) * len(rounds),
+        "compress": sum(map(truncation, pruned.values())),
+        "distill": smaller * (3 * trained + validated) + forward * asked,
         "evaluate": (forward + 2 * smaller) * scored * len(rounds),
     }

@@ -17,6 +17,7 @@ import numpy as np
 from sparsekd import files, pipeline, stages
 from sparsekd.console import Console
 from sparsekd.errors import UsageError
+from sparsekd.plan import plan
 from sparsekd.recipe import Recipe, Teacher, as_dict, check
 from sparsekd.report import html
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
@@ -62,18 +63,7 @@ def reproduce(
     used for all. Killed and called again, it goes on. Raises `UsageError` for an unknown experiment, no seed, and
     options that an arm cannot have, all before anything starts; then what the stages raise.
     """
-    if experiment not in EXPERIMENTS:
-        raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds are {list(seeds)}: expected one or several different numbers")
-    if recipe.teacher != Teacher():
-        raise UsageError("teacher: the experiments choose their teachers: leave the section out")
-    pipeline.check_before_starting(recipe)
-    planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed)) for seed in seeds}
-    for round_ in (round_ for rounds in planned.values() for round_ in rounds.values()):
-        for rate in rates:
-            options = {"compress": round_.compress or recipe.compress, "seed": round_.seed}
-            check(replace(recipe, distill=replace(round_.distill, learning_rate=rate), **options))
+    planned = plan_arms(experiment, recipe, seeds, rates)
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
         opened.processes.main_first(lambda: stages.make_corpus(work))
@@ -89,6 +79,34 @@ def reproduce(
             files.write_json(folder / f"reproduce-{experiment}.json", found)
             files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
         return found
+
+
+def plan_arms(
+    experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]
+) -> dict[int, dict[str, Round]]:
+    """The arms of an experiment by seed and name; raises the `UsageError`s of `reproduce`."""
+    if experiment not in EXPERIMENTS:
+        raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds are {list(seeds)}: expected one or several different numbers")
+    if recipe.teacher != Teacher():
+        raise UsageError("teacher: the experiments choose their teachers: leave the section out")
+    pipeline.check_before_starting(recipe)
+    planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed)) for seed in seeds}
+    for round_ in (round_ for rounds in planned.values() for round_ in rounds.values()):
+        for rate in rates:
+            options = {"compress": round_.compress or recipe.compress, "seed": round_.seed}
+            check(replace(recipe, distill=replace(round_.distill, learning_rate=rate), **options))
+    return planned
+
+
+def estimate(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
+    """What `reproduce` would do, and nothing done: the arms, and as `plan` says it the cache, memory and seconds."""
+    planned = plan_arms(experiment, recipe, seeds, rates)
+    arms = planned[seeds[0]]
+    num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
+    rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
+    return {"experiment": experiment, "arms": list(arms), "seeds": list(seeds)} | plan(recipe, rounds, num_trials)
 
 
 def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | None, tasks: bool) -> dict[str, Any]:
