@@ -528,6 +528,29 @@ def test_rounds_go_on_from_the_compressed_model(architecture: str, layer_format:
         truncate(model, blocks, Compress(reduction=0.6, format=layer_format))
 
 
+# ---- packed documents
+
+
+def test_packed_documents_count_as_if_each_were_alone(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "multinomial", lambda p, _, generator: p.argmax(-1, keepdim=True))  # the same labels
+    model, separator = make_model("llama"), 5
+    packed = tokens(model, 1, 32) % 50 + 6
+    packed[0, [11, 31]] = separator
+    alone = [packed[:, :12], packed[:, 12:]]
+    expected = statistics.collect(model, alone, curvature=True)
+    apart = statistics.collect(model, [packed], curvature=True, separator=separator)
+    together = statistics.collect(model, [packed], curvature=True)
+    for mlp, seen in expected.items():
+        for a, b in zip(seen.grams(), apart[mlp].grams(), strict=True):
+            assert torch.allclose(a.sum, b.sum, rtol=1e-4, atol=1e-5 * a.sum.abs().max().item())
+    mlp = list(expected)[-1]
+    assert not torch.allclose(expected[mlp].input.sum, together[mlp].input.sum, rtol=1e-2)
+    norms = statistics.input_norms(model, alone)
+    for name, norm in statistics.input_norms(model, [packed], separator=separator).items():
+        assert torch.allclose(norms[name], norm, rtol=1e-4)
+    assert Probe(model, [packed], separator=separator).of_all() == pytest.approx(0, abs=1e-6)
+
+
 # ---- several processes, other devices
 
 

@@ -513,6 +513,12 @@ def document_positions(tokens: Int[Tensor, "B L"], separator: int) -> Int[Tensor
     return index - starts.cummax(1).values
 
 
+def document_inputs(tokens: Int[Tensor, "B L"], separator: int | None) -> dict[str, Tensor]:
+    """What a model is called with for packed documents to be kept apart; without a `separator` they see each other."""
+    apart = {} if separator is None else {"position_ids": document_positions(tokens, separator)}
+    return {"input_ids": tokens} | apart
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts `module` where `model.get_submodule(name)` is."""
     parent, _, child = name.rpartition(".")

@@ -131,10 +131,13 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
         trust_remote_code=options.trust_remote_code,
     )
     batches: list[torch.Tensor] = []
+    separator = None
     if recipe.compress.method != "svd":
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-        batches = stages.statistics_batches(blocks, recipe.compress, recipe.seed)
-    found = spectra.spectrum(model, batches, recipe.compress, seed=recipe.seed, warn=Console().warn)
+        batches, separator = stages.statistics_batches(blocks, recipe.compress, recipe.seed), blocks.separator
+    found = spectra.spectrum(
+        model, batches, recipe.compress, seed=recipe.seed, separator=separator, warn=Console().warn
+    )
     return spectra.as_dict(found, recipe.compress)
 
 

@@ -261,6 +261,7 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         seed=round_.seed,
         teacher=_cached(work, round_) if options.probe_tokens and is_cached else None,
         device=work.placement.device,
+        separator=work.blocks.separator,
         warn=work.run.console.warn,
     )
     work.save(student, tokenizer, stage)

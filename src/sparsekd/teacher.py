@@ -24,7 +24,7 @@ from sparsekd.codecs import Codec, codec_for
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import (
     config_hash,
-    document_positions,
+    document_inputs,
     real_vocab_size,
     shared_vocab_size,
     tokenizer_hash,
@@ -163,9 +163,8 @@ def _logits(
             for teacher, weight in zip(model.models, model.weights, strict=True)
         )
         return functools.reduce(torch.logaddexp, mixed)
-    on_device = tokens.to(model.device)
-    positions = {} if separator is None else {"position_ids": document_positions(on_device, separator)}
-    return model(input_ids=on_device, use_cache=False, **positions).logits[:, :-1, :vocab_size]
+    inputs = document_inputs(tokens.to(model.device), separator)
+    return model(**inputs, use_cache=False).logits[:, :-1, :vocab_size]
 
 
 def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:

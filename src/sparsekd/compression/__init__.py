@@ -69,12 +69,14 @@ def truncate(
     seed: int = 42,
     teacher: Callable[[Int[Tensor, " L"]], Targets] | None = None,
     device: torch.device | None = None,
+    separator: int | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Plan:
     """What `compress` does, returning the plan with the damage that was predicted and measured for each matrix.
 
     `teacher` gives the cached distributions of a block, for the probe; without it the model's own are worked out. A
-    `device` other than the model's takes the statistics there, a layer at a time. `warn` hears of statistics from too
+    `device` other than the model's takes the statistics there, a layer at a time. With a `separator`, the token that
+    ends a document, packed documents do not see each other. `warn` hears of statistics from too
     few tokens.
     """
     check_compress(options)
@@ -92,11 +94,11 @@ def truncate(
     if blocks is not None:
         batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
     if options.method == "wanda":
-        sparse.prune(model, uniform, batches, options, device=device)
+        sparse.prune(model, uniform, batches, options, device=device, separator=separator)
         return uniform
     batches, probed = _split(batches, options.probe_tokens)
-    found = directions_of(model, batches, options.method, seed=seed, device=device, warn=warn)
-    probe = Probe(model, probed, teacher) if probed else None
+    found = directions_of(model, batches, options.method, seed=seed, device=device, separator=separator, warn=warn)
+    probe = Probe(model, probed, teacher, separator) if probed else None
     chosen = ranks.choose(model, uniform, found, options, probe)
     factors = {}
     for matrix in chosen.matrices:

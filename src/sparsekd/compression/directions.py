@@ -22,17 +22,19 @@ def directions_of(
     *,
     seed: int = 42,
     device: torch.device | None = None,
+    separator: int | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Projection]:
     """The directions of every MLP matrix by its name, most important first, from the statistics the method needs.
 
-    Raises `UsageError` for fewer tokens than the hidden size has dimensions; `warn` hears of too few.
+    `device` and `separator` as in `statistics.collect`. Raises `UsageError` for fewer tokens than the hidden size has
+    dimensions; `warn` hears of too few.
     """
     moments: dict[MLP, statistics.Moments] = {}
     two_sided = method == "two-sided"
     if method != "svd":
         _check_tokens(sum(batch.numel() for batch in batches), model, warn)
-        moments = statistics.collect(model, batches, curvature=two_sided, seed=seed, device=device)
+        moments = statistics.collect(model, batches, curvature=two_sided, seed=seed, device=device, separator=separator)
     projections = {}
     for mlp in find_mlps(model):
         seen = moments.pop(mlp, None)

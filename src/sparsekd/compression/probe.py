@@ -20,7 +20,7 @@ from sparsekd.compression.formats import Factors
 from sparsekd.layers import LowRankLinear
 from sparsekd.layerwise import Layers
 from sparsekd.losses import kd_loss
-from sparsekd.models import replace_module
+from sparsekd.models import document_inputs, replace_module
 from sparsekd.teacher import distributions
 
 
@@ -33,15 +33,20 @@ class Probe:
         model: PreTrainedModel,
         batches: Sequence[Int[Tensor, "_ _"]],
         teacher: Callable[[Int[Tensor, " L"]], Targets] | None = None,
+        separator: int | None = None,
     ):
-        """`teacher` gives a block's targets, row t for token t + 1; None: the model's own distributions as it is."""
+        """`teacher` gives a block's targets, row t for token t + 1; None: the model's own distributions as it is. With
+        a `separator`, the token that ends a document, packed documents do not see each other."""
         self._model, self._layers = model, Layers(model)
         self._batches = []
         for batch in batches:
-            tokens = batch.to(model.device)
-            hidden = self._layers.record(lambda tokens=tokens: model.get_decoder()(input_ids=tokens, use_cache=False))
-            rows = [teacher(block) for block in batch] if teacher else distributions(model, batch, top_k=32)
-            self._batches.append((tokens, hidden, [Targets(*(c.to(model.device) for c in row)) for row in rows]))
+            inputs = document_inputs(batch.to(model.device), separator)
+            hidden = self._layers.record(lambda inputs=inputs: model.get_decoder()(**inputs, use_cache=False))
+            if teacher is None:
+                rows = distributions(model, batch, top_k=32, separator=separator)
+            else:
+                rows = [teacher(block) for block in batch]
+            self._batches.append((inputs, hidden, [Targets(*(c.to(model.device) for c in row)) for row in rows]))
         self._numbers = {
             id(module): number for number, layer in enumerate(self._layers.modules) for module in layer.modules()
         }
@@ -62,11 +67,13 @@ class Probe:
     @torch.inference_mode()
     def _kl(self, first: int) -> float:
         total, count = 0.0, 0
-        for tokens, hidden, targets in self._batches:
+        for inputs, hidden, targets in self._batches:
             logits, _ = self._layers.run(
-                lambda tokens=tokens: self._model(input_ids=tokens, use_cache=False).logits, hidden[first], first
+                lambda inputs=inputs: self._model(**inputs, use_cache=False).logits, hidden[first], first
             )
             for row, part in enumerate(targets):
-                loss = kd_loss(logits[row, :-1], tokens[row, 1:], part, alpha=1.0, temperature=1.0, denominator=1)
+                loss = kd_loss(
+                    logits[row, :-1], inputs["input_ids"][row, 1:], part, alpha=1.0, temperature=1.0, denominator=1
+                )
                 total, count = total + loss.kd.item(), count + len(part.log_tail)
         return total / count

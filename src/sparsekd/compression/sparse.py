@@ -60,6 +60,7 @@ def prune(
     options: Compress,
     *,
     device: torch.device | None = None,
+    separator: int | None = None,
 ) -> None:
     """Sets the weights that matter least to zero, in place, as many as `planned`; `config.sparsekd` says how many.
 
@@ -68,7 +69,7 @@ def prune(
     batches = list(batches)
     if not batches:
         raise UsageError("compress.method is wanda, which weighs inputs by text: no blocks were given")
-    norms = statistics.input_norms(model, batches, device=device)
+    norms = statistics.input_norms(model, batches, device=device, separator=separator)
     for matrix in planned.matrices:
         weight = linear_weight(model.get_submodule(matrix.name))
         least = least_important(weight, norms[matrix.name], matrix.zeros // matrix.out_features)

@@ -45,13 +45,14 @@ def spectrum(
     options: Compress,
     *,
     seed: int = 42,
+    separator: int | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> list[Spectrum]:
     """The spectrum of every MLP matrix in depth order, on `blocks`, by `options.method` and for `options.reduction`."""
     if options.method == "wanda":
         raise UsageError("compress.method is wanda, which has no directions: a spectrum is of another method")
     planned = ranks.plan(model, options)
-    found = directions_of(model, list(blocks), options.method, seed=seed, warn=warn)
+    found = directions_of(model, list(blocks), options.method, seed=seed, separator=separator, warn=warn)
     result = []
     for matrix in planned.matrices:
         projection = found[matrix.name]

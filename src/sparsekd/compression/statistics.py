@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
-from sparsekd.models import MLP, find_mlps, shape
+from sparsekd.models import MLP, document_inputs, find_mlps, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
 # alone would decide the top directions. A token counts with at most this multiple of the median norm. Gradients are
@@ -89,11 +89,13 @@ def collect(
     curvature: bool = False,
     seed: int = 0,
     device: torch.device | None = None,
+    separator: int | None = None,
 ) -> dict[MLP, Moments]:
     """Moments of each MLP over all tokens of `batches`; with `curvature`, labels are drawn with `seed`.
 
-    With a `device` other than the model's the weights stay where they are and each layer visits the device for its
-    turn. Raises `DataError` naming the MLP when a number is not finite.
+    With a `separator`, the token that ends a document, packed documents do not see each other. With a `device` other
+    than the model's the weights stay where they are and each layer visits the device for its turn. Raises `DataError`
+    naming the MLP when a number is not finite.
     """
     hidden = model.config.get_text_config().hidden_size
     moments, handles = {}, []
@@ -111,7 +113,7 @@ def collect(
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
     grams = {mlp: seen.grams() for mlp, seen in moments.items()}
     try:
-        _run_all(model, batches, grams, device, seed if curvature else None)
+        _run_all(model, batches, grams, device, separator, seed if curvature else None)
     finally:
         for handle in handles:
             handle.remove()
@@ -119,11 +121,15 @@ def collect(
 
 
 def input_norms(
-    model: PreTrainedModel, batches: Iterable[Int[Tensor, "_ _"]], *, device: torch.device | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    *,
+    device: torch.device | None = None,
+    separator: int | None = None,
 ) -> dict[str, Float[Tensor, " F"]]:
     """The norm of every input of each MLP matrix over all tokens, `||x_j||_2`, by the matrix's name, on the host.
 
-    `device` and errors as in `collect`. No token is capped: the norms are those of the published method.
+    `device`, `separator` and errors as in `collect`. No token is capped: the norms are those of the published method.
     """
     grams, norms, handles = {}, {}, []
     for mlp in find_mlps(model):
@@ -133,7 +139,7 @@ def input_norms(
         for module, gram in zip(modules, grams[mlp], strict=True):
             handles.append(module.register_forward_pre_hook(_reads_input(gram, False)))
     try:
-        _run_all(model, batches, grams, device, None)
+        _run_all(model, batches, grams, device, separator, None)
     finally:
         for handle in handles:
             handle.remove()
@@ -145,6 +151,7 @@ def _run_all(
     batches: Iterable[Int[Tensor, "_ _"]],
     grams: dict[MLP, list[Gram]],
     device: torch.device | None,
+    separator: int | None,
     label_seed: int | None,
 ) -> None:
     """This process's share of the batches through the model, whose hooks fill `grams`, forward, and backward too with
@@ -156,13 +163,13 @@ def _run_all(
         for number, batch in enumerate(batches):
             if number % world != rank:
                 continue
-            tokens = batch.to(device)
+            inputs = document_inputs(batch.to(device), separator)
             if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
                 labels = torch.Generator().manual_seed(label_seed * 1_000_003 + number)
-                _backward(model, layers, tokens, number, home, device, labels)
+                _backward(model, layers, inputs, number, home, device, labels)
             else:
                 with torch.inference_mode(), _in_turn(layers, home, device):
-                    model.get_decoder()(input_ids=tokens, use_cache=False)
+                    model.get_decoder()(**inputs, use_cache=False)
             _check_finite(grams, number, len(batch))
     for gram in (gram for of_mlp in grams.values() for gram in of_mlp if world > 1):
         gram.add_processes()
@@ -184,7 +191,7 @@ def _not_finite(what: str, number: int, size: int) -> DataError:
 def _backward(
     model: PreTrainedModel,
     layers: Layers,
-    tokens: Int[Tensor, "B L"],
+    inputs: dict[str, Int[Tensor, "B L"]],
     number: int,
     home: torch.device,
     device: torch.device,
@@ -193,18 +200,18 @@ def _backward(
     """One forward pass and one backward pass of cross-entropy against labels that the model itself would draw."""
 
     def decoder() -> None:
-        model.get_decoder()(input_ids=tokens, use_cache=False)
+        model.get_decoder()(**inputs, use_cache=False)
 
     with torch.no_grad(), _in_turn(layers, home, device):
         hidden = layers.record(decoder)
     for layer, states in enumerate(hidden):
         if not bool(torch.isfinite(states).all()):
-            raise _not_finite(f"hidden states before decoder layer {layer}", number, len(tokens))
+            raise _not_finite(f"hidden states before decoder layer {layer}", number, len(states))
     top = hidden.pop()
     gradient = torch.cat(
         [
-            _output_gradient(model, layers, row[None], last[None], len(hidden), generator)
-            for row, last in zip(tokens, top, strict=True)
+            _output_gradient(model, layers, _row(inputs, number), last[None], len(hidden), generator)
+            for number, last in enumerate(top)
         ]
     )
     for layer in reversed(range(len(hidden))):
@@ -216,17 +223,21 @@ def _backward(
         layers.modules[layer].to(home)
 
 
+def _row(inputs: dict[str, Int[Tensor, "B L"]], number: int) -> dict[str, Int[Tensor, "1 L"]]:
+    return {name: value[number : number + 1] for name, value in inputs.items()}
+
+
 def _output_gradient(
     model: PreTrainedModel,
     layers: Layers,
-    tokens: Int[Tensor, "1 L"],
+    inputs: dict[str, Int[Tensor, "1 L"]],
     top: Float[Tensor, "1 L H"],
     depth: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "1 L H"]:
     """Gradient at the last layer's output; one block at a time, because logits are large."""
     top.requires_grad_()
-    logits, _ = layers.run(lambda: model(input_ids=tokens, use_cache=False).logits[0].float(), top, depth)
+    logits, _ = layers.run(lambda: model(**inputs, use_cache=False).logits[0].float(), top, depth)
     with torch.no_grad():
         probabilities = logits.softmax(-1).cpu()
         if not bool(torch.isfinite(probabilities).all()):
