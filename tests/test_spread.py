@@ -56,6 +56,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         (0.1, 0.2, "above", "holds"),
         (0.1, 0.2, "below", "does not hold"),
         (-0.1, 0.1, "below", "not decided"),
+        (0.0, 0.0, "below", "does not hold"),  # the same weights: nothing was gained
+        (0.0, 0.0, "above", "does not hold"),
     ],
 )
 def test_a_verdict_needs_the_whole_interval(low: float, high: float, side: str, wanted: str) -> None:

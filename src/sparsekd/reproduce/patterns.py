@@ -186,8 +186,9 @@ class Found:
 
 
 def verdict(comparison: Comparison, pattern: Pattern) -> str:
-    """`holds`, `does not hold`, or `not decided` where the interval holds the bound."""
+    """`holds`, `does not hold`, or `not decided` where the interval reaches over the bound; on it is not beyond it."""
     low, high = comparison.interval
-    if low <= pattern.bound <= high:
-        return "not decided"
-    return "holds" if (high < pattern.bound) == (pattern.side == "below") else "does not hold"
+    below = pattern.side == "below"
+    if high < pattern.bound if below else low > pattern.bound:
+        return "holds"
+    return "does not hold" if (low >= pattern.bound if below else high <= pattern.bound) else "not decided"
