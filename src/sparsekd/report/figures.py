@@ -93,6 +93,7 @@ def _recovery(curve: dict[str, Any]) -> str:
 
 
 def _teachers(found: dict[str, Any]) -> str:
+    """Both students with 95 % intervals, a line for each seed, and the paired ratio, which is known far better."""
     figure, all_axes = figures(len(found["texts"]))
     last, swapped = list(found["arms"])[-2:]
     for axes, text in zip(all_axes, found["texts"], strict=True):
@@ -100,7 +101,12 @@ def _teachers(found: dict[str, Any]) -> str:
             after = found["ratios"][name][text]["after"]
             spread = [[after["ratio"] - after["interval"][0]], [after["interval"][1] - after["ratio"]]]
             axes.bar(position, after["ratio"], yerr=spread, color=color, ecolor=GREY, capsize=3)
+        for seed in found["arms"][last]:
+            axes.plot((0, 1), _of_seed(found, [last, swapped], seed, "after", text), "o-", ms=3, color=GREY)
+        paired = next(pattern for pattern in found["patterns"] if pattern["text"] == text)
+        low, high = paired["interval"]
         axes.set(title=text, xticks=(0, 1), ylabel="perplexity / dense")
+        axes.set_xlabel(f"second to first: {paired['ratio']:.3f} ({low:.3f} to {high:.3f})")
         axes.set_xticklabels(["taught by the dense model", "by the distilled one"])
     return svg(figure)
 
