@@ -76,8 +76,7 @@ def truncate(
 
     `teacher` gives the cached distributions of a block, for the probe; without it the model's own are worked out. A
     `device` other than the model's takes the statistics there, a layer at a time. With a `separator`, the token that
-    ends a document, packed documents do not see each other. `warn` hears of statistics from too
-    few tokens.
+    ends a document, packed documents do not see each other. `warn` hears of statistics from too few tokens.
     """
     check_compress(options)
     uniform = plan(model, options)

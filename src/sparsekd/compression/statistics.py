@@ -210,8 +210,8 @@ def _backward(
     top = hidden.pop()
     gradient = torch.cat(
         [
-            _output_gradient(model, layers, _row(inputs, number), last[None], len(hidden), generator)
-            for number, last in enumerate(top)
+            _output_gradient(model, layers, _row(inputs, row), last[None], len(hidden), generator)
+            for row, last in enumerate(top)
         ]
     )
     for layer in reversed(range(len(hidden))):
