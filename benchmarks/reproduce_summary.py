@@ -26,13 +26,14 @@ def main() -> None:
     given = parser.parse_args()
     for path in sorted(given.folder.glob("**/reproduce-*.json")):
         found = files.read_json(path)
-        print(f"# {found['experiment']}, seeds {found['seeds']}, {found['tokens']:,} tokens\n")
+        where = path.relative_to(given.folder)
+        print(f"# {where}: seeds {found['seeds']}, {found['tokens']:,} tokens\n")
         for table in experiments.all_tables(found):
             print("\n".join(_markdown(table)))
         if given.pictures:
             for title, svg in figures.all_figures(found).items():
-                name = f"{found['experiment']}-{title.lower().replace(' ', '-')}.svg"
-                files.write_text(given.pictures / name, svg)
+                name = "-".join([*where.parent.parts, found["experiment"], *title.lower().split()])
+                files.write_text(given.pictures / f"{name}.svg", svg)
 
 
 def _markdown(table: Titled) -> Iterator[str]:
