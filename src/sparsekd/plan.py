@@ -118,7 +118,8 @@ def _seconds(
         # curvature: forward to record, then forward and backward; the probe starts in the model's middle on average
         passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[options.method]
         probed = len(structure.matrices) * 0.65 * options.probe_tokens
-        return forward * (passes * options.num_tokens + probed) + solver / (flops * _SOLVER_EFFICIENCY)
+        seen = min(options.num_tokens, corpus.num_blocks * corpus.seq_len)
+        return forward * (passes * seen + probed) + solver / (flops * _SOLVER_EFFICIENCY)
 
     pruned = {one.compressed: one.compress for one in rounds if one.compress is not None}
     caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})

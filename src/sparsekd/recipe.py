@@ -108,7 +108,7 @@ class Compress:
     allocation: Literal["uniform", "energy", "global"] = "uniform"
     # r(m+n) - r^2 weights a matrix; r(m+n); or all of them, some zero: of method wanda, and of no other
     format: Literal["pivot", "lowrank", "mask"] = "pivot"
-    num_tokens: int = 16384  # tokens of the corpus that the activation statistics are taken from
+    num_tokens: int = 65536  # tokens of the corpus, if it has so many, that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
     offload: bool = False  # the model stays in host memory; its layers visit the device one at a time
     probe_tokens: int = 0  # measure each matrix's true KL on so many tokens before ranks are chosen; 0: do not
