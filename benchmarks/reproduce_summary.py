@@ -2,8 +2,8 @@
 
     python benchmarks/reproduce_summary.py [FOLDER] [--pictures DIR]
 
-FOLDER holds `reproduce-<experiment>.json` files, by default those of benchmarks/results/reproduce. Prints every table;
-with --pictures every figure is written there as SVG.
+FOLDER holds `reproduce-<experiment>.json` files, by default those of benchmarks/results/reproduce. Prints every table,
+and of III a recovery curve for each round, from its few validations; with --pictures every figure goes there as SVG.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sparsekd import files
 from sparsekd.report import experiments, figures
 from sparsekd.report.tables import Titled
+from sparsekd.reproduce import RECOVERED, recovery_curve
+from sparsekd.reproduce.arms import DENSE_KD
 
 RECORDED = Path(__file__).parent / "results" / "reproduce"
 
@@ -30,10 +33,24 @@ def main() -> None:
         print(f"# {where}: seeds {found['seeds']}, {found['tokens']:,} tokens\n")
         for table in experiments.all_tables(found):
             print("\n".join(_markdown(table)))
+        if found["experiment"] == "III":
+            print("\n".join(_markdown(_curves(found["arms"]))))
         if given.pictures:
             for title, svg in figures.all_figures(found).items():
                 name = "-".join([*where.parent.parts, found["experiment"], *title.lower().split()])
                 files.write_text(given.pictures / f"{name}.svg", svg)
+
+
+def _curves(arms: dict[str, Any]) -> Titled:
+    """Of each round, over its seeds: the curve of the gap to Dense+KD on validation blocks, and what it asks for."""
+    header, rows = ["round", "gap left, nats", "curve"], []
+    for name in (name for name in arms if name != DENSE_KD):
+        curve = recovery_curve(arms[name], arms[DENSE_KD])
+        fit, run_on = curve["fit"], curve["tokens"][-1]
+        formula = f"{fit['floor']:.3f} + {fit['scale']:.3g} tokens^-{fit['power']:.2f}"
+        budgets = [experiments.budget(tokens, run_on) for tokens in curve["tokens_for"].values()]
+        rows.append([name, f"{curve['gaps'][-1]:.3f}", formula, *budgets])
+    return Titled("Recovery of each round", [*header, *(f"tokens for {ratio:g} x" for ratio in RECOVERED)], rows)
 
 
 def _markdown(table: Titled) -> Iterator[str]:

@@ -94,11 +94,11 @@ def _attribution(found: dict[str, Any]) -> Titled:
 
 def _recovery(found: dict[str, Any]) -> Titled:
     curve = found["recovery"]
-    rows = [[f"{r} x Dense+KD", _budget(t, curve["tokens"][-1])] for r, t in curve.get("tokens_for", {}).items()]
+    rows = [[f"{r} x Dense+KD", budget(t, curve["tokens"][-1])] for r, t in curve.get("tokens_for", {}).items()]
     return Titled("Tokens that the recovery curve asks for", ["perplexity on the validation blocks", "tokens"], rows)
 
 
-def _budget(tokens: float | None, measured: float) -> str:
+def budget(tokens: float | None, measured: float) -> str:
     """Tokens beside those that the curve was fitted on: a hundred times as many are no prediction any more."""
     if tokens is None:
         return "never, by this curve"

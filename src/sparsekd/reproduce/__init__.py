@@ -156,7 +156,7 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
         ]
     if experiment == "recovery":
         long_run = next(name for name in arms if name != DENSE_KD)
-        gathered["recovery"] = _recovery(arms[long_run], arms[DENSE_KD])
+        gathered["recovery"] = recovery_curve(arms[long_run], arms[DENSE_KD])
     return gathered
 
 
@@ -190,7 +190,7 @@ def _ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
     return ratios
 
 
-def _recovery(long_run: dict[int, Any], control: dict[int, Any]) -> dict[str, Any]:
+def recovery_curve(long_run: dict[Any, Any], control: dict[Any, Any]) -> dict[str, Any]:
     """The gap of the pruned model's cross-entropy on the validation blocks to the distilled dense model's best, by
     tokens trained on, mean over seeds; the curve through it; and the tokens it asks for three ratios of perplexity."""
     goal = float(np.mean([min(v["ce"] for v in arm["validations"]) for arm in control.values()]))
