@@ -111,21 +111,20 @@ def _seconds(
     solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices if m.rank is not None)
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
-    trained = corpus.num_blocks * corpus.seq_len * distill.epochs
-    validated = corpus.num_validation_blocks * corpus.seq_len * (distill.validations + 1)
+    epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
+    # of all rounds; a trial is a quarter of an epoch, validated before and after
+    trained = epoch * (distill.epochs * len(rounds) + num_trials / 4)
+    validated = held_out * ((distill.validations + 1) * len(rounds) + 2 * num_trials)
 
     def truncation(options: Compress) -> float:
         # curvature: forward to record, then forward and backward; the probe starts in the model's middle on average
         passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[options.method]
         probed = len(structure.matrices) * 0.65 * options.probe_tokens
-        seen = min(options.num_tokens, corpus.num_blocks * corpus.seq_len)
+        seen = min(options.num_tokens, epoch)
         return forward * (passes * seen + probed) + solver / (flops * _SOLVER_EFFICIENCY)
 
     pruned = {one.compressed: one.compress for one in rounds if one.compress is not None}
     caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})
-    # of all rounds; a trial is a quarter of an epoch, validated before and after
-    trained = trained * len(rounds) + num_trials * corpus.num_blocks * corpus.seq_len / 4
-    validated = validated * len(rounds) + num_trials * 2 * corpus.num_validation_blocks * corpus.seq_len
     asked = trained + validated if distill.teacher == "online" else 0  # tokens for which an online teacher answers
     return {
         "cache": forward * cached * caches,
