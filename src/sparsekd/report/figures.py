@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 
-from sparsekd.report.plots import BLUE, GREEN, GREY, LEGEND, ORANGE, figures, svg
+from sparsekd.report.plots import BLUE, COLORS, GREEN, GREY, LEGEND, ORANGE, figures, svg
 
 
 def all_figures(found: dict[str, Any]) -> dict[str, str]:
@@ -54,10 +55,11 @@ def _of_seed(found: dict[str, Any], names: list[str], seed: str, key: str, text:
 
 def _attribution(found: dict[str, Any]) -> str:
     """A bar a cause and text: the factor on perplexity with its 95 % interval."""
-    figure, all_axes = figures(1, height=0.5 * len(found["attribution"]) / len(found["texts"]) + 1.2, width=9.6)
-    axes, causes = all_axes[0], list(dict.fromkeys(row["cause"] for row in found["attribution"]))
+    causes = list(dict.fromkeys(row["cause"] for row in found["attribution"]))
+    figure, all_axes = figures(1, height=0.2 * max(2.5, len(found["texts"])) * len(causes) + 1.2, width=9.6)
+    axes = all_axes[0]
     height = 0.8 / len(found["texts"])
-    for number, (text, color) in enumerate(zip(found["texts"], (BLUE, ORANGE, GREEN), strict=False)):
+    for number, (text, color) in enumerate(zip(found["texts"], itertools.cycle(COLORS))):
         rows = [row for row in found["attribution"] if row["text"] == text]
         y = np.arange(len(causes)) + number * height
         nats = [row["nats"] for row in rows]

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; grey axes stand out on white and on black
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00")
 LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": GREY}
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sparsekd",  # the same picture has the same bytes
@@ -177,11 +178,15 @@ def _figure() -> tuple[Figure, Any]:
 
 
 def figures(count: int, height: float = 3.2, width: float = 6.4) -> tuple[Figure, list[Any]]:
-    """A row of `count` axes, `height` inches high and at least `width` wide."""
+    """`count` axes in rows of up to three, each row `height` inches high and at least `width` wide."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(width, 4.2 * count), height), layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
-    return figure, list(axes)
+        figure = Figure(figsize=(max(width, 4.2 * columns), rows * height), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
 
 
 def svg(figure: Figure) -> str:

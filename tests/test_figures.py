@@ -1,0 +1,39 @@
+"""Pictures of the experiments: what has to be in them, whatever the recipe measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsekd import files
+from sparsekd.report import figures, plots
+
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce"
+MORE = {"gsm8k": "c4", "code": "wikitext2", "stories": "c4"}
+
+
+def test_axes_stand_in_rows_of_three():
+    figure, axes = plots.figures(5)
+    assert len(axes) == len(figure.axes) == 5
+    tops = [round(one.get_subplotspec().rowspan.start) for one in axes]
+    assert tops == [0, 0, 0, 1, 1]
+
+
+def test_every_text_of_five_has_its_panel_and_its_bars():
+    found = _with_more_texts(files.read_json(RECORDED / "reproduce-controls.json"))
+    made = figures.all_figures(found)
+    for title in ("What changes perplexity", "Calibration"):
+        assert all(f"<!-- {text} -->" in made[title] for text in found["texts"])
+
+
+def _with_more_texts(found: dict[str, Any]) -> dict[str, Any]:
+    """The results as if three more texts had been measured: each with the figures of one of the two."""
+    found["texts"] += MORE
+    for by_seed in found["arms"].values():
+        for arm in by_seed.values():
+            for results in arm["models"].values():
+                results |= {text: results[like] for text, like in MORE.items()}
+    found["attribution"] += [
+        row | {"text": text} for row in found["attribution"] for text, like in MORE.items() if row["text"] == like
+    ]
+    return found
