@@ -37,6 +37,19 @@ class Block(NamedTuple):
     documents: list[str]
 
 
+class Share(NamedTuple):
+    """Part `number` (from 1) of the `count` parts that rounds divide the training blocks into."""
+
+    number: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+ALL = Share()
+
+
 @dataclass
 class SourceReport:
     """What became of one source."""
@@ -63,9 +76,13 @@ class Corpus:
     def tokens(self, ids: Iterable[int]) -> list[np.ndarray]:
         return [self.blocks[i].tokens for i in ids]
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Block ids of an epoch in training order: a permutation of `train_ids` that (seed, epoch) decides."""
-        return shuffled(self.train_ids, seed, epoch)
+    def order(self, seed: int, epoch: int, share: Share = ALL) -> np.ndarray:
+        """Block ids of an epoch in training order: a permutation of `train_ids`, or of a share of them, that (seed,
+        epoch) decides. The shares of a seed are apart, whatever the epoch."""
+        if share == ALL:
+            return shuffled(self.train_ids, seed, epoch)
+        parts = np.array_split(shuffled(self.train_ids, seed, 0), share.count)
+        return shuffled(parts[share.number - 1], seed, epoch)
 
     @property
     def num_tokens(self) -> int:

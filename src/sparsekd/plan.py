@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsekd import compression, models
 from sparsekd.codecs import CODECS, codec_for
+from sparsekd.corpus import Share
 from sparsekd.device import measured_flops, place
 from sparsekd.recipe import Compress, Recipe, as_dict
 from sparsekd.rounds import Round, planned
@@ -113,22 +115,23 @@ def _seconds(
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
     # of all rounds; a trial is a quarter of an epoch, validated before and after
-    trained = epoch * (distill.epochs * len(rounds) + num_trials / 4)
+    epochs = sum(1 / one.share.count for one in rounds)
+    trained = epoch * epochs * (distill.epochs + num_trials / 4 / len(rounds))
     validated = held_out * ((distill.validations + 1) * len(rounds) + 2 * num_trials)
 
-    def truncation(options: Compress) -> float:
+    def truncation(options: Compress, share: Share) -> float:
         # curvature: forward to record, then forward and backward; the probe starts in the model's middle on average
         passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[options.method]
         probed = len(structure.matrices) * 0.65 * options.probe_tokens
-        seen = min(options.num_tokens, epoch)
+        seen = min(options.num_tokens, epoch / share.count)
         return forward * (passes * seen + probed) + solver / (flops * _SOLVER_EFFICIENCY)
 
-    pruned = {one.compressed: one.compress for one in rounds if one.compress is not None}
+    pruned = {one.compressed: (one.compress, one.share) for one in rounds if one.compress is not None}
     caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})
     asked = trained + validated if distill.teacher == "online" else 0  # tokens for which an online teacher answers
     return {
         "cache": forward * cached * caches,
-        "compress": sum(map(truncation, pruned.values())),
+        "compress": sum(itertools.starmap(truncation, pruned.values())),
         "distill": smaller * (3 * trained + validated) + forward * asked,
         "evaluate": (forward + 2 * smaller) * scored * len(rounds),
     }

@@ -185,6 +185,7 @@ class Recipe:
     cache: Cache = field(default_factory=Cache)
     # rising reductions: each round prunes the round before further and trains it; none: one round, compress.reduction
     rounds: list[float] = field(default_factory=list)
+    split_corpus: bool = False  # each round learns from a part of the corpus of its own; false: each from all of it
     compress: Compress = field(default_factory=Compress)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -372,11 +373,18 @@ def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
 def check(recipe: Recipe) -> None:
     """Raises `UsageError` for a value outside its range; names it, its value and the range."""
     corpus, evaluate = recipe.corpus, recipe.evaluate
+    num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     ranges = [
         ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < 2**53),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),
+        (
+            "split_corpus",
+            recipe.split_corpus,
+            f"false, or corpus.num_blocks at least one for each of the {num_rounds} rounds",
+            not recipe.split_corpus or corpus.num_blocks >= num_rounds,
+        ),
         ("teacher.cascade", recipe.teacher.cascade, ">= 0", recipe.teacher.cascade >= 0),
         ("teacher.anchor", recipe.teacher.anchor, "[0, 1)", 0 <= recipe.teacher.anchor < 1),
         ("cache.top_k", recipe.cache.top_k, "1 to 256", 1 <= (recipe.cache.top_k or 1) <= 256),

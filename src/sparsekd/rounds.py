@@ -6,9 +6,11 @@ model distilled without pruning, each the teacher of what follows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparsekd.corpus import ALL, Share
 from sparsekd.recipe import Compress, Distill, Recipe
 
 Place = str | Path  # a model: a name, as in the recipe, or a folder of the run that has `model` in it
@@ -34,6 +36,7 @@ class Round:
     distill: Distill
     teachers: dict[Place, float]  # with their weights
     cache: str  # folder of the teachers' distributions; rounds with the same teachers share it
+    share: Share = ALL  # of the corpus: what the statistics are taken from and the training learns from
 
     @property
     def student(self) -> Place:
@@ -64,13 +67,19 @@ class Round:
 
 
 def planned(recipe: Recipe) -> list[Round]:
-    """All rounds of a run: the cascade's generations, then one for each reduction."""
+    """All rounds of a run: the cascade's generations, then one for each reduction. With `split_corpus` each has a
+    share of the corpus."""
     made: list[Round] = []
     for number in range(1, recipe.teacher.cascade + 1):
         made.append(_next(recipe, made, f"generation-{number:02d}", None))
     for number, reduction in enumerate(recipe.rounds or [recipe.compress.reduction], 1):
         made.append(_next(recipe, made, f"round-{number:02d}", replace(recipe.compress, reduction=reduction)))
-    return made
+    return split(made) if recipe.split_corpus else made
+
+
+def split(rounds: Sequence[Round]) -> list[Round]:
+    """The rounds with equal shares of the corpus, in order."""
+    return [replace(one, share=Share(number, len(rounds))) for number, one in enumerate(rounds, 1)]
 
 
 def _next(recipe: Recipe, earlier: list[Round], name: str, compress: Compress | None) -> Round:

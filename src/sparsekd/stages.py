@@ -243,12 +243,13 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
         "seed": round_.seed,
         "ranks": files.file_sha256(Path(options.ranks_from)) if options.ranks_from else None,
         "probed": files.read_json(work.run.folder / round_.cache / "inputs.json") if options.probe_tokens else None,
+        **_share(round_),
     }
     stage = work.run.stage(str(round_.compressed), inputs)
     if stage.summary is not None:
         return stage.summary
     student, tokenizer = work.take(round_.start)
-    batches = statistics_batches(work.blocks, options, round_.seed)
+    batches = statistics_batches(work.blocks, options, round_.seed, round_.share)
     # the probe asks what a cut does to the model as it is: its own distributions, cached if it is its own teacher
     has_top_k = work.recipe.distill.teacher == "cache" and work.recipe.cache.codec != "sampled"
     is_cached = has_top_k and list(round_.teachers) == [round_.start]
@@ -286,10 +287,13 @@ def _cached(work: Work, round_: Round) -> Callable[[torch.Tensor], Targets]:
     return read
 
 
-def statistics_batches(blocks: Corpus, options: Compress, seed: int) -> list[torch.Tensor]:
-    """Batches of equally long training blocks, in the first epoch's order, enough for statistics and probe."""
+def statistics_batches(
+    blocks: Corpus, options: Compress, seed: int, share: corpus.Share = corpus.ALL
+) -> list[torch.Tensor]:
+    """Batches of equally long training blocks of the share, in the first epoch's order, enough for statistics and
+    probe."""
     batches, batch, total = [], [], 0
-    for block_id in blocks.order(seed, 0):
+    for block_id in blocks.order(seed, 0, share):
         tokens = blocks.blocks[block_id].tokens
         if batch and (len(batch) == options.batch_size or len(tokens) != len(batch[0])):
             batches.append(batch)
@@ -310,11 +314,12 @@ def train(work: Work, round_: Round) -> dict[str, Any]:
     stage = run.stage(str(round_.distilled), _training_inputs(work, round_) | {"distill": as_dict(round_.distill)})
     if stage.summary is not None:
         return stage.summary
-    data = _data(work, round_, functools.partial(blocks.order, round_.seed))
+    data = _data(work, round_, functools.partial(blocks.order, round_.seed, share=round_.share))
     dense_ce = distillation.measure(work.open(work.dense)[0], data, round_.distill).ce
     work.release()  # room for the student; the evaluation reads it again
     student, tokenizer = work.take(round_.student, torch.float32)
-    with run.console.bar("training", blocks.num_tokens * round_.distill.epochs) as bar, stop_signals() as received:
+    num_tokens = sum(len(tokens) for tokens in blocks.tokens(data.order(0).tolist())) * round_.distill.epochs
+    with run.console.bar("training", num_tokens) as bar, stop_signals() as received:
         trained = 0
 
         def on_step(step: distillation.Step, num_steps: int) -> None:
@@ -356,7 +361,7 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> float:
     )
     if stage.summary is not None:
         return stage.summary["learning_rate"]
-    ids = work.blocks.order(round_.seed, 0)
+    ids = work.blocks.order(round_.seed, 0, round_.share)
     data = _data(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
     losses: dict[str, float] = {}
     for rate in rates:
@@ -381,7 +386,13 @@ def _training_inputs(work: Work, round_: Round) -> dict[str, Any]:
         "start": work.identity(round_.student),
         "teacher": files.read_json(work.run.folder / round_.cache / "inputs.json"),
         "seed": round_.seed,
+        **_share(round_),
     }
+
+
+def _share(round_: Round) -> dict[str, str]:
+    """For the inputs of a stage."""
+    return {} if round_.share == corpus.ALL else {"share": str(round_.share)}
 
 
 def _data(work: Work, round_: Round, order: Callable[[int], np.ndarray]) -> distillation.Data:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.recipe import WANDA, Recipe
-from sparsekd.rounds import ARMS, SHARED_CACHE, Place, Round
+from sparsekd.rounds import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
 REDUCTIONS = (0.15, 0.35, 0.51, 0.65)  # of the paper's rounds 1, 4, 6 and 8
@@ -31,6 +31,7 @@ class Seed:
     def __init__(self, recipe: Recipe, seed: int):
         self._recipe, self._seed = recipe, seed
         self.reductions = recipe.rounds or list(REDUCTIONS)
+        self.splits_corpus = recipe.split_corpus
         self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
 
     def dense(self, name: str, **distill: Any) -> Round:
@@ -61,12 +62,13 @@ class Seed:
 
 def rounds(seed: Seed) -> dict[str, Round]:
     """Rounds of pruning, each from the result of the one before, and the control without pruning."""
-    made, start = {DENSE_KD: seed.dense(DENSE_KD)}, None
-    for reduction in seed.reductions:
-        name = f"round {percent(reduction)}"
-        made[name] = seed.pruned(name, reduction, start)
-        start = made[name].distilled
-    return made
+    made: list[Round] = []
+    names = [f"round {percent(reduction)}" for reduction in seed.reductions]
+    for name, reduction in zip(names, seed.reductions, strict=True):
+        made.append(seed.pruned(name, reduction, made[-1].distilled if made else None))
+    if seed.splits_corpus:  # the control keeps all of it: what the last round's model has learned from in the end
+        made = split(made)
+    return {DENSE_KD: seed.dense(DENSE_KD)} | dict(zip(names, made, strict=True))
 
 
 def better_teacher(seed: Seed) -> dict[str, Round]:
