@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekd import corpus, files, sources
-from sparsekd.corpus import Corpus, Guard, Overlap, build, encode, load, save, text_path
+from sparsekd.corpus import Corpus, Guard, Overlap, Share, build, encode, load, save, text_path
 from sparsekd.errors import DataError, SparseKDError, UsageError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text
@@ -98,6 +98,17 @@ def test_order_is_a_pure_permutation_that_differs_between_epochs(built: Corpus) 
     assert not np.array_equal(first, built.train_ids)
     assert not np.array_equal(built.order(7, 1), first)
     assert not np.array_equal(built.order(8, 0), first)
+
+
+def test_shares_divide_the_blocks_and_keep_theirs_in_every_epoch(built: Corpus) -> None:
+    shares = [Share(number, 5) for number in range(1, 6)]
+    first = [built.order(7, 0, share) for share in shares]
+    assert sorted(np.concatenate(first)) == sorted(built.train_ids)
+    assert [len(ids) for ids in first] == [3, 3, 2, 2, 2]
+    second = [built.order(7, 1, share) for share in shares]
+    assert all(sorted(one) == sorted(other) for one, other in zip(first, second, strict=True))
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second))
+    assert sorted(built.order(8, 0, shares[0])) != sorted(first[0])  # another seed divides otherwise
 
 
 def test_a_block_holds_the_text_of_the_documents_it_names(built: Corpus, text_file: Path, tokenizer: Any) -> None:

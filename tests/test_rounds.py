@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsekd.corpus import ALL
 from sparsekd.errors import UsageError
 from sparsekd.recipe import load_recipe
 from sparsekd.rounds import Round, planned
@@ -59,6 +60,19 @@ def test_other_models_teach_with_weights_and_stay_the_anchor() -> None:
         "smollm2-135m": pytest.approx(0.1),
         Path("round-01/distilled"): pytest.approx(0.6),
     }
+
+
+def test_rounds_and_generations_divide_the_corpus_if_asked() -> None:
+    assert {one.share for one in rounds("rounds=[0.2,0.4]", "teacher.cascade=1")} == {ALL}
+    divided = rounds("rounds=[0.2,0.4]", "teacher.cascade=1", "split_corpus=true")
+    assert [(one.name, str(one.share)) for one in divided] == [
+        ("generation-01", "1/3"),
+        ("round-01", "2/3"),
+        ("round-02", "3/3"),
+    ]
+    assert [one.share for one in rounds("split_corpus=true")] == [ALL]
+    with pytest.raises(UsageError, match=r"split_corpus is True: expected false, or corpus.num_blocks at least one for"):
+        rounds("rounds=[0.2,0.4]", "split_corpus=true", "corpus.num_blocks=1")
 
 
 @pytest.mark.parametrize(

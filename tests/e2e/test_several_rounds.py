@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import sparsekd
-from sparsekd import errors, inspection, pipeline
+from sparsekd import corpus, errors, inspection, pipeline
 from sparsekd.recipe import load_recipe
+
+_PRUNED_AND_TRAINED = ("compressed", "distilled")
 
 
 def run(recipe: Path, folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:
@@ -39,6 +41,19 @@ def test_each_round_goes_on_from_the_one_before(tiny_recipe: Path, tmp_path: Pat
     page = (out / "report.html").read_text()
     assert "Round by round" in page and "round-02" in page and "<script" not in page
     assert set(inspection.describe(out)) >= {"round-01/cache", "round-03/eval"}
+
+
+def test_with_a_split_corpus_each_round_learns_from_its_own_part(tiny_recipe: Path, tmp_path: Path) -> None:
+    asked = ("rounds=[0.3,0.5]", "split_corpus=true", "compress.method=two-sided", "compress.probe_tokens=16")
+    out = tmp_path / "run"
+    report = run(tiny_recipe, out, *asked)
+    blocks = corpus.load(out / "corpus")
+    for number in (1, 2):
+        made_from = [json.loads((out / f"round-0{number}/{s}/inputs.json").read_text()) for s in _PRUNED_AND_TRAINED]
+        assert [inputs["share"] for inputs in made_from] == [f"{number}/2"] * 2
+        history = json.loads((out / f"round-0{number}/distilled/stage.json").read_text())
+        assert history["steps"][-1]["num_tokens"] == blocks.num_tokens // 2
+    assert len(report["rounds"]) == 2
 
 
 def test_a_later_round_s_probe_measures_from_the_model_as_it_is(tiny_recipe: Path, tmp_path: Path) -> None:
