@@ -55,6 +55,7 @@ def test_with_a_split_corpus_the_control_learns_from_all_parts(tiny_recipe: Path
     found = run("III", tiny_recipe, tmp_path / "run", "split_corpus=true", seeds=[1], rates=[1e-4])
     tokens = {name: by_seed["1"]["tokens"] for name, by_seed in found["arms"].items()}
     assert tokens["Dense+KD"] == tokens["round 30%"] + tokens["round 50%"] and tokens["round 50%"] > 0
+    assert found["tokens"] == tokens["round 50%"]
 
 
 def test_experiments_share_a_directory_and_its_arms(tiny_recipe: Path, tmp_path: Path) -> None:

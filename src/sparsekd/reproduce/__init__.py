@@ -141,7 +141,7 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
         "recipe": as_dict(recipe),
         "texts": found.texts,
         "seeds": seeds,
-        "tokens": first_arm[seeds[0]]["tokens"],
+        "tokens": next(reversed(arms.values()))[seeds[0]]["tokens"],  # of a training; the control may have had more
         "arms": {name: {str(seed): arm for seed, arm in by_seed.items()} for name, by_seed in arms.items()},
         "ratios": {name: _ratios(found, experiment, name) for name in arms},
         "patterns": [
