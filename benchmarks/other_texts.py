@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from _record import RESULTS, record
+from reproduce_summary import markdown
 
 import sparsekd
 from sparsekd import corpus, files
 from sparsekd.recipe import load_recipe
+from sparsekd.report.tables import Titled
 from sparsekd.reproduce.spread import Comparison, compare
 
 RECORDED = RESULTS / "other_texts.json"
@@ -68,18 +70,14 @@ def _measure(measured: dict[str, Any], data: str, runs: list[Path]) -> None:
 
 def _show(measured: dict[str, Any]) -> None:
     print("dense: " + ", ".join(f"{text} {measured[DENSE]['0'][text]['perplexity']:.2f}" for text in TEXTS) + "\n")
-    _table("arm, to dense", [(arm, DENSE) for arm in measured if arm != DENSE], measured)
-    _table("arm to another", [pair for pair in PAIRED if pair[0] in measured and pair[1] in measured], measured)
-
-
-def _table(title: str, pairs: list[tuple[str, str]], measured: dict[str, Any]) -> None:
-    print(f"| {title} | seeds | {' | '.join(TEXTS)} |")
-    print("|---" * (2 + len(TEXTS)) + "|")
-    for arm, other in pairs:
-        name = arm if other == DENSE else f"{arm} to {other}"
-        cells = [_cell(_compare(measured, arm, other, text)) for text in TEXTS]
-        print(f"| {name} | {len(measured[arm])} | {' | '.join(cells)} |")
-    print()
+    to_dense = [(arm, DENSE) for arm in measured if arm != DENSE]
+    paired = [pair for pair in PAIRED if measured.keys() >= {*pair}]
+    for title, pairs in {"Arms to the dense model": to_dense, "Arms to each other": paired}.items():
+        rows = [
+            [f"{arm} to {other}", str(len(measured[arm])), *(_cell(_compare(measured, arm, other, t)) for t in TEXTS)]
+            for arm, other in pairs
+        ]
+        print("\n".join(markdown(Titled(title, ["", "seeds", *TEXTS], rows))))
 
 
 def _compare(measured: dict[str, Any], arm: str, other: str, text: str) -> Comparison:

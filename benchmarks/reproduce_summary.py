@@ -32,9 +32,9 @@ def main() -> None:
         where = path.relative_to(given.folder)
         print(f"# {where}: seeds {found['seeds']}, {found['tokens']:,} tokens\n")
         for table in experiments.all_tables(found):
-            print("\n".join(_markdown(table)))
+            print("\n".join(markdown(table)))
         if found["experiment"] == "III":
-            print("\n".join(_markdown(_curves(found["arms"]))))
+            print("\n".join(markdown(_curves(found["arms"]))))
         if given.pictures:
             for title, svg in figures.all_figures(found).items():
                 name = "-".join([*where.parent.parts, found["experiment"], *title.lower().split()])
@@ -53,7 +53,7 @@ def _curves(arms: dict[str, Any]) -> Titled:
     return Titled("Recovery of each round", [*header, *(f"tokens for {ratio:g} x" for ratio in RECOVERED)], rows)
 
 
-def _markdown(table: Titled) -> Iterator[str]:
+def markdown(table: Titled) -> Iterator[str]:
     yield f"{table.title}:\n"
     for row in (table.header, ["---"] * len(table.header), *table.rows):
         yield f"| {' | '.join(row)} |"
