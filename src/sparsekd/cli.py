@@ -486,6 +486,13 @@ def main() -> None:
         sys.exit(4)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from sparsekd.device import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print("sparsekd: out of memory: smaller batches, a shorter context or another dtype need less", file=sys.stderr)
+        sys.exit(4)
 
 
 if __name__ == "__main__":

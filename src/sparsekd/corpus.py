@@ -1,18 +1,21 @@
 """Text to token blocks: sources with weights, a leak guard, and an order that is a pure function.
 
-A block is `seq_len` token ids of one source. Blocks are stored once, in `blocks.parquet`, with the ids of the
-documents they come from; `manifest.json` is written last and holds the fingerprint. What training sees is a list of
-block ids with repeats (a source smaller than its share repeats), and `order(seed, epoch)` shuffles that list, so
-block i of an epoch depends on nothing but (seed, epoch, i).
+A block is `seq_len` token ids of one source, begun by what the tokenizer by default puts before a text (Gemma's and
+Llama's beginning-of-sequence token; nothing for many others). Blocks are stored once, in `blocks.parquet`, with the ids
+of the documents they come from; `manifest.json` is written last and holds their fingerprint. What training sees is a
+list of block ids with repeats (a source smaller than its share repeats), and `order(seed, epoch)` shuffles that list,
+so block i of an epoch depends on nothing but (seed, epoch, i).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,7 @@ from sparsekd.recipe import Source, Text, check_text_name
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
 _SHOWN_WORDS, _SHOWN_DOCUMENTS = 20, 3  # of evaluation text found in a source: what the error shows
 _SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
-_VALIDATION_EVERY = 10  # one document in ten is for validation, until there are enough blocks
+_VALIDATION_EVERY = 10  # one document in ten is for validation; of a source with fewer, the last tenth of each
 
 
 class Block(NamedTuple):
@@ -69,7 +72,7 @@ class Corpus:
     train_ids: np.ndarray  # int64, with repeats
     validation_ids: np.ndarray
     texts: dict[str, str]  # evaluation texts by name
-    fingerprint: str
+    fingerprint: str  # of all but the texts
     reports: dict[str, SourceReport] = field(default_factory=dict)
     separator: int | None = None  # the token that ends a document which the next one must not see; None: it may
 
@@ -95,14 +98,17 @@ def shuffled(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(ids)
 
 
-def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: int) -> Corpus:
-    """Reads the sources, keeps evaluation text out, and cuts the rest into blocks.
+def build(
+    recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: int, tasks: Mapping[str, str] | None = None
+) -> Corpus:
+    """Reads the sources, keeps evaluation text out, that of `texts` and of `tasks` by name, and cuts the rest into
+    blocks.
 
     Raises `DataError` for a missing, empty or unreadable source, for one shorter than a block and, where
     `recipe.overlap` is "stop", for evaluation text in the sources, once all of them are read.
     """
     evaluation = {name: read_text(text, recipe) for name, text in texts.items()}
-    guard = Guard(evaluation)
+    guard = Guard(_by_key(evaluation, tasks or {}))
     overlaps: list[tuple[str, str, Overlap]] = []  # source, document
     total_weight = sum(source.weight for source in recipe.sources.values())
     blocks: list[Block] = []
@@ -132,7 +138,9 @@ def build(recipe: CorpusRecipe, texts: dict[str, Text], tokenizer: Any, seed: in
         validation.extend(range(len(blocks), len(blocks) + len(held)))
         blocks.extend(held)
     if overlaps and recipe.overlap == "stop":
-        raise DataError(_describe(overlaps, reports))
+        counts = {name: report.documents for name, report in reports.items()}
+        way_out = "corpus.overlap=drop leaves those documents out"
+        raise DataError(_describe(overlaps, counts, "documents", way_out))
     separator = _separator(tokenizer) if recipe.document_mask else None
     corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = _fingerprint(corpus)
@@ -216,18 +224,49 @@ def _sequences(words: list[str]) -> Iterator[str]:
     return (" ".join(words[i : i + GUARD_WORDS]) for i in range(len(words) - GUARD_WORDS + 1))
 
 
-def _describe(overlaps: list[tuple[str, str, Overlap]], reports: dict[str, SourceReport]) -> str:
-    """A line that says all, then a line for each of the first passages of every source and evaluation text."""
+def text_key(name: str) -> str:
+    """What an evaluation text is called in the recipe."""
+    return f"evaluate.texts.{name}"
+
+
+def task_key(name: str) -> str:
+    """What a harness task is called in the recipe."""
+    return f"evaluate.tasks.{name}"
+
+
+def _by_key(texts: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str]:
+    return {text_key(name): text for name, text in texts.items()} | {task_key(n): text for n, text in tasks.items()}
+
+
+def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], what: str, way_out: str) -> str:
+    """A line that says all, then a line for each of the first passages of every source and evaluation text; `counts`
+    are the documents or blocks of each source."""
     pairs: dict[tuple[str, str], list[str]] = {}
     for source, document, overlap in overlaps:
         pairs.setdefault((source, overlap.text), []).append(f'{source}, {document}: "{overlap.passage}"')
-    counts = ", ".join(
-        f"{len(lines)} of {reports[source].documents} documents of corpus.sources.{source} (evaluate.texts.{text})"
+    listed = ", ".join(
+        f"{len(lines)} of {counts[source]} {what} of corpus.sources.{source} ({text})"
         for (source, text), lines in pairs.items()
     )
     shown = [line for lines in pairs.values() for line in lines[:_SHOWN_DOCUMENTS]]
-    first = f"evaluation text found in training sources: {counts}; corpus.overlap=drop leaves those documents out"
-    return "\n  ".join([first, *shown])
+    return "\n  ".join([f"evaluation text found in training sources: {listed}; {way_out}", *shown])
+
+
+def add_texts(folder: Path, texts: Mapping[str, str], tasks: Mapping[str, str], tokenizer: Any) -> None:
+    """Adds evaluation texts to a saved corpus, if its blocks share no sequence of words with them or with what `tasks`
+    ask; raises `DataError` naming the blocks that do, and leaves the corpus as it was."""
+    corpus = load(folder)
+    guard = Guard(_by_key(texts, tasks))
+    overlaps = []
+    for number, block in enumerate(corpus.blocks):
+        overlap = guard.overlap(tokenizer.decode(block.tokens, skip_special_tokens=True))
+        if overlap is not None:
+            overlaps.append((block.source, f"block {number}", overlap))
+    if overlaps:
+        counts = Counter(block.source for block in corpus.blocks)
+        way_out = "make the corpus again with --fresh, where corpus.overlap=drop leaves such documents out"
+        raise DataError(_describe(overlaps, counts, "blocks", way_out))
+    _save_texts(replace(corpus, texts=corpus.texts | dict(texts)), folder)
 
 
 # ---- documents to blocks
@@ -276,37 +315,59 @@ def _split_blocks(
     wanted_validation: int,
     rng: np.random.Generator,
 ) -> tuple[list[Block], list[Block]]:
-    """Training and validation blocks from different documents, each a random choice of what the source offers."""
+    """Training and validation blocks, each a random choice of what the source offers: from different documents, or of
+    a source of few, which may be books, from different parts of them."""
     for_validation: list[tuple[str, str]] = []
+    first = list(itertools.islice(documents, _VALIDATION_EVERY))
+    splits_documents = recipe.pack and len(first) < _VALIDATION_EVERY
 
     def for_training() -> Iterator[tuple[str, str]]:
-        for number, document in enumerate(documents):
-            if number % _VALIDATION_EVERY == 0:
-                for_validation.append(document)
+        for number, (identifier, text) in enumerate(itertools.chain(first, documents)):
+            if splits_documents:
+                end = _last_tenth(text)
+                for_validation.append((identifier, text[end:]))
+                yield identifier, text[:end]
+            elif number % _VALIDATION_EVERY == 0:
+                for_validation.append((identifier, text))
             else:
-                yield document
+                yield identifier, text
 
-    cut = _pack if recipe.pack else _one_each
+    cut = functools.partial(_pack, keep_apart=recipe.document_mask) if recipe.pack else _one_each
     learned = _choose(cut(name, for_training(), tokenizer, recipe.seq_len), wanted, rng)
     held = _choose(cut(name, iter(for_validation), tokenizer, recipe.seq_len), wanted_validation, rng)
-    if not held and len(learned) > 1:  # no validation document fills a block: give up training blocks instead
+    if not held and len(learned) > 1:  # what is for validation fills no block: give up training blocks instead
         count = min(wanted_validation, len(learned) - 1)
         learned, held = learned[:-count], learned[-count:]
     return (learned, held) if held else ([], [])
 
 
-def _pack(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int) -> Iterator[Block]:
-    """Joins documents, an end-of-text token between them, and cuts the stream into whole blocks."""
+def _last_tenth(text: str) -> int:
+    """Where the last tenth of a text begins, at the next white space."""
+    start = len(text) - len(text) // _VALIDATION_EVERY
+    return next((match.start() for match in re.compile(r"\s").finditer(text, start)), len(text))
+
+
+def _pack(
+    name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int, keep_apart: bool = False
+) -> Iterator[Block]:
+    """Joins documents, an end-of-text token between them, and cuts the stream into whole blocks. Each block begins as
+    the tokenizer begins a text, and where documents are kept apart each document does."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    begin = beginning(tokenizer)
     tokens: list[int] = []
     identifiers: list[str] = []
     for identifier, text in documents:
-        tokens.extend(encode(tokenizer, text) + separator)
+        tokens.extend((begin if keep_apart else []) + encode(tokenizer, text) + separator)
         identifiers.append(identifier)
         start = 0
-        while len(tokens) - start >= seq_len:
-            yield Block(np.array(tokens[start : start + seq_len], np.int32), name, identifiers)
-            start += seq_len
+        while True:
+            begun = tokens[start : start + len(begin)] == begin
+            end = start + seq_len - (0 if begun else len(begin))
+            if end > len(tokens):
+                break
+            block = ([] if begun else begin) + tokens[start:end]
+            yield Block(np.array(block, np.int32), name, identifiers)
+            start = end
             identifiers = [identifier]
         del tokens[:start]
         if not tokens:
@@ -315,8 +376,9 @@ def _pack(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_l
 
 def _one_each(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, seq_len: int) -> Iterator[Block]:
     """A block for each document, cut at `seq_len`; documents of fewer than 8 tokens teach nothing and are skipped."""
+    begin = beginning(tokenizer)
     for identifier, text in documents:
-        tokens = encode(tokenizer, text)[:seq_len]
+        tokens = (begin + encode(tokenizer, text))[:seq_len]
         if len(tokens) >= 8:
             yield Block(np.array(tokens, np.int32), name, [identifier])
 
@@ -324,6 +386,14 @@ def _one_each(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, s
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text: no special token is added, and one that is spelled out in the text stays text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What the tokenizer by default puts before a text, such as a beginning-of-sequence token: models that were trained
+    with one are lost without it. Most often nothing."""
+    plain, default = encode(tokenizer, "a"), tokenizer("a").input_ids
+    starts = (start for start in range(len(default)) if default[start : start + len(plain)] == plain)
+    return default[: next(starts, 0)]
 
 
 def _choose(blocks: Iterator[Block], count: int, rng: np.random.Generator) -> list[Block]:
@@ -347,8 +417,6 @@ def _fingerprint(corpus: Corpus) -> str:
         digest.update(np.ascontiguousarray(block.tokens, "<i4").data)
     digest.update(np.ascontiguousarray(corpus.train_ids, "<i8").data)
     digest.update(np.ascontiguousarray(corpus.validation_ids, "<i8").data)
-    for name, text in sorted(corpus.texts.items()):
-        digest.update(f"{name};{text}".encode())
     if corpus.separator is not None:
         digest.update(f"separator {corpus.separator}".encode())
     return digest.hexdigest()[:16]
@@ -369,13 +437,17 @@ def save(corpus: Corpus, folder: Path) -> None:
     )
     with files.atomic_path(folder / "blocks.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    _save_texts(corpus, folder)
+
+
+def _save_texts(corpus: Corpus, folder: Path) -> None:
     for name, text in corpus.texts.items():
         files.write_text(text_path(folder, name), text)
     manifest = {
         "fingerprint": corpus.fingerprint,
         "train_ids": corpus.train_ids.tolist(),
         "validation_ids": corpus.validation_ids.tolist(),
-        "texts": sorted(corpus.texts),
+        "texts": {name: files.sha256(text) for name, text in sorted(corpus.texts.items())},
         "separator": corpus.separator,
         "sources": {name: vars(report) for name, report in corpus.reports.items()},
     }
@@ -400,9 +472,12 @@ def load(folder: Path) -> Corpus:
         train, validation = np.array(manifest["train_ids"]), np.array(manifest["validation_ids"])
         corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports, manifest["separator"])
         found = _fingerprint(corpus)
+        changed = [name for name, text in texts.items() if files.sha256(text) != manifest["texts"][name]]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"corpus {folder} is damaged: {reason}; make it again with --fresh") from error
     if found != corpus.fingerprint:
         raise DataError(f"corpus {folder} is damaged: its content does not match its fingerprint; use --fresh")
+    if changed:
+        raise DataError(f"{text_path(folder, changed[0])} is damaged: its content is not what was written; use --fresh")
     return corpus

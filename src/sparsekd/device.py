@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 
-from sparsekd.errors import UsageError
+from sparsekd.errors import ResourceError, UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Placement(NamedTuple):
@@ -55,6 +59,48 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether a training's products are bfloat16, with weights and sums in float32: as asked, or on GPUs that know
     it. Never by default on a CPU."""
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; of the host's, torch says it in the text only."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+class Batches:
+    """Items in batches of at most `size`, which is halved for good whenever memory runs out.
+
+    `setting` is the recipe's key of the size, for messages.
+    """
+
+    def __init__(self, size: int, setting: str, say: Callable[[str], None] = lambda text: None):
+        self._size, self._setting, self._say = size, setting, say
+
+    def run(self, items: Sequence[T], step: Callable[[Sequence[T]], R]) -> Iterator[R]:
+        """What `step` returns for each batch; raises `ResourceError` when memory runs out for a single item."""
+        while items:
+            batch = items[: self._size]
+            try:
+                result = step(batch)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                result = None
+            if result is None:  # outside of `except`, which holds on to what the failed step has made
+                self._halve(len(batch))
+                continue
+            yield result
+            items = items[len(batch) :]
+
+    def _halve(self, tried: int) -> None:
+        self._size = tried // 2
+        if not self._size:
+            raise ResourceError(
+                f"out of memory with {self._setting}=1: a smaller context or corpus.seq_len needs less, and so does "
+                "another model.dtype"
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._say(f"  out of memory: {self._setting} is {self._size} from here on")
 
 
 def measured_flops(placement: Placement) -> float:

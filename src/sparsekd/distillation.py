@@ -35,8 +35,9 @@ from sparsekd import files
 from sparsekd.cache import Cache
 from sparsekd.checkpoint import Checkpoints
 from sparsekd.corpus import shuffled
-from sparsekd.device import trains_in_bfloat16
-from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
+from sparsekd.device import out_of_memory, trains_in_bfloat16
+from sparsekd.errors import DataError, Diverged, ResourceError, Stopped, UsageError
+from sparsekd.models import in_float32
 from sparsekd.objective import Data, Objective, make_batch, require_document_mask
 from sparsekd.optimization import PrunedWeights, allocate, make_optimizer, prepared, schedule
 from sparsekd.recipe import Distill, distill_section
@@ -110,6 +111,7 @@ def distill(
 
     Row i of `blocks` is block i of the cache. A share of the blocks, the last ones, is kept for validation. `options`
     are the fields of the recipe's `distill` section, such as `epochs`, `learning_rate`, `alpha`, `temperature`.
+    Weights in half precision are trained in float32, where small steps are not lost, and rounded back at the end.
     Raises `UsageError` for an unknown option or too few blocks, `DataError` if the cache is of other tokens or the
     loss is not finite.
     """
@@ -140,14 +142,15 @@ def train(
 
     `dense_ce`, the dense model's cross-entropy on the validation blocks, is what parity is measured against.
     `stop_signal` is asked after every step, never inside one: when it names a signal, the state is saved and `Stopped`
-    raised. Raises `DataError` before the step when the loss or the gradient is not finite, so that weights and
-    checkpoints stay good, and before the first one when the cache does not cover the blocks.
+    raised. Raises `Diverged` before the step when the loss or the gradient is not finite, so that weights and
+    checkpoints stay good, and `DataError` before the first one when the cache does not cover the blocks.
     """
     order = np.concatenate([data.order(epoch) for epoch in range(options.epochs)]).tolist()
     num_steps = math.ceil(len(order) / options.batch_size)
     validation_steps = {round(num_steps * (i + 1) / options.validations) for i in range(options.validations)}
     _require_covered(data, order)
     with (
+        in_float32(student),  # a step of bfloat16 weights is lost where it is less than half of their last digit
         _folder(folder, student.device) as place,
         _accelerated(student, options, place) as accelerator,
         prepared(student, options),
@@ -160,13 +163,13 @@ def train(
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
         state = checkpoints.restore(student, optimizer, say)
         if state is None:
-            first, micro_batch_size = 0, options.micro_batch_size
+            first = 0
             history = History([], [], 0, dense_ce)
-            history.add(worker.validate(0, micro_batch_size))
+            history.add(worker.validate(0, say))
             checkpoints.keep_best(student, 0)
             on_validation(history.validations[0])
         else:
-            first, micro_batch_size, history = state["step"], state["micro_batch_size"], _history(state)
+            first, history = state["step"], _history(state)
         metrics = _Metrics(place / METRICS, history, accelerator)
         num_tokens = history.steps[-1].num_tokens if history.steps else 0
         last_save = time.monotonic()
@@ -176,9 +179,9 @@ def train(
             learning_rate = options.learning_rate * schedule(step, num_steps, options.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate
-            while (sums := worker.gradients(ids, micro_batch_size)) is None:  # memory ran out
+            while (sums := worker.gradients(ids)) is None:  # memory ran out
                 optimizer.zero_grad()
-                micro_batch_size = _halved(micro_batch_size, accelerator, say)
+                worker.halve(say)
             pruned.drop_gradients()
             clipped: Any = accelerator.clip_grad_norm_(worker.objective.parameters(), options.max_grad_norm)
             loss, kd, ce = worker.summed(sums)
@@ -194,7 +197,7 @@ def train(
             on_step(history.steps[-1], num_steps)
 
             if step + 1 in validation_steps:
-                validation = worker.validate(step + 1, micro_batch_size)
+                validation = worker.validate(step + 1, say)
                 if history.add(validation):
                     checkpoints.keep_best(student, step + 1)
                 metrics.add(validation)
@@ -207,8 +210,7 @@ def train(
             is_due = time.monotonic() - last_save > 60 * options.checkpoint_minutes
             stop, is_due = worker.agreed(stop_signal(), is_due)
             if stop is not None or is_due:
-                state = {"step": step + 1, "micro_batch_size": micro_batch_size} | history.as_dict()
-                checkpoints.save(student, optimizer, state)
+                checkpoints.save(student, optimizer, {"step": step + 1} | history.as_dict())
                 last_save = time.monotonic()
             if stop is not None:
                 raise Stopped(f"stopped by signal {stop} after step {step + 1} of {num_steps}; state saved", stop)
@@ -224,8 +226,8 @@ def measure(model: PreTrainedModel, data: Data, options: Distill) -> Validation:
     """Losses of any model on the validation blocks; of the dense one, to know when the student has reached it."""
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     objective = Objective(model, options, data.teacher.vocab_size)
-    return _Worker(objective, data, accelerator, model.device, objective.vocab_size).validate(
-        0, options.micro_batch_size
+    return _Worker(objective, data, accelerator, model.device, objective.vocab_size, options.micro_batch_size).validate(
+        0
     )
 
 
@@ -304,26 +306,27 @@ def _distribute(
     wrapped, optimizer = accelerator.prepare(
         objective, make_optimizer(student, options), device_placement=[False, False]
     )
-    return optimizer, _Worker(wrapped, data, accelerator, device, vocab_size)
+    return optimizer, _Worker(wrapped, data, accelerator, device, vocab_size, options.micro_batch_size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Worker:
-    """One process's share of the work."""
+    """One process's share of the work, and how much of it goes through the model at once."""
 
     objective: Any  # an `Objective`, as accelerate wraps it
     data: Data
     accelerator: Accelerator
     device: torch.device
     vocab_size: int
+    micro_batch_size: int
 
-    def gradients(self, ids: Sequence[int], micro_batch_size: int) -> Float[Tensor, " 3"] | None:
+    def gradients(self, ids: Sequence[int]) -> Float[Tensor, " 3"] | None:
         """Adds the gradient of a step's blocks up; this process's part of loss, KD and CE. None: memory ran out."""
         denominator = self.data.num_positions(ids)
         if denominator == 0:
             raise DataError(f"no position of blocks {', '.join(map(str, ids))} predicts a token: nothing to learn from")
         sums = torch.zeros(3, device=self.device)
-        shares = self._shares(ids, micro_batch_size)
+        shares = self._shares(ids)
         try:
             for number, micro in enumerate(shares, 1):
                 batch = make_batch(self.data, micro, self.vocab_size, self.device)
@@ -333,22 +336,34 @@ class _Worker:
                     # which takes their mean, but the loss is a sum over all of them
                     (outcome.total * self.accelerator.num_processes).backward()
                 sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             return None
         return sums
 
-    @torch.no_grad()
-    def validate(self, step: int, micro_batch_size: int) -> Validation:
+    def validate(self, step: int, say: Callable[[str], None] = lambda text: None) -> Validation:
         """Losses on the validation blocks, by source of the blocks and over all."""
+        while (validation := self._validated(step)) is None:  # memory ran out
+            self.halve(say)
+        return validation
+
+    @torch.no_grad()
+    def _validated(self, step: int) -> Validation | None:
         sources = self.data.sources
         by_domain: dict[str, list[int]] = {}
         for block_id in self.data.validation_ids:
             by_domain.setdefault(sources[block_id] if sources is not None else "all", []).append(block_id)
         sums = torch.zeros(len(by_domain), 4, device=self.device)
-        for row, ids in zip(sums, by_domain.values(), strict=True):
-            for micro in self._shares(ids, micro_batch_size):
-                outcome = self.objective(make_batch(self.data, micro, self.vocab_size, self.device), 1)
-                row += torch.stack([value.float() for value in outcome])
+        try:
+            for row, ids in zip(sums, by_domain.values(), strict=True):
+                for micro in self._shares(ids):
+                    outcome = self.objective(make_batch(self.data, micro, self.vocab_size, self.device), 1)
+                    row += torch.stack([value.float() for value in outcome])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
         reduced: Any = self.accelerator.reduce(sums, "sum")
         sums = reduced.double()
         counts = torch.tensor([self.data.num_positions(ids) for ids in by_domain.values()]).to(sums)
@@ -359,7 +374,7 @@ class _Worker:
         }
         overall = _losses(sums.sum(0) / counts.sum())
         if not math.isfinite(overall["loss"]):
-            raise DataError(f"the validation loss after step {step} is not finite")
+            raise Diverged(f"the validation loss after step {step} is not finite")
         return Validation(step, **overall, domains=domains)
 
     def summed(self, sums: Float[Tensor, " 3"]) -> list[float]:
@@ -372,9 +387,25 @@ class _Worker:
         gathered: Any = self.accelerator.gather(torch.tensor([[stop or 0, is_due]], device=self.device))
         return int(gathered[:, 0].max()) or None, bool(gathered[0, 1])
 
-    def _shares(self, ids: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    def halve(self, say: Callable[[str], None]) -> None:
+        """A smaller micro batch after memory ran out; the step, and so the training, stays what it is but for rounding.
+
+        Raises `ResourceError` where there is no smaller one.
+        """
+        size = self.micro_batch_size
+        if self.accelerator.num_processes > 1 or size == 1:  # the other processes wait for this one: no second try
+            raise ResourceError(
+                f"out of memory with distill.micro_batch_size={size}: make it smaller, or set "
+                "distill.gradient_checkpointing=true or a smaller corpus.seq_len"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch_size = size // 2
+        say(f"  out of memory: distill.micro_batch_size is {size // 2} from here on, the step stays as it is")
+
+    def _shares(self, ids: Sequence[int]) -> list[list[int]]:
         """This process's micro batches; as many as every other has, so some may be empty."""
-        processes = self.accelerator.num_processes
+        processes, micro_batch_size = self.accelerator.num_processes, self.micro_batch_size
         mine = list(ids[self.accelerator.process_index :: processes])
         count = math.ceil(math.ceil(len(ids) / processes) / micro_batch_size)
         return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
@@ -386,22 +417,9 @@ def _losses(means: Float[Tensor, " 4"]) -> dict[str, float]:
     return {"loss": loss, "kd": kd, "ce": ce, "perplexity": math.exp(min(ce, 700.0)), "agreement": agreement}
 
 
-def _halved(micro_batch_size: int, accelerator: Accelerator, say: Callable[[str], None]) -> int:
-    """A smaller micro batch after memory ran out; the step, and so the training, stays what it is but for rounding."""
-    if accelerator.num_processes > 1 or micro_batch_size == 1:  # the other processes wait for this one: no second try
-        raise ResourceError(
-            f"out of memory with distill.micro_batch_size={micro_batch_size}: make it smaller, or set "
-            "distill.gradient_checkpointing=true or a smaller corpus.seq_len"
-        )
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    say(f"  out of memory: distill.micro_batch_size is {micro_batch_size // 2} from here on, the step stays as it is")
-    return micro_batch_size // 2
-
-
 def _require_finite(step: int, loss: float, grad_norm: float) -> None:
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise DataError(
+        raise Diverged(
             f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights are changed; "
             "try a lower distill.learning_rate"
         )

@@ -22,6 +22,10 @@ class DataError(SparseKDError):
     exit_code = 3
 
 
+class Diverged(DataError):
+    """A training whose loss or gradient is no longer finite; the weights are those before the step."""
+
+
 class MismatchError(DataError):
     """Something on disk was made from other inputs than the ones now asked for."""
 

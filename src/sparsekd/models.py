@@ -13,7 +13,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from sparsekd import files
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
@@ -107,6 +108,21 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
         raise
     except Exception as error:  # as in `load`
         raise _explain(name, error) from error
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """The model's parameters in float32 while something is solved from them or trains them, in place; afterwards each
+    is in the number format that it came in, and what took a parameter's place in the model's."""
+    came_in, usual = {name: parameter.dtype for name, parameter in model.named_parameters()}, model.dtype
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(came_in.get(name, usual))
 
 
 @dataclass(frozen=True)
@@ -313,6 +329,17 @@ def source_hash(name: str) -> str | None:
     kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
     listed = sorted(path for path in folder.iterdir() if path.suffix in kinds)
     return files.fingerprint({path.name: files.file_sha256(path) for path in listed})
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub id's revision (by default its main branch) is at now; None for a local model."""
+    place = locate(name, need_weights=False)
+    if place.gguf or Path(place.source).is_dir():
+        return None
+    try:
+        return extract_commit_hash(cached_file(place.source, "config.json", revision=revision), None)
+    except Exception as error:  # as in `load`
+        raise _explain(name, error) from error
 
 
 def checkpoint_dtype(name: str, revision: str | None = None) -> torch.dtype:

@@ -92,10 +92,10 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
     training = 5 * 4 * structure.model_parameters_stored + activations + head
     logits = recipe.evaluate.batch_size * recipe.evaluate.context * sizes.vocab * 4
-    together = 2 if recipe.evaluate.agreement else 1  # models beside the dense one
+    together = int(recipe.evaluate.agreement)  # models beside the dense one
     evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_stored) + (2 + together) * logits
     directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices if m.rank is not None)
-    truncation = itemsize * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
+    truncation = 4 * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
     return _RUNTIME_BYTES + max(training, evaluation, truncation)
 
 
@@ -115,8 +115,9 @@ def _seconds(
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
     # of all rounds; a trial is a quarter of an epoch, validated before and after
-    epochs = sum(1 / one.share.count for one in rounds)
-    trained = epoch * epochs * (distill.epochs + num_trials / 4 / len(rounds))
+    epochs = sum(one.distill.epochs / one.share.count for one in rounds)
+    in_trials = sum(1 / one.share.count for one in rounds) / len(rounds) * num_trials / 4
+    trained = epoch * (epochs + in_trials)
     validated = held_out * ((distill.validations + 1) * len(rounds) + 2 * num_trials)
 
     def truncation(options: Compress, share: Share) -> float:
@@ -133,5 +134,5 @@ def _seconds(
         "cache": forward * cached * caches,
         "compress": sum(itertools.starmap(truncation, pruned.values())),
         "distill": smaller * (3 * trained + validated) + forward * asked,
-        "evaluate": (forward + 2 * smaller) * scored * len(rounds),
+        "evaluate": ((1 + evaluate.agreement) * forward + 2 * smaller) * scored * len(rounds),
     }

@@ -23,6 +23,8 @@ import yaml
 from sparsekd.errors import UsageError
 
 EMBEDDED_MODEL = "smollm2-135m"
+# of a key that changes no result beyond rounding, or names what is known by its content: no input of any stage
+PASSING = {"passing": True}
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
 )
@@ -42,7 +44,7 @@ class Model:
 class Source:
     """Where text comes from: exactly one of `path`, `embedded`, `hub`."""
 
-    path: str | None = None  # .txt, .jsonl or .parquet, relative to corpus.root
+    path: str | None = field(default=None, metadata=PASSING)  # .txt, .jsonl or .parquet, relative to corpus.root
     embedded: Literal["wikipedia", "python"] | None = None  # text that installed packages carry
     hub: str | None = None  # a Hub data set, read as a stream
     config: str | None = None  # configuration of the Hub data set
@@ -58,7 +60,7 @@ class Text:
     """A text to evaluate on: the held-out part of a corpus source, or a file of its own."""
 
     holdout_of: str | None = None  # name of a corpus source with a holdout
-    path: str | None = None  # .txt, .jsonl or .parquet, relative to corpus.root
+    path: str | None = field(default=None, metadata=PASSING)  # .txt, .jsonl or .parquet, relative to corpus.root
     text: str = "text"  # as in a source
     rows_joined_by: str | None = None  # .txt: join its lines by this, as is customary for WikiText; none: as it is
 
@@ -67,7 +69,9 @@ class Text:
 class Corpus:
     """Text to token blocks."""
 
-    root: str | None = None  # folder that relative paths start from; none: the current one
+    root: str | None = field(
+        default=None, metadata=PASSING
+    )  # folder that relative paths start from; none: the current one
     sources: dict[str, Source] = field(default_factory=dict)
     seq_len: int = 256  # tokens in a block
     num_blocks: int = 100  # blocks that training sees in one epoch
@@ -94,8 +98,9 @@ class Cache:
 
     codec: Literal["q16", "q8", "sampled"] = "q16"  # fp16, 8-bit gaps, or tokens drawn without bias
     top_k: int | None = None  # tokens kept (or drawn) for a position; none: 32, of codec sampled 12
-    blocks_per_shard: int = 64  # blocks in one file; a killed run loses at most one unfinished file
-    batch_size: int = 4  # blocks in one forward pass
+    # blocks in one file; a killed run loses at most one unfinished file
+    blocks_per_shard: int = field(default=64, metadata=PASSING)
+    batch_size: int = field(default=4, metadata=PASSING)  # blocks in one forward pass; halved when memory runs out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +115,14 @@ class Compress:
     format: Literal["pivot", "lowrank", "mask"] = "pivot"
     num_tokens: int = 65536  # tokens of the corpus, if it has so many, that the activation statistics are taken from
     batch_size: int = 4  # blocks in one forward pass
-    offload: bool = False  # the model stays in host memory; its layers visit the device one at a time
+    # the model stays in host memory; its layers visit the device one at a time
+    offload: bool = field(default=False, metadata=PASSING)
     probe_tokens: int = 0  # measure each matrix's true KL on so many tokens before ranks are chosen; 0: do not
     rank_floor: float = 0.2  # global: no matrix gets less than this share of its uniform rank
     rank_cap: float = 1.0  # no matrix keeps more than this share of its rank; 1: it may stay as it is
     rank_multiple: int = 1  # ranks are multiples of this, for GPUs 8, 16 or 64
-    ranks_from: str | None = None  # take the ranks from an earlier plan (compressed/stage.json) instead
+    # take the ranks from an earlier plan (compressed/stage.json) instead
+    ranks_from: str | None = field(default=None, metadata=PASSING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +153,18 @@ class Distill:
     alpha: float = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
     temperature: float = 2.0  # softening of the teacher in the probability domain
     batch_size: int = 4  # blocks in one optimizer step, over all processes
-    micro_batch_size: int = 4  # blocks in one forward and backward pass of a process; halved when memory runs out
+    # blocks in one forward and backward pass of a process; halved when memory runs out
+    micro_batch_size: int = field(default=4, metadata=PASSING)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 on GPUs that know it
-    gradient_checkpointing: bool = False  # work activations out again in the backward pass: less memory, more work
+    # work activations out again in the backward pass: less memory, more work
+    gradient_checkpointing: bool = field(default=False, metadata=PASSING)
     warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     validations: int = 4  # times the validation loss is measured, evenly over the steps
-    checkpoint_minutes: float = 5.0  # time between two checkpoints
+    checkpoint_minutes: float = field(default=5.0, metadata=PASSING)  # time between two checkpoints
     # accelerate's, such as tensorboard; metrics.jsonl is always there
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list, metadata=PASSING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +175,13 @@ class Evaluate:
     context: int = 512  # tokens in a window
     stride: int = 256  # tokens between the starts of two windows
     max_tokens: int | None = None  # of each text; none: all of it
-    batch_size: int = 2  # windows, or rows of a task, in one forward pass
-    agreement: bool = True  # compare with the dense model's distributions; keeps all three models in memory
+    # windows, or rows of a task, in one forward pass; halved when memory runs out
+    batch_size: int = field(default=2, metadata=PASSING)
+    agreement: bool = True  # compare with the dense model's distributions; keeps it in memory beside one other
     tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness; local_...: files under corpus.root
     task_limit: int | None = None  # rows of each task; none: all
-    skip_missing_tasks: bool = False  # name a task that is not available here and go on; false: an error
+    # name a task that is not available here and go on; false: an error
+    skip_missing_tasks: bool = field(default=False, metadata=PASSING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,6 +564,21 @@ def check_text_name(name: str) -> None:
 def as_dict(value: Any) -> dict[str, Any]:
     """A recipe, or a section of one, as plain JSON-able values."""
     return dataclasses.asdict(value)
+
+
+def inputs_of(section: Any) -> dict[str, Any]:
+    """A section as plain values, without the keys that are passing: what may decide a result."""
+    return {
+        one.name: _inputs(getattr(section, one.name))
+        for one in dataclasses.fields(section)
+        if not one.metadata.get("passing")
+    }
+
+
+def _inputs(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _inputs(item) for key, item in value.items()}
+    return inputs_of(value) if dataclasses.is_dataclass(value) else value
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -5,7 +5,8 @@
 
 Each stage folder has `inputs.json`, written first (what it is being made from), and `stage.json`, written last (what
 came out). A folder with equal inputs and a `stage.json` is reused, one without is continued, and one with other
-inputs stops the run naming the field that differs.
+inputs stops the run naming the field that differs, unless it is an evaluation, which is made again. Inputs are what
+may decide a result beyond rounding; the versions of Python and packages stand beside them, and a change only warns.
 """
 
 from __future__ import annotations
@@ -17,48 +18,64 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekd import files
+from sparsekd import files, models
 from sparsekd.console import Console
-from sparsekd.device import place
-from sparsekd.errors import DataError, MismatchError, UsageError
+from sparsekd.device import out_of_memory, place
+from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
 from sparsekd.processes import Processes
-from sparsekd.recipe import Recipe, as_dict, as_yaml, load_recipe
+from sparsekd.recipe import Recipe, as_yaml
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
 _OWN = re.compile(
     r"recipe\.yaml|log\.jsonl|corpus|dense|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)"
 )
+_VERSIONS = "versions"  # in inputs.json, beside the inputs
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
 class Stage:
     """One stage's folder; `summary` is what an earlier call finished it with, or None."""
 
-    def __init__(self, run: Run, name: str, inputs: dict[str, Any]):
+    def __init__(self, run: Run, name: str, inputs: dict[str, Any], replaces: bool = False):
         self._run, self.name, self.folder = run, name, run.folder / name
+        run.latest = name
         self._start = time.monotonic()
-        self._seconds_before = 0.0
-        self._inputs = inputs
         self.summary: dict[str, Any] | None = None
-        if (self.folder / "inputs.json").exists():
-            _require_same(files.read_json(self.folder / "inputs.json"), inputs, self.folder)
+        found = read_inputs(self.folder)
+        difference = None if found is None else difference_of(found, inputs)
+        if found is not None and difference is None:
             if (self.folder / "stage.json").exists():
                 self.summary = files.read_json(self.folder / "stage.json")
-                run.console.say(f"{name}: up to date")
-                return
-        run.console.say(f"{name} ...")
+            self._warn_of_versions()
+        elif difference is not None and not replaces:
+            raise _other_run(self.folder, difference)
+        if self.summary is not None:
+            run.console.say(f"{name}: up to date")
+            return
+        run.console.say(f"{name} ..." if difference is None else f"{name}: again, {difference}")
         if not run.processes.is_main:
             return
+        if difference is not None:
+            files.remove(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not run.shared:  # else they may be the others' at work
             files.remove_temporaries(self.folder)
-        files.write_json(self.folder / "inputs.json", inputs)
+        if found is None or difference is not None:
+            files.write_json(self.folder / "inputs.json", inputs | {_VERSIONS: versions()})
+
+    def _warn_of_versions(self) -> None:
+        then, now = files.read_json(self.folder / "inputs.json").get(_VERSIONS, {}), versions()
+        changed = [
+            f"{name} {version}, now {now.get(name)}" for name, version in then.items() if now.get(name) != version
+        ]
+        if changed:
+            self._run.console.warn(f"{self.name} was made with {', '.join(changed)}: it is kept as it is")
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Writes what came out, with time and memory; from here on the stage is reused."""
@@ -78,6 +95,7 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe, console: Console, shared: bool = False):
         self.folder, self.recipe, self.shared = folder, recipe, shared
+        self.latest = "the beginning"  # stage that was begun
         self.placement = place(recipe.device, recipe.model.dtype)
         self.processes = Processes(self.placement.device)
         self.console = console if self.processes.is_main else Console(quiet=True)
@@ -94,33 +112,45 @@ class Run:
         fresh: bool = False,
         shared: bool = False,
     ) -> Iterator[Run]:
-        """Takes the folder for this recipe: an empty one, or one that holds a run of the same recipe.
+        """Takes the folder for this recipe: an empty one, or one that holds a run, whose stages say what fits.
 
         `resume` insists that there is a run to continue; `fresh` removes the one that is there; `shared` lets other
         processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
-        or another process in it, `MismatchError` naming the field that differs.
+        or another process in it.
         """
         run = cls(folder, recipe, console, shared)
         if not run.processes.is_main:
             run.processes.wait()
-            yield run
+            with run._memory():
+                yield run
             return
         exists = _is_run(folder)
         if not exists and folder.exists() and not _is_free(folder):
             raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
         if resume and not exists:
             raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
-        has_recipe = (folder / "recipe.yaml").exists()
-        if exists and has_recipe and not fresh:
-            _require_same(_comparable(load_recipe(str(folder / "recipe.yaml"))), _comparable(recipe), folder)
         folder.mkdir(parents=True, exist_ok=True)
         with files.lock(folder / "run.lock", str(folder), shared=shared):
             if not shared:
-                run._settle(exists, exists and has_recipe, fresh)
+                run._settle(exists, fresh)
             run.processes.wait()
-            yield run
+            with run._memory():
+                yield run
 
-    def _settle(self, exists: bool, has_recipe: bool, fresh: bool) -> None:
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Makes running out of memory one line that says where, unless a stage knew what to do about it."""
+        try:
+            yield
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
+                "distill.gradient_checkpointing need less as well"
+            ) from error
+
+    def _settle(self, exists: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
         files.remove_temporaries(self.folder, lambda name: name == "manifest.json" or bool(_OWN.fullmatch(name)))
         if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
@@ -129,11 +159,41 @@ class Run:
         if fresh:
             for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
                 files.remove(path)
-        if fresh or not has_recipe:
-            files.write_text(self.folder / "recipe.yaml", as_yaml(self.recipe))
 
-    def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
-        return Stage(self, name, inputs)
+    def keep_recipe(self, settings: Mapping[str, dict[str, Any]]) -> None:
+        """Writes recipe.yaml, after making sure that no stage there was made with other `settings`, by its folder:
+        what the recipe alone says of its inputs. Raises `MismatchError` naming stage and field, and leaves all as it
+        was; evaluations have no settings, for they follow the recipe."""
+        for name, wanted in settings.items():
+            found = read_inputs(self.folder / name)
+            difference = None if found is None else difference_of(_settings_in(found, wanted), wanted)
+            if difference is not None:
+                raise _other_run(self.folder / name, difference)
+        text = as_yaml(self.recipe)
+        path = self.folder / "recipe.yaml"
+        if self.processes.is_main and not (path.exists() and path.read_text(encoding="utf-8") == text):
+            files.write_text(path, text)
+
+    def stage(self, name: str, inputs: dict[str, Any], *, replaces: bool = False) -> Stage:
+        """The stage of that folder; with `replaces` one that was made from other inputs is made again, else it raises
+        `MismatchError`."""
+        return Stage(self, name, inputs, replaces)
+
+    def commit(self, name: str, revision: str | None) -> str | None:
+        """The commit of a Hub model that this run began with; None for a local one. Recorded on first use, so that a
+        branch that moves meanwhile does not change the model."""
+        path = self.folder / "manifest.json"
+        manifest = files.read_json(path)
+        known = manifest.setdefault("commits", {})
+        key = name if revision is None else f"{name}@{revision}"
+        if key not in known:
+            commit = models.commit_of(name, revision)
+            if commit is None:
+                return None
+            known[key] = commit
+            if self.processes.is_main:
+                files.write_json(path, manifest)
+        return known[key]
 
     def log(self, event: str, **values: Any) -> None:
         """Appends an event to log.jsonl."""
@@ -157,20 +217,39 @@ def _is_free(folder: Path) -> bool:
     return not names or ("run.lock" in names and all(_FIRST_MOMENT.fullmatch(name) for name in names))
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may change between two calls: the device changes numbers only by rounding."""
-    return {key: value for key, value in as_dict(recipe).items() if key != "device"}
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """What the stage in `folder` was made from; None where none was begun."""
+    path = folder / "inputs.json"
+    if not path.exists():
+        return None
+    return {key: value for key, value in files.read_json(path).items() if key != _VERSIONS}
 
 
-def _require_same(found: Any, wanted: Any, where: Path, name: str = "") -> None:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in found.keys() | wanted.keys():
-            _require_same(found.get(key), wanted.get(key), where, f"{name}.{key}" if name else key)
-    elif found != wanted:
-        raise MismatchError(
-            f"{where} holds another run: {name} is {found} there and {wanted} now; choose another --out, or replace "
-            "it with --fresh"
-        )
+def _other_run(folder: Path, difference: str) -> MismatchError:
+    return MismatchError(
+        f"{folder} holds another run: {difference}; choose another --out, remove that folder to make the stage again, "
+        "or replace the whole run with --fresh"
+    )
+
+
+def difference_of(found: Any, wanted: Any, name: str = "") -> str | None:
+    """The first field in which the two differ, with both values; None where they are equal."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return None if found == wanted else f"{name} is {found} there and {wanted} now"
+    fields = dict.fromkeys([*wanted, *found])
+    differences = (difference_of(found.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in fields)
+    return next((difference for difference in differences if difference is not None), None)
+
+
+def _settings_in(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Of a stage's inputs the keys that the settings `wanted` have, and of each of its sections the same."""
+    found = {key: inputs.get(key) for key in wanted}
+    return {
+        key: {inner: section.get(inner) for inner in wanted[key]}
+        if isinstance(section, dict) and isinstance(wanted[key], dict)
+        else section
+        for key, section in found.items()
+    }
 
 
 @contextmanager

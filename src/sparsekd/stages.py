@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from sparsekd.cache import WHOLE, Cache, Part, Targets
 from sparsekd.corpus import Corpus
 from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
-from sparsekd.objective import Teacher
-from sparsekd.recipe import Compress, as_dict
-from sparsekd.rounds import CORPUS, Place, Round, tasks_folder
-from sparsekd.run import Run, Stage, stop_signals
+from sparsekd.objective import Teacher, require_document_mask
+from sparsekd.recipe import Compress, Recipe, inputs_of
+from sparsekd.rounds import CORPUS, Place, Round, planned, tasks_folder
+from sparsekd.run import Run, Stage, read_inputs, stop_signals
 from sparsekd.teacher import TeacherModel
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+_GUARDED = "guarded.json"  # in the corpus' folder: what the leak guard has seen, by its place in the recipe
 
 
 class Work:
@@ -38,6 +38,7 @@ class Work:
         self.recipe = run.recipe
         self.placement = run.placement
         self._dense: Loaded | None = None
+        self._identities: dict[str, dict[str, Any]] = {}
 
     @functools.cached_property
     def blocks(self) -> Corpus:
@@ -48,20 +49,26 @@ class Work:
     def dense(self) -> str:
         return self.recipe.model.name
 
-    @functools.cached_property
-    def dense_identity(self) -> dict[str, Any]:
-        return self._named(self.dense, self.recipe.model.revision)
-
     def identity(self, where: Place) -> dict[str, Any]:
-        """What decides the weights of the model at `where`: a name and content, or what its stage was made from."""
+        """What decides the weights of the model at `where`: its content, or what its stage was made from."""
         if isinstance(where, Path):
-            made_from = files.file_sha256(self.run.folder / where / "inputs.json")
-            return {"folder": str(where), "made_from": made_from}
-        return self.dense_identity if where == self.dense else self._named(where, None)
+            return {"folder": str(where), "made_from": files.fingerprint(read_inputs(self.run.folder / where))}
+        if where not in self._identities:  # hashing a model takes seconds
+            commit = self.commit(where)
+            found = {"content": models.source_hash(where)} if commit is None else {"name": where, "commit": commit}
+            self._identities[where] = found
+        return self._identities[where]
 
-    def _named(self, name: str, revision: str | None) -> dict[str, Any]:
-        dtype = str(self.placement.dtype).removeprefix("torch.")
-        return {"name": name, "revision": revision, "content": models.source_hash(name), "dtype": dtype}
+    def commit(self, where: Place) -> str | None:
+        """The commit of the Hub model at `where`, the same for the whole run; None for local models."""
+        if isinstance(where, Path):
+            return None
+        return self.run.commit(where, self.recipe.model.revision if where == self.dense else None)
+
+    @property
+    def dtype(self) -> str:
+        """The number format of the teacher's pass and of evaluation, for the inputs of a stage."""
+        return str(self.placement.dtype).removeprefix("torch.")
 
     def open(self, where: Place) -> Loaded:
         """The model at `where`, to read; the dense one stays in memory until it is released or taken."""
@@ -71,13 +78,10 @@ class Work:
             self._dense = self._load(where, self.placement.dtype)
         return self._dense
 
-    def take(self, where: Place, dtype: torch.dtype | None = None) -> Loaded:
-        """The model at `where`, to change; the dense one is read again by whoever opens it next."""
-        dtype = dtype or self.placement.dtype
-        if where == self.dense and dtype == self.placement.dtype:
-            taken = self.open(where)
+    def take(self, where: Place, dtype: torch.dtype) -> Loaded:
+        """The model at `where`, to change: one of its own, for whoever opened it before may read it still."""
+        if where == self.dense:
             self.release()
-            return taken
         return self._load(where, dtype)
 
     def release(self) -> None:
@@ -89,7 +93,7 @@ class Work:
         self.run.console.say(f"loading {where} ({self.placement.device}, {self.placement.reason})")
         return models.load(
             name,
-            revision=self.recipe.model.revision if where == self.dense else None,
+            revision=self.commit(where),
             dtype=dtype,
             device=self.placement.device,
             trust_remote_code=self.recipe.model.trust_remote_code,
@@ -99,30 +103,56 @@ class Work:
         """Writes `model` in the stage's folder, in the number format that the dense checkpoint has, so that sizes
         compare."""
         if self.run.processes.is_main:
-            dtype = models.checkpoint_dtype(self.dense, self.recipe.model.revision)
+            dtype = models.checkpoint_dtype(self.dense, self.commit(self.dense))
             models.save(model, tokenizer, stage.folder / "model", dtype=dtype)
+
+
+# ---- what the recipe says of each stage
+
+
+def settings_of(recipe: Recipe, rounds: Iterable[Round]) -> dict[str, dict[str, Any]]:
+    """The settings of all stages of `rounds`, by their folders."""
+    return {folder: values for round_ in rounds for folder, values in settings(recipe, round_).items()}
+
+
+def settings(recipe: Recipe, round_: Round) -> dict[str, dict[str, Any]]:
+    """What the recipe alone decides of the inputs of a round's stages, by their folders; evaluations follow it."""
+    drawn = {"seed": round_.seed, "share": str(round_.share)}
+    cached = {"teacher": "online", "top_k": recipe.cache.top_k}
+    if recipe.distill.teacher == "cache":
+        cached = {"cache": inputs_of(recipe.cache)}
+    of_corpus = inputs_of(recipe.corpus) | {"order": list(recipe.corpus.sources)}
+    found = {CORPUS: {"corpus": of_corpus, "seed": recipe.seed}, round_.cache: cached}
+    if round_.compress is not None:
+        found[str(round_.compressed)] = {"compress": inputs_of(round_.compress)} | drawn
+    return found | {str(round_.distilled): {"distill": inputs_of(round_.distill)} | drawn}
 
 
 # ---- corpus
 
 
 def make_corpus(work: Work) -> dict[str, Any]:
-    """Stage `corpus`: the token blocks, built unless they are there, and the stage's summary."""
+    """Stage `corpus`: the token blocks, built unless they are there, the texts to evaluate on, and the stage's summary.
+
+    The texts may change later. Raises `DataError` for text of an evaluation in the blocks, whenever it was added.
+    """
     recipe, run = work.recipe, work.run
-    places = [*recipe.corpus.sources.values(), *recipe.evaluate.texts.values()]
-    paths = sorted({place.path for place in places if place.path is not None})
-    inputs = {
-        "model": work.dense_identity,
-        "corpus": as_dict(recipe.corpus),
-        "texts": {name: as_dict(text) for name, text in recipe.evaluate.texts.items()},
-        "files": {path: files.file_sha256(sources.resolve(path, recipe.corpus.root)) for path in paths},
-        "seed": recipe.seed,
+    paths = {name: source.path for name, source in recipe.corpus.sources.items() if source.path is not None}
+    inputs = settings(recipe, planned(recipe)[0])[CORPUS] | {
+        "model": work.identity(work.dense),
+        "files": {name: files.file_sha256(sources.resolve(path, recipe.corpus.root)) for name, path in paths.items()},
     }
     stage = run.stage(CORPUS, inputs)
     if stage.summary is not None:
+        _add_texts(work, stage.folder)
         return stage.summary
-    built = corpus.build(recipe.corpus, recipe.evaluate.texts, work.open(work.dense)[1], recipe.seed)
+    model, tokenizer = work.open(work.dense)
+    if recipe.corpus.document_mask:  # here, and not after hours of work for a model that cannot do it
+        require_document_mask(model)
+    tasks = _texts_of_tasks(work, recipe.evaluate.tasks)
+    built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed, tasks)
     corpus.save(built, stage.folder)
+    files.write_json(stage.folder / _GUARDED, _guarded(work, tasks))
     for name, source in built.reports.items():
         if source.dropped_documents:
             run.console.say(
@@ -140,6 +170,40 @@ def make_corpus(work: Work) -> dict[str, Any]:
         "sources": {name: vars(source) for name, source in built.reports.items()},
     }
     return stage.finish(summary)
+
+
+def _add_texts(work: Work, folder: Path) -> None:
+    """Takes in what the recipe evaluates on now and did not when the leak guard last looked, if the blocks have none
+    of it."""
+    recipe, seen = work.recipe, files.read_json(folder / _GUARDED)
+    changed = [name for name, made_from in _guarded(work, recipe.evaluate.tasks).items() if seen.get(name) != made_from]
+    if not changed:
+        return
+    texts = {name: text for name, text in recipe.evaluate.texts.items() if corpus.text_key(name) in changed}
+    tasks = _texts_of_tasks(work, [name for name in recipe.evaluate.tasks if corpus.task_key(name) in changed])
+    found = {name: corpus.read_text(text, recipe.corpus) for name, text in texts.items()}
+    corpus.add_texts(folder, found, tasks, work.open(work.dense)[1])
+    files.write_json(folder / _GUARDED, seen | _guarded(work, tasks))
+
+
+def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
+    options = work.recipe.evaluate
+    return harness.texts(names, work.recipe.corpus.root, skip_missing=options.skip_missing_tasks)
+
+
+def _guarded(work: Work, tasks: Iterable[str]) -> dict[str, Any]:
+    """What decides the content of each evaluation text and of these tasks, by their places in the recipe."""
+    recipe, root = work.recipe, work.recipe.corpus.root
+    local = harness.local_files(list(tasks), root)
+    of_texts = {
+        corpus.text_key(name): inputs_of(text)
+        | {"sha256": files.file_sha256(sources.resolve(text.path, root)) if text.path else None}
+        for name, text in recipe.evaluate.texts.items()
+    }
+    of_tasks = {
+        corpus.task_key(name): {"sha256": files.file_sha256(local[name]) if name in local else None} for name in tasks
+    }
+    return of_texts | of_tasks
 
 
 # ---- cache
@@ -176,6 +240,7 @@ def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
             part=part,
             separator=blocks.separator,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
+            say=work.run.console.say,
         )
     if together:
         processes.wait()
@@ -185,15 +250,10 @@ def fill_cache(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
 
 def cache_stage(work: Work, round_: Round) -> Stage:
     """The round's stage `cache` and what it is made from: who teaches, and unless it answers online what is cached."""
-    if round_.teachers == {work.dense: 1.0}:
-        taught_by: dict[str, Any] = {"model": work.dense_identity}
-    else:
-        weighted = [work.identity(where) | {"weight": weight} for where, weight in round_.teachers.items()]
-        taught_by = {"teachers": weighted}
-    if work.recipe.distill.teacher == "online":
-        return work.run.stage(round_.cache, taught_by | {"teacher": "online"})
+    taught_by = [work.identity(where) | {"weight": weight} for where, weight in round_.teachers.items()]
+    asked = settings(work.recipe, round_)[round_.cache]
     return work.run.stage(
-        round_.cache, taught_by | {"corpus": work.blocks.fingerprint, "cache": as_dict(work.recipe.cache)}
+        round_.cache, {"teachers": taught_by, "dtype": work.dtype, "corpus": work.blocks.fingerprint} | asked
     )
 
 
@@ -236,19 +296,16 @@ def truncate(work: Work, round_: Round) -> dict[str, Any]:
     """Stage `compress`: the round's start with low-rank or masked MLPs, in `compressed/model`."""
     options = round_.compress
     assert options is not None
-    inputs = {
+    inputs = settings(work.recipe, round_)[str(round_.compressed)] | {
         "model": work.identity(round_.start),
         "corpus": work.blocks.fingerprint,
-        "compress": as_dict(options),
-        "seed": round_.seed,
         "ranks": files.file_sha256(Path(options.ranks_from)) if options.ranks_from else None,
-        "probed": files.read_json(work.run.folder / round_.cache / "inputs.json") if options.probe_tokens else None,
-        **_share(round_),
+        "probed": read_inputs(work.run.folder / round_.cache) if options.probe_tokens else None,
     }
     stage = work.run.stage(str(round_.compressed), inputs)
     if stage.summary is not None:
         return stage.summary
-    student, tokenizer = work.take(round_.start)
+    student, tokenizer = work.take(round_.start, torch.float32)  # what is solved from rounded weights is rounded twice
     batches = statistics_batches(work.blocks, options, round_.seed, round_.share)
     # the probe asks what a cut does to the model as it is: its own distributions, cached if it is its own teacher
     has_top_k = work.recipe.distill.teacher == "cache" and work.recipe.cache.codec != "sampled"
@@ -311,10 +368,10 @@ def statistics_batches(
 def train(work: Work, round_: Round) -> dict[str, Any]:
     """Stage `distill`: the round's student trained to match its teacher, in `distilled/model`."""
     blocks, run = work.blocks, work.run
-    stage = run.stage(str(round_.distilled), _training_inputs(work, round_) | {"distill": as_dict(round_.distill)})
+    stage = run.stage(str(round_.distilled), training_inputs(work, round_))
     if stage.summary is not None:
         return stage.summary
-    data = _data(work, round_, functools.partial(blocks.order, round_.seed, share=round_.share))
+    data = training_data(work, round_, functools.partial(blocks.order, round_.seed, share=round_.share))
     dense_ce = distillation.measure(work.open(work.dense)[0], data, round_.distill).ce
     work.release()  # room for the student; the evaluation reads it again
     student, tokenizer = work.take(round_.student, torch.float32)
@@ -350,52 +407,15 @@ def train(work: Work, round_: Round) -> dict[str, Any]:
     return stage.finish(history.as_dict())
 
 
-def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> float:
-    """Stage `search`: of `rates`, the learning rate whose loss on the validation blocks is lowest after a quarter of an
-    epoch, by the round's own objective. One rate needs no search."""
-    if len(rates) == 1:
-        return rates[0]
-    wanted = as_dict(round_.distill) | {"learning_rate": None}
-    stage = work.run.stage(
-        f"{round_.name}/search", _training_inputs(work, round_) | {"distill": wanted, "rates": list(rates)}
-    )
-    if stage.summary is not None:
-        return stage.summary["learning_rate"]
-    ids = work.blocks.order(round_.seed, 0, round_.share)
-    data = _data(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
-    losses: dict[str, float] = {}
-    for rate in rates:
-        tried = stage.folder / f"rate-{rate:g}.json"
-        if tried.exists():
-            loss = files.read_json(tried)["loss"]
-        else:
-            student, _ = work.take(round_.student, torch.float32)
-            options = replace(round_.distill, learning_rate=rate, epochs=1, validations=1, trackers=[])
-            loss = distillation.train(student, data, options).validations[-1].loss
-            work.run.processes.wait()  # all have seen that it was not tried
-            if work.run.processes.is_main:
-                files.write_json(tried, {"loss": loss})
-        losses[f"{rate:g}"] = loss
-        work.run.console.say(f"  rate {rate:g}: validation loss {loss:.3f}")
-    best = min(rates, key=lambda rate: losses[f"{rate:g}"])
-    return stage.finish({"losses": losses, "learning_rate": best})["learning_rate"]
-
-
-def _training_inputs(work: Work, round_: Round) -> dict[str, Any]:
-    return {
+def training_inputs(work: Work, round_: Round) -> dict[str, Any]:
+    """What a round's training is made from."""
+    return settings(work.recipe, round_)[str(round_.distilled)] | {
         "start": work.identity(round_.student),
-        "teacher": files.read_json(work.run.folder / round_.cache / "inputs.json"),
-        "seed": round_.seed,
-        **_share(round_),
+        "teacher": read_inputs(work.run.folder / round_.cache),
     }
 
 
-def _share(round_: Round) -> dict[str, str]:
-    """For the inputs of a stage."""
-    return {} if round_.share == corpus.ALL else {"share": str(round_.share)}
-
-
-def _data(work: Work, round_: Round, order: Callable[[int], np.ndarray]) -> distillation.Data:
+def training_data(work: Work, round_: Round, order: Callable[[int], np.ndarray]) -> distillation.Data:
     blocks = work.blocks
     return distillation.Data(
         [block.tokens for block in blocks.blocks],
@@ -420,44 +440,55 @@ def _teacher(work: Work, round_: Round) -> Teacher:
 
 def evaluate(work: Work, round_: Round) -> dict[str, Any]:
     """Stage `evaluate`: the dense model and the round's own on every text; what is there already is not measured
-    again."""
-    options, texts = work.recipe.evaluate, work.blocks.texts
+    again, and with other texts or settings all of it is."""
+    options = work.recipe.evaluate
     named = round_.models(work.dense)
-    about_tasks = {"tasks", "task_limit", "skip_missing_tasks"}
+    about_tasks = {"texts", "tasks", "task_limit"}
     inputs = {
         "models": {name: work.identity(where) for name, where in named.items()},
+        "dtype": work.dtype,
         "corpus": work.blocks.fingerprint,
-        "evaluate": {key: value for key, value in as_dict(options).items() if key not in about_tasks},
+        "texts": {name: files.sha256(work.blocks.texts[name]) for name in options.texts},
+        "evaluate": {key: value for key, value in inputs_of(options).items() if key not in about_tasks},
     }
-    stage = work.run.stage(str(round_.evaluation), inputs)
+    stage = work.run.stage(str(round_.evaluation), inputs, replaces=True)
     if stage.summary is not None:
         return stage.summary
-    together = [tuple(named)] if options.agreement else [(name,) for name in named]  # one at a time needs less memory
+    # side by side with the dense model only where they are compared, and one of them at a time: memory
+    together = [("dense", name) for name in named if name != "dense"] if options.agreement else [(n,) for n in named]
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
-        for text, content in texts.items():
-            _measure(compared, text, content, stage.folder)
-    results = {name: {text: files.read_json(_result(stage.folder, name, text)) for text in texts} for name in named}
+        for text in options.texts:
+            _measure(compared, text, work.blocks.texts[text], stage.folder)
+    results = {
+        name: {text: files.read_json(_result(stage.folder, name, text)) for text in options.texts} for name in named
+    }
     return stage.finish({"models": results})
 
 
 def score_tasks(work: Work, where: Place) -> dict[str, Any]:
-    """Stage `tasks`: a model's scores on the recipe's tasks. The dense model's serve all rounds."""
+    """Stage `tasks`: a model's scores on the recipe's tasks. The dense model's serve all rounds. A task that was
+    skipped is tried again: a local one when its file is there, of which the inputs tell."""
     options, root, console = work.recipe.evaluate, work.recipe.corpus.root, work.run.console
     inputs = {
         "model": work.identity(where),
+        "dtype": work.dtype,
         "tasks": options.tasks,
         "limit": options.task_limit,
         "files": {name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()},
     }
-    stage = work.run.stage(str(tasks_folder(where)), inputs)
+    stage = work.run.stage(str(tasks_folder(where)), inputs, replaces=True)
+    known, missing = {}, options.tasks
     if stage.summary is not None:
-        return stage.summary["scores"]
+        known = stage.summary["scores"]
+        missing = [name for name, score in known.items() if score["skipped"] and not harness.is_local(name)]
+    if not missing or (known and not work.run.processes.is_main):
+        return known
     model, tokenizer = work.open(where)
     found = harness.run_tasks(
         model,
         tokenizer,
-        options.tasks,
+        missing,
         root=root,
         limit=options.task_limit,
         skip_missing=options.skip_missing_tasks,
@@ -466,7 +497,7 @@ def score_tasks(work: Work, where: Place) -> dict[str, Any]:
     for result in found.values():
         if result.skipped is not None:
             console.say(f"  skipped: {result.skipped}")
-    return stage.finish({"scores": {task: result.as_dict() for task, result in found.items()}})["scores"]
+    return stage.finish({"scores": known | {task: result.as_dict() for task, result in found.items()}})["scores"]
 
 
 class _Compared:
@@ -518,7 +549,8 @@ def _measure(compared: _Compared, text: str, content: str, folder: Path) -> None
             on_tokens=bar.advance,
         )
     for name, measurement in found.items():
-        files.write_json(_result(folder, name, text), measurement.as_dict())
+        if not _result(folder, name, text).exists():  # the dense model is measured again beside every other
+            files.write_json(_result(folder, name, text), measurement.as_dict())
 
 
 def _result(folder: Path, name: str, text: str) -> Path:

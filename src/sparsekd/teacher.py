@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
 from sparsekd.codecs import Codec, codec_for
+from sparsekd.device import Batches
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import (
     config_hash,
@@ -190,14 +192,16 @@ def fill(
     part: Part = WHOLE,
     separator: int | None = None,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Cache | None:
     """Caches `model`'s distributions of all `blocks` (by id) in `folder` and opens the result; or one `part` of them,
     which `cache.merge` completes.
 
     `tokenizer` is its hash; `vocab_size` leaves out the padding of the embeddings; `seed` matters to `sampled` only.
-    Killed at any moment and called again, it continues after the last whole shard. `on_tokens` hears of progress.
-    Raises `ResourceError` when the disk is too small, `DataError` when the model's output is not finite or a block is
-    longer than the model's context, `UsageError` when another process is at it.
+    Killed at any moment and called again, it continues after the last whole shard. `on_tokens` hears of progress,
+    `say` of a `batch_size` that was halved for memory. Raises `ResourceError` when disk or memory are too small,
+    `DataError` when the model's output is not finite or a block is longer than the model's context, `UsageError` when
+    another process is at it.
     """
     chosen = codec_for(codec, top_k, vocab_size or int(model.config.get_text_config().vocab_size))
     _require_context(model, blocks)
@@ -208,12 +212,20 @@ def fill(
         missing = {n: ids for n, ids in enumerate(shards) if part.owns(n) and not writer.has(n, ids)}
         num_tokens = sum(len(blocks[block_id]) for ids in missing.values() for block_id in ids)
         files.require_space(folder, num_tokens * chosen.bytes_per_token, "the teacher cache")
+        batches = Batches(batch_size, "cache.batch_size", say)
+
+        def answer(ids: Sequence[int]) -> list[Any]:
+            tokens = torch.from_numpy(np.stack([blocks[i] for i in ids]).astype(np.int64))
+            return _targets(model, tokens, ids, chosen, seed, separator)
+
         for number, ids in missing.items():
             targets = []
-            for batch in _batches(ids, blocks, batch_size):
-                tokens = torch.from_numpy(np.stack([blocks[i] for i in batch]).astype(np.int64))
-                targets.extend(_targets(model, tokens, batch, chosen, seed, separator))
-                on_tokens(tokens.numel())
+            for length, equal in itertools.groupby(
+                ids, key=lambda block_id: len(blocks[block_id])
+            ):  # nothing is padded
+                for answered in batches.run(list(equal), answer):
+                    targets.extend(answered)
+                    on_tokens(length * len(answered))
             writer.add(number, ids, [blocks[i] for i in ids], targets)
         writer.finish()
     return Cache(folder) if part.count == 1 else None
@@ -273,14 +285,6 @@ def _require_context(model: TeacherModel, blocks: dict[int, np.ndarray]) -> None
 
 def _context(model: TeacherModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _batches(ids: Sequence[int], blocks: dict[int, np.ndarray], batch_size: int) -> Iterator[Sequence[int]]:
-    """Ids of blocks of equal length; they come sorted by length, so nothing is padded."""
-    while ids:
-        batch = [i for i in ids[:batch_size] if len(blocks[i]) == len(blocks[ids[0]])]
-        yield batch
-        ids = ids[len(batch) :]
 
 
 @torch.inference_mode()

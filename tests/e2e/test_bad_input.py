@@ -156,7 +156,7 @@ def test_output_folder_with_other_files(sparsekd: Any, tiny_recipe: Path, tmp_pa
 
 def test_output_folder_with_another_run(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out"))
-    assert sparsekd("corpus", str(tiny_recipe), *out)[0] == 0
+    assert sparsekd("compress", str(tiny_recipe), *out)[0] == 0
     expect(
         sparsekd("run", str(tiny_recipe), "--reduction=0.4", *out), 3, "compress.reduction is 0.15 there and 0.4 now"
     )

@@ -30,12 +30,15 @@ def cells(found: dict[str, Any]) -> dict[str, list[list[str]]]:
 def test_rounds_over_seeds_against_the_control(tiny_recipe: Path, tmp_path: Path) -> None:
     found = run("III", tiny_recipe, tmp_path / "run")
     assert found == json.loads((tmp_path / "run/reproduce-III.json").read_text())
-    assert list(found["arms"]) == ["Dense+KD", "round 30%", "round 50%"]
+    assert list(found["arms"]) == ["Dense+KD", "Dense+KD equal tokens", "round 30%", "round 50%"]
+    tokens = {name: by_seed["1"]["tokens"] for name, by_seed in found["arms"].items()}
+    assert tokens["Dense+KD equal tokens"] == tokens["round 30%"] + tokens["round 50%"] == 2 * tokens["Dense+KD"]
+    assert found["patterns"][-1]["reference"] == "Dense+KD equal tokens, distilled"
     for arm in found["arms"].values():
         assert set(arm) == {"1", "2"} and arm["1"]["learning_rate"] == arm["2"]["learning_rate"] in (1e-4, 1e-3)
         assert arm["1"]["models"]["distilled"] != arm["2"]["models"]["distilled"]  # another order of the data
-    reductions = [arm["1"]["mlp_reduction"] for arm in found["arms"].values()]
-    assert reductions[0] == 0 and 0.3 <= reductions[1] < 0.4 and 0.5 <= reductions[2] < 0.6
+    dense, long, first, second = (arm["1"]["mlp_reduction"] for arm in found["arms"].values())
+    assert dense == long == 0 and 0.3 <= first < 0.4 and 0.5 <= second < 0.6
     assert "before" not in found["ratios"]["Dense+KD"]["held"] and "before" in found["ratios"]["round 30%"]["held"]
     one, two = (found["arms"]["round 30%"][seed]["models"] for seed in ("1", "2"))
     nats = [math.log(m["distilled"]["held"]["perplexity"] / m["dense"]["held"]["perplexity"]) for m in (one, two)]

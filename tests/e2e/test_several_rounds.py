@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekd
-from sparsekd import corpus, errors, inspection, pipeline
+from sparsekd import corpus, errors, inspection, models, pipeline
 from sparsekd.recipe import load_recipe
 
 
@@ -111,7 +111,7 @@ def test_a_larger_teacher_of_the_same_vocabulary(
     out = tmp_path / "run"
     run(tiny_recipe, out, f"teacher.models={{{larger}: 1}}", f"distill.teacher={teacher}")
     made_from = json.loads((out / "round-01/cache/inputs.json").read_text())
-    assert [one["name"] for one in made_from["teachers"]] == [str(larger)]
+    assert [one["content"] for one in made_from["teachers"]] == [models.source_hash(str(larger))]
 
 
 def test_a_teacher_that_is_not_there_is_named_before_anything_starts(tiny_recipe: Path, tmp_path: Path) -> None:

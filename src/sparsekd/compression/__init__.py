@@ -27,7 +27,7 @@ from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.compression.ranks import Plan as Plan
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import linear_weight, mark_compressed
+from sparsekd.models import in_float32, linear_weight, mark_compressed
 from sparsekd.recipe import Compress, check_compress
 
 
@@ -80,7 +80,34 @@ def truncate(
     """
     check_compress(options)
     uniform = plan(model, options)
-    for matrix in uniform.matrices:
+    _check_weights(model, uniform)
+    batches: list[Tensor] = []
+    if blocks is not None:
+        batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
+    with in_float32(model):  # what is solved from rounded numbers is rounded twice
+        if options.method == "wanda":
+            sparse.prune(model, uniform, batches, options, device=device, separator=separator)
+            return uniform
+        batches, probed = _split(batches, options.probe_tokens)
+        found = directions_of(model, batches, options.method, seed=seed, device=device, separator=separator, warn=warn)
+        probe = Probe(model, probed, teacher, separator) if probed else None
+        chosen = ranks.choose(model, uniform, found, options, probe)
+        factors = {}
+        for matrix in chosen.matrices:
+            projection = found.pop(matrix.name)  # from here on the factors stand for it: not both in memory
+            if matrix.rank is not None:
+                weight = linear_weight(model.get_submodule(matrix.name)).detach()
+                factors[matrix.name] = projection.factors(weight, matrix.rank)
+        put(model, factors, options.format)
+        kept = {matrix.name: matrix.rank for matrix in chosen.matrices if matrix.rank is not None}
+        description = {"format": options.format, "method": options.method, "allocation": options.allocation}
+        mark_compressed(model, description | {"reduction": options.reduction, "ranks": kept})
+        return chosen if probe is None else replace(chosen, measured_kl=probe.of_all())
+
+
+def _check_weights(model: PreTrainedModel, planned: Plan) -> None:
+    """Raises `DataError` for a matrix that is no matrix of finite floating point numbers."""
+    for matrix in planned.matrices:
         weight = linear_weight(model.get_submodule(matrix.name))
         if weight.shape != (matrix.out_features, matrix.in_features) or not weight.is_floating_point():
             raise DataError(
@@ -89,27 +116,6 @@ def truncate(
             )
         if not torch.isfinite(weight).all():
             raise DataError(f"the weight of {matrix.name} is not finite: the model is damaged")
-    batches: list[Tensor] = []
-    if blocks is not None:
-        batches = list(blocks.split(options.batch_size) if isinstance(blocks, Tensor) else blocks)
-    if options.method == "wanda":
-        sparse.prune(model, uniform, batches, options, device=device, separator=separator)
-        return uniform
-    batches, probed = _split(batches, options.probe_tokens)
-    found = directions_of(model, batches, options.method, seed=seed, device=device, separator=separator, warn=warn)
-    probe = Probe(model, probed, teacher, separator) if probed else None
-    chosen = ranks.choose(model, uniform, found, options, probe)
-    factors = {}
-    for matrix in chosen.matrices:
-        projection = found.pop(matrix.name)  # from here on the factors stand for it: not both in memory
-        if matrix.rank is not None:
-            weight = linear_weight(model.get_submodule(matrix.name)).detach()
-            factors[matrix.name] = projection.factors(weight, matrix.rank)
-    put(model, factors, options.format)
-    kept = {matrix.name: matrix.rank for matrix in chosen.matrices if matrix.rank is not None}
-    description = {"format": options.format, "method": options.method, "allocation": options.allocation}
-    mark_compressed(model, description | {"reduction": options.reduction, "ranks": kept})
-    return chosen if probe is None else replace(chosen, measured_kl=probe.of_all())
 
 
 def _split(batches: list[Tensor], probe_tokens: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -90,6 +90,15 @@ def check(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False)
                 sources.resolve(file, root)
 
 
+def texts(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False) -> dict[str, str]:
+    return {}
+
+
+def is_local(task: str) -> bool:
+    """Whether a task reads a local file, and nothing from the Hub."""
+    return task.startswith(_PREFIX)
+
+
 def local_files(tasks: Sequence[str], root: str | None) -> dict[str, Path]:
     """The file of each local task whose file is there."""
     files = {

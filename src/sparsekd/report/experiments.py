@@ -32,9 +32,14 @@ def _arms(found: dict[str, Any]) -> Titled:
             compared = [ratios[text].get(key) for key in ("before", "after", "after, to Dense+KD")]
             cells = [_ratio(comparison) if comparison else "" for comparison in compared]
             papers = [number(value) if value else "" for value in ratios["paper"].values()]
-            removed, rate = f"{arm['mlp_reduction']:.1%}", f"{arm['learning_rate']:g}"
-            rows.append([name, text, removed, rate, *cells, *papers])
+            rows.append([name, text, f"{arm['mlp_reduction']:.1%}", _rate(arm), *cells, *papers])
     return Titled("Perplexity to the dense model's, mean over seeds \u00b1 their standard deviation", header, rows)
+
+
+def _rate(arm: dict[str, Any]) -> str:
+    """The learning rate, and those at which a trial's numbers did not stay finite."""
+    diverged = [rate for rate, loss in arm.get("losses", {}).items() if loss is None]
+    return f"{arm['learning_rate']:g}" + (f" ({', '.join(diverged)}: diverges)" if diverged else "")
 
 
 def _claims(found: dict[str, Any]) -> Titled:

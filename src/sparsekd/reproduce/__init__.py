@@ -35,6 +35,7 @@ from sparsekd.reproduce.patterns import (
     pruned,
     verdict,
 )
+from sparsekd.reproduce.rates import search_rate
 from sparsekd.reproduce.spread import fit_recovery
 from sparsekd.rounds import Round
 from sparsekd.run import Run
@@ -66,12 +67,13 @@ def reproduce(
     planned = plan_arms(experiment, recipe, seeds, rates)
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
+        opened.keep_recipe(_settings(recipe, planned))
         opened.processes.main_first(lambda: stages.make_corpus(work))
         arms: Arms = {}
         for seed, rounds in planned.items():
             for name, round_ in rounds.items():
                 opened.console.say(f"{name}, seed {seed}:")
-                searched = None if seed == seeds[0] else arms[name][seeds[0]]["learning_rate"]
+                searched = None if seed == seeds[0] else arms[name][seeds[0]]
                 tasks = experiment == "II"  # the others compare perplexities only
                 arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
         found = gather(experiment, recipe, arms) | {"rates": list(rates)}
@@ -109,16 +111,28 @@ def estimate(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Seque
     return {"experiment": experiment, "arms": list(arms), "seeds": list(seeds)} | plan(recipe, rounds, num_trials)
 
 
-def _run(work: Work, round_: Round, rates: Sequence[float], searched: float | None, tasks: bool) -> dict[str, Any]:
-    """One arm with one seed: what it did and what was measured."""
+def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, dict[str, Any]]:
+    """The settings of the arms' stages; the learning rates are those that are searched for."""
+    found = stages.settings_of(recipe, [round_ for rounds in planned.values() for round_ in rounds.values()])
+    for values in found.values():
+        values.get("distill", {}).pop("learning_rate", None)
+    return found
+
+
+def _run(
+    work: Work, round_: Round, rates: Sequence[float], searched: dict[str, Any] | None, tasks: bool
+) -> dict[str, Any]:
+    """One arm with one seed: what it did and what was measured. `searched` is the arm with the seed whose learning
+    rate was searched for."""
     made = pipeline.run_round(work, round_, until="compress")
-    rate = stages.search_rate(work, round_, rates) if searched is None else searched
-    trained = replace(round_, distill=replace(round_.distill, learning_rate=rate))
+    found = search_rate(work, round_, rates) if searched is None else searched
+    trained = replace(round_, distill=replace(round_.distill, learning_rate=found["learning_rate"]))
     history = stages.train(work, trained)
     evaluation = work.run.processes.main_first(lambda: stages.evaluate(work, trained))
     return {
         "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
-        "learning_rate": rate,
+        "learning_rate": found["learning_rate"],
+        "losses": found["losses"],  # of the rates that were tried; null: the training diverges
         "tokens": history["steps"][-1]["num_tokens"],
         "first_grad_norm": history["steps"][0]["grad_norm"],
         "stop_reason": history["stop_reason"],

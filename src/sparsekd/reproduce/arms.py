@@ -15,6 +15,7 @@ from sparsekd.recipe import WANDA, Recipe
 from sparsekd.rounds import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
+EQUAL_TOKENS = "Dense+KD equal tokens"  # as many as all rounds together
 REDUCTIONS = (0.15, 0.35, 0.51, 0.65)  # of the paper's rounds 1, 4, 6 and 8
 ONE_SHOT = (0.15, 0.35, 0.65)  # of the plain truncation and of the paper's Table V
 TIERED = 0.1032  # of the paper's Table VI
@@ -32,6 +33,7 @@ class Seed:
         self._recipe, self._seed = recipe, seed
         self.reductions = recipe.rounds or list(REDUCTIONS)
         self.splits_corpus = recipe.split_corpus
+        self.epochs = recipe.distill.epochs
         self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
 
     def dense(self, name: str, **distill: Any) -> Round:
@@ -61,14 +63,18 @@ class Seed:
 
 
 def rounds(seed: Seed) -> dict[str, Round]:
-    """Rounds of pruning, each from the result of the one before, and the control without pruning."""
+    """Rounds of pruning, each from the result of the one before, and the controls without pruning: with the tokens of
+    one round, and with those that the last round's model has been trained on in all."""
     made: list[Round] = []
     names = [f"round {percent(reduction)}" for reduction in seed.reductions]
     for name, reduction in zip(names, seed.reductions, strict=True):
         made.append(seed.pruned(name, reduction, made[-1].distilled if made else None))
+    controls = {DENSE_KD: seed.dense(DENSE_KD)}
     if seed.splits_corpus:  # the control keeps all of it: what the last round's model has learned from in the end
         made = split(made)
-    return {DENSE_KD: seed.dense(DENSE_KD)} | dict(zip(names, made, strict=True))
+    elif len(made) > 1:
+        controls[EQUAL_TOKENS] = seed.dense(EQUAL_TOKENS, epochs=len(made) * seed.epochs)
+    return controls | dict(zip(names, made, strict=True))
 
 
 def better_teacher(seed: Seed) -> dict[str, Round]:

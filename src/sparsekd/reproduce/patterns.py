@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from sparsekd.reproduce.arms import DENSE_KD, ONE_SHOT, Seed, percent
+from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, percent, rounds
 from sparsekd.reproduce.spread import Comparison, compare
 
 DENSE, PRUNED, DISTILLED = "dense", "compressed", "distilled"
@@ -88,6 +88,8 @@ def _rounds(seed: Seed) -> list[Pattern]:
     names = [f"round {percent(reduction)}" for reduction in seed.reductions]
     first, last = names[0], names[-1]
     falls = "quality falls with every further reduction"
+    as_long = "... and below the dense model distilled on as many tokens as all rounds"
+    controls = [distilled(EQUAL_TOKENS)] if EQUAL_TOKENS in rounds(seed) else []
     return [
         Pattern(
             "distilling the dense model with its own distribution improves it", distilled(DENSE_KD), dense(), "below"
@@ -97,6 +99,7 @@ def _rounds(seed: Seed) -> list[Pattern]:
         *(Pattern(falls, distilled(higher), distilled(lower), "above") for lower, higher in pairwise(names)),
         Pattern("the first round ends below the dense model distilled", distilled(first), distilled(DENSE_KD), "below"),
         Pattern("even the last round ends below the dense model", distilled(last), dense(), "below"),
+        *(Pattern(as_long, distilled(last), control, "below") for control in controls),
     ]
 
 

@@ -1,0 +1,58 @@
+"""The learning rate of an arm: by short trainings on the arm's own model and objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sparsekd import distillation, files, stages
+from sparsekd.errors import Diverged
+from sparsekd.rounds import Round
+from sparsekd.stages import Work
+
+
+def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, Any]:
+    """Stage `search`: of `rates`, the `learning_rate` whose loss on the validation blocks is lowest after a quarter of
+    an epoch, by the round's own objective, and all `losses` by rate: None where the training diverges. One rate needs
+    no search. Raises `Diverged` where all of them do."""
+    if len(rates) == 1:
+        return {"losses": {}, "learning_rate": rates[0]}
+    inputs = stages.training_inputs(work, round_)
+    inputs["distill"] |= {"learning_rate": None}
+    stage = work.run.stage(f"{round_.name}/search", inputs | {"rates": list(rates)})
+    if stage.summary is not None:
+        return stage.summary
+    ids = work.blocks.order(round_.seed, 0, round_.share)
+    data = stages.training_data(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
+    losses: dict[str, float | None] = {}
+    for rate in rates:
+        tried = stage.folder / f"rate-{rate:g}.json"
+        if tried.exists():
+            loss = files.read_json(tried)["loss"]
+        else:
+            loss = _loss_at(work, round_, data, rate)
+            work.run.processes.wait()  # all have seen that it was not tried
+            if work.run.processes.is_main:
+                files.write_json(tried, {"loss": loss})
+        losses[f"{rate:g}"] = loss
+        said = "it diverges" if loss is None else f"validation loss {loss:.3f}"
+        work.run.console.say(f"  rate {rate:g}: {said}")
+    finite = [rate for rate in rates if losses[f"{rate:g}"] is not None]
+    if not finite:
+        raise Diverged(f"{round_.name}: the training diverges at every rate that was tried: give lower --rates")
+    best = min(finite, key=lambda rate: losses[f"{rate:g}"] or math.inf)
+    return stage.finish({"losses": losses, "learning_rate": best})
+
+
+def _loss_at(work: Work, round_: Round, data: distillation.Data, rate: float) -> float | None:
+    """The validation loss of a trial with that learning rate; None where its numbers do not stay finite."""
+    student, _ = work.take(round_.student, torch.float32)
+    options = replace(round_.distill, learning_rate=rate, epochs=1, validations=1, trackers=[])
+    try:
+        return distillation.train(student, data, options).validations[-1].loss
+    except Diverged:
+        return None
