@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
 from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import ratio
-from sparsekd.evaluate.windows import split
+from sparsekd.evaluate.perplexity import scored_bytes
+from sparsekd.evaluate.windows import Window, split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 
@@ -57,11 +60,26 @@ def test_both_protocols_equal_brute_force(
     assert found.paper_perplexity == pytest.approx(math.exp(sum(paper) / len(paper)), rel=1e-5)
 
 
-def test_bits_per_byte_is_the_same_sum_over_bytes(model: PreTrainedModel, tokenizer: Any) -> None:
-    found = sparsekd.perplexity(model, tokenizer, TEXT, context=32, stride=16)
-    first = len(tokenizer.decode(encode(tokenizer, TEXT)[:1]).encode())
-    num_bytes = len(TEXT.encode()) - first
+@pytest.mark.parametrize(("context", "stride"), [(32, 16), (16, 5), (8, 8), (20, 20)])
+def test_bits_per_byte_counts_the_bytes_of_scored_tokens(
+    context: int, stride: int, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=context, stride=stride)
+    ids = encode(tokenizer, TEXT)
+    scored = [t for start, end, fresh in split(len(ids), context, stride) for t in ids[start + 1 + fresh : end]]
+    num_bytes = sum(len(tokenizer.decode([token]).encode()) for token in scored)
+    if stride < context:
+        assert num_bytes == len(TEXT.encode()) - len(tokenizer.decode(ids[:1]).encode())
     assert found.bits_per_byte == pytest.approx(math.log2(found.perplexity) * found.num_tokens / num_bytes, rel=1e-9)
+
+
+def test_bytes_hold_the_spaces_that_decoding_leaves_out_at_a_beginning() -> None:
+    backend = Tokenizer(WordLevel({"\u2581" + number * "w": number for number in range(11)}))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([2, 3]) == "ww www"  # the first space is gone
+    windows = [Window(0, 4, 0), Window(2, 6, 1), Window(8, 10, 0)]  # tokens 1 to 5 and 9 are scored
+    assert scored_bytes(tokenizer, torch.arange(1, 11), windows) == (3 + 4 + 5 + 6 + 7) + 11
 
 
 def test_max_tokens_scores_the_beginning(model: PreTrainedModel, tokenizer: Any) -> None:

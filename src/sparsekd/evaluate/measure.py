@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekd.errors import DataError
 from sparsekd.evaluate.agreement import Agreement, Distances
 from sparsekd.evaluate.calibration import Calibration, Confidences
-from sparsekd.evaluate.perplexity import Losses, Perplexity, decode
+from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
 from sparsekd.evaluate.windows import predictions, split, token_ids
 
 
@@ -77,10 +77,10 @@ def measure(
                 distances[name].add(prediction, by_name[teacher])
             on_tokens(len(prediction.labels))
         del found, by_name, prediction  # a batch's logits go before the next batch's come
-    scored = decode(tokenizer, ids[1:])
+    num_bytes = scored_bytes(tokenizer, ids, windows)
     return {
         name: Measurement(
-            losses[name].result(scored, context, stride),
+            losses[name].result(num_bytes, context, stride),
             confidences[name].result(),
             distances[name].result() if name in distances else None,
         )

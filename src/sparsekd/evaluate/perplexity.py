@@ -7,7 +7,7 @@ context. The strict protocol counts a token only in the first window that predic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.errors import DataError
-from sparsekd.evaluate.windows import CHUNK, Prediction, mean_and_error, predictions, split, token_ids
+from sparsekd.evaluate.windows import CHUNK, Prediction, Window, mean_and_error, predictions, split, token_ids
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ class Losses:
         self._strict.append((float(fresh.sum()), len(fresh)))
         self._paper.append((float(nll.sum()), len(nll)))
 
-    def result(self, scored_text: str, context: int, stride: int) -> Perplexity:
+    def result(self, num_bytes: int, context: int, stride: int) -> Perplexity:
+        """`num_bytes` is what the strict protocol's tokens take as UTF-8."""
         window_nll, window_tokens = map(list, zip(*self._strict, strict=True))
         strict = mean_and_error(window_nll, window_tokens)
         paper = mean_and_error(*map(list, zip(*self._paper, strict=True)))
         return Perplexity(
             perplexity=_exp(strict.value),
             standard_error=_exp(strict.value) * strict.standard_error,
-            bits_per_byte=sum(window_nll) / math.log(2) / max(1, len(scored_text.encode())),
+            bits_per_byte=sum(window_nll) / math.log(2) / max(1, num_bytes),
             num_tokens=sum(window_tokens),
             paper_perplexity=_exp(paper.value),
             paper_standard_error=_exp(paper.value) * paper.standard_error,
@@ -93,11 +94,12 @@ def perplexity(
     Raises `DataError` for a text of fewer than two tokens or a loss that is not finite.
     """
     ids = token_ids(tokenizer, text, max_tokens)
+    windows = split(len(ids), context, stride)
     losses = Losses()
-    for prediction in predictions(model, ids, split(len(ids), context, stride), batch_size):
+    for prediction in predictions(model, ids, windows, batch_size):
         losses.add(prediction)
         on_tokens(len(prediction.labels))
-    return losses.result(decode(tokenizer, ids[1:]), context, stride)
+    return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
 
 
 def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float]:
@@ -118,10 +120,24 @@ def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[
     return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).double().cpu()
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> str:
-    """The text of token ids, every byte of it."""
+def scored_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"], windows: Sequence[Window]) -> int:
+    """UTF-8 bytes of the tokens that the strict protocol scores in `windows`, which are in the order of the text."""
+    runs: list[tuple[int, int]] = []  # scored tokens [first, end) without a gap
+    for start, end, fresh in windows:
+        first = start + 1 + fresh
+        if runs and runs[-1][1] == first:
+            first = runs.pop()[0]
+        runs.append((first, end))
+    # beside the token before it, since some tokenizers leave out a space at the beginning of what they decode
+    return sum(
+        _num_bytes(tokenizer, ids[first - 1 : end]) - _num_bytes(tokenizer, ids[first - 1 : first])
+        for first, end in runs
+    )
+
+
+def _num_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> int:
     text: Any = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text
+    return len(text.encode())
 
 
 def _exp(nats: float) -> float:
