@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import paragraphs
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -95,6 +96,22 @@ def test_uniform_model_has_the_vocabulary_as_perplexity(model: PreTrainedModel, 
     found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8)
     assert found.perplexity == pytest.approx(model.config.vocab_size, rel=1e-5)
     assert found.standard_error < 1e-3
+
+
+@pytest.mark.parametrize("stride", [16, 8])  # a token is predicted in two windows, in four
+def test_a_token_s_predictions_in_several_windows_are_no_new_evidence(
+    stride: int, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    """Without attention a token's loss is the same in every window: both protocols know its mean equally well."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        model.get_output_embeddings().weight.mul_(10.0)
+    text = "\n\n".join(paragraphs(60, seed=3))
+    found = sparsekd.perplexity(model, tokenizer, text, context=32, stride=stride)
+    assert found.paper_num_tokens > 1.9 * found.num_tokens
+    assert found.paper_perplexity == pytest.approx(found.perplexity, rel=0.01)
+    assert found.paper_standard_error == pytest.approx(found.standard_error, rel=0.02)
 
 
 def test_ratio_of_a_model_to_itself_is_one_without_error(model: PreTrainedModel, tokenizer: Any) -> None:

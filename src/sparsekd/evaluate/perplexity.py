@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.errors import DataError
-from sparsekd.evaluate.windows import CHUNK, Prediction, Window, mean_and_error, predictions, split, token_ids
+from sparsekd.evaluate.windows import CHUNK, Estimate, Prediction, Window, mean_and_error, predictions, split, token_ids
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,26 @@ class Perplexity:
 
 
 class Losses:
-    """Sums of negative log-likelihood by window, as both protocols count them."""
+    """Negative log-likelihood of every prediction of every window, to be counted as either protocol does."""
 
     def __init__(self) -> None:
-        self._strict: list[tuple[float, int]] = []
-        self._paper: list[tuple[float, int]] = []
+        self._windows: list[Window] = []
+        self._nll: list[np.ndarray] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Raises `DataError` for a loss that is not finite: a window is never left out."""
+        """Windows come in the order of the text. Raises `DataError` for a loss that is not finite: a window is never
+        left out."""
         nll = token_nll(prediction.logits, prediction.labels)
         if not bool(torch.isfinite(nll).all()):
             raise DataError("the model's loss on the evaluation text is not finite")
-        fresh = nll[prediction.window.fresh :]
-        self._strict.append((float(fresh.sum()), len(fresh)))
-        self._paper.append((float(nll.sum()), len(nll)))
+        self._windows.append(prediction.window)
+        self._nll.append(nll.numpy())
 
     def result(self, num_bytes: int, context: int, stride: int) -> Perplexity:
         """`num_bytes` is what the strict protocol's tokens take as UTF-8."""
-        window_nll, window_tokens = map(list, zip(*self._strict, strict=True))
-        strict = mean_and_error(window_nll, window_tokens)
-        paper = mean_and_error(*map(list, zip(*self._paper, strict=True)))
+        fresh = [nll[window.fresh :] for nll, window in zip(self._nll, self._windows, strict=True)]
+        window_nll, window_tokens = [float(nll.sum()) for nll in fresh], [len(nll) for nll in fresh]
+        strict, paper = mean_and_error(window_nll, window_tokens), self._paper()
         return Perplexity(
             perplexity=_exp(strict.value),
             standard_error=_exp(strict.value) * strict.standard_error,
@@ -69,12 +70,20 @@ class Losses:
             num_tokens=sum(window_tokens),
             paper_perplexity=_exp(paper.value),
             paper_standard_error=_exp(paper.value) * paper.standard_error,
-            paper_num_tokens=sum(count for _, count in self._paper),
+            paper_num_tokens=sum(map(len, self._nll)),
             context=context,
             stride=stride,
             window_nll=window_nll,
             window_tokens=window_tokens,
         )
+
+    def _paper(self) -> Estimate:
+        """A token's predictions in several windows rise and fall together: all are of the cluster of the first one."""
+        ends = [window.end for window in self._windows]
+        tokens = [np.arange(window.start + 1, window.end) for window in self._windows]
+        clusters = np.searchsorted(ends, np.concatenate(tokens), side="right")  # the first window that reaches so far
+        sums = np.bincount(clusters, np.concatenate(self._nll))
+        return mean_and_error(sums.tolist(), np.bincount(clusters).tolist())
 
 
 @torch.inference_mode()
