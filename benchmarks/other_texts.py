@@ -88,8 +88,8 @@ def _compare(measured: dict[str, Any], arm: str, other: str, text: str) -> Compa
 
 
 def _cell(found: Comparison) -> str:
-    low, high = found.interval
-    return f"{found.ratio:.3f} ({low:.3f} to {high:.3f})"
+    interval = " to ".join(f"{bound:.3f}" for bound in found.interval or ())
+    return f"{found.ratio:.3f} ({interval or 'unknown'})"
 
 
 if __name__ == "__main__":

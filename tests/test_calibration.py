@@ -17,7 +17,7 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.agreement import distances
 from sparsekd.evaluate.calibration import Confidences, confidences
-from sparsekd.evaluate.windows import Prediction, Window, equal_mass_bins, mean_and_error, split
+from sparsekd.evaluate.windows import Estimate, Prediction, Window, equal_mass_bins, mean_and_error, split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 CONTEXT, STRIDE = 32, 20
@@ -186,3 +186,8 @@ def test_the_error_of_a_mean_is_that_of_its_windows() -> None:
     found = mean_and_error([10 * m for m in means], [10] * 4)
     assert found.value == 4.0
     assert found.standard_error == pytest.approx(float(np.std(means, ddof=1)) / math.sqrt(4), rel=1e-12)
+
+
+def test_the_error_of_tokens_that_are_all_in_one_window_is_unknown() -> None:
+    """Whatever the number of windows without them: they are a sample of one."""
+    assert mean_and_error([8.0], [4]) == mean_and_error([0.0, 8.0, 0.0], [0, 4, 0]) == Estimate(2.0, None)

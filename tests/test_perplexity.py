@@ -95,7 +95,7 @@ def test_uniform_model_has_the_vocabulary_as_perplexity(model: PreTrainedModel, 
         model.get_output_embeddings().weight.zero_()
     found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8)
     assert found.perplexity == pytest.approx(model.config.vocab_size, rel=1e-5)
-    assert found.standard_error < 1e-3
+    assert found.standard_error is not None and found.standard_error < 1e-3
 
 
 @pytest.mark.parametrize("stride", [16, 8])  # a token is predicted in two windows, in four
@@ -119,6 +119,12 @@ def test_ratio_of_a_model_to_itself_is_one_without_error(model: PreTrainedModel,
     assert ratio(found, found) == (1.0, 0.0)
 
 
+def test_the_error_of_one_window_is_unknown(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = sparsekd.perplexity(model, tokenizer, TEXT, context=1000, stride=1000)
+    assert (found.standard_error, found.paper_standard_error) == (None, None)
+    assert ratio(found, found) == (1.0, None)
+
+
 def test_paired_error_is_smaller_than_the_unpaired_one(model: PreTrainedModel, tokenizer: Any) -> None:
     words = [f"word{i} {'abcdefg'[i % 7] * (i % 5)}" for i in range(200)]
     dense = sparsekd.perplexity(model, tokenizer, " ".join(words), context=16, stride=8)
@@ -126,6 +132,7 @@ def test_paired_error_is_smaller_than_the_unpaired_one(model: PreTrainedModel, t
         model.model.layers[0].mlp.down_proj.weight.mul_(0.9)
     other = sparsekd.perplexity(model, tokenizer, " ".join(words), context=16, stride=8)
     _, paired = ratio(other, dense)
+    assert paired and dense.standard_error and other.standard_error
     assert paired < 0.5 * math.hypot(dense.standard_error / dense.perplexity, other.standard_error / other.perplexity)
 
 

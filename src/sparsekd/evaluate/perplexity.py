@@ -27,11 +27,11 @@ class Perplexity:
     """`window_nll` and `window_tokens` are the strict protocol's sums by window, in nats, for paired comparisons."""
 
     perplexity: float  # strict protocol
-    standard_error: float
+    standard_error: float | None  # None: there is one window only
     bits_per_byte: float  # strict protocol, per UTF-8 byte of the scored text
     num_tokens: int  # scored in the strict protocol
     paper_perplexity: float
-    paper_standard_error: float
+    paper_standard_error: float | None
     paper_num_tokens: int
     context: int
     stride: int
@@ -62,14 +62,15 @@ class Losses:
         """`num_bytes` is what the strict protocol's tokens take as UTF-8."""
         fresh = [nll[window.fresh :] for nll, window in zip(self._nll, self._windows, strict=True)]
         window_nll, window_tokens = [float(nll.sum()) for nll in fresh], [len(nll) for nll in fresh]
-        strict, paper = mean_and_error(window_nll, window_tokens), self._paper()
+        value, error = _exponential(mean_and_error(window_nll, window_tokens))
+        paper, paper_error = _exponential(self._paper())
         return Perplexity(
-            perplexity=_exp(strict.value),
-            standard_error=_exp(strict.value) * strict.standard_error,
+            perplexity=value,
+            standard_error=error,
             bits_per_byte=sum(window_nll) / math.log(2) / max(1, num_bytes),
             num_tokens=sum(window_tokens),
-            paper_perplexity=_exp(paper.value),
-            paper_standard_error=_exp(paper.value) * paper.standard_error,
+            paper_perplexity=paper,
+            paper_standard_error=paper_error,
             paper_num_tokens=sum(map(len, self._nll)),
             context=context,
             stride=stride,
@@ -111,16 +112,16 @@ def perplexity(
     return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
 
 
-def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float]:
-    """`model`'s strict perplexity over `reference`'s on the same text, and the standard error of that ratio.
+def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float | None]:
+    """`model`'s strict perplexity over `reference`'s on the same text, and the standard error of that ratio, None if
+    there is one window only.
 
     The windows are compared in pairs, so the text's own difficulty, common to both, adds nothing to the error.
     """
     if model.window_tokens != reference.window_tokens:
         raise DataError("the two perplexities were measured on different text or windows")
     differences = [a - b for a, b in zip(model.window_nll, reference.window_nll, strict=True)]
-    logarithm = mean_and_error(differences, model.window_tokens)
-    return _exp(logarithm.value), _exp(logarithm.value) * logarithm.standard_error
+    return _exponential(mean_and_error(differences, model.window_tokens))
 
 
 def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -149,5 +150,7 @@ def _num_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> in
     return len(text.encode())
 
 
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a destroyed model stays a number that JSON can hold
+def _exponential(nats: Estimate) -> tuple[float, float | None]:
+    """What a mean logarithm and its standard error are of, to first order."""
+    value = math.exp(min(nats.value, 700.0))  # a destroyed model stays a number that JSON can hold
+    return value, None if nats.standard_error is None else value * nats.standard_error

@@ -44,10 +44,10 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tokens and its standard error from the spread over windows."""
+    """A mean over tokens and its standard error from the spread over windows; None: one window has no spread."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
 
 
 def token_ids(tokenizer: Any, text: str, max_tokens: int | None) -> Int[Tensor, " T"]:
@@ -93,14 +93,15 @@ def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Mean a token of values summed by window, and its standard error from the spread of the windows.
 
     Tokens of one window rise and fall together, so the windows are the sample: the ratio estimator for clusters of
-    unequal size (Cochran, Sampling Techniques, 3rd edition, eq. 6.13). The error of a single window is unknown: 0.
+    unequal size (Cochran, Sampling Techniques, 3rd edition, eq. 6.13). Windows without such a token say nothing.
     """
     total = sum(counts)
     mean = sum(sums) / total
-    if len(sums) < 2:
-        return Estimate(mean, 0.0)
+    num_windows = sum(n > 0 for n in counts)
+    if num_windows < 2:
+        return Estimate(mean, None)
     squares = sum((s - n * mean) ** 2 for s, n in zip(sums, counts, strict=True))
-    return Estimate(mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / total)
+    return Estimate(mean, math.sqrt(squares * num_windows / (num_windows - 1)) / total)
 
 
 def equal_mass_bins(values: np.ndarray, num_bins: int) -> np.ndarray:

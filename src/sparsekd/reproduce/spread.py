@@ -2,7 +2,8 @@
 
 Two things are uncertain: another seed would have trained another model, and another text would have been measured. The
 first is the sample standard deviation over seeds with Student's t, the second the paired standard error over windows;
-an interval holds both. With one seed the first is unknown, and no deviation is given.
+an interval holds both. With one seed the first is unknown, and no deviation is given. With one window the second is
+unknown, and there is no interval.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ class Comparison:
 
     value: float
     deviation: float | None  # over seeds; None with one seed
-    low: float
-    high: float
+    half: float | None  # of the 95 % interval, on either side of the value; None: unknown
 
     @property
     def ratio(self) -> float:
         return _exp(self.value)
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float] | None:
         """Of the ratio."""
-        return _exp(self.low), _exp(self.high)
+        return None if self.half is None else (_exp(self.value - self.half), _exp(self.value + self.half))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "interval": list(self.interval), "nats": self.value, "deviation": self.deviation}
+        interval = self.interval and list(self.interval)
+        return {"ratio": self.ratio, "interval": interval, "nats": self.value, "deviation": self.deviation}
 
 
 def _exp(nats: float) -> float:
@@ -59,14 +60,15 @@ def compare(results: Sequence[dict[str, Any]], references: Sequence[dict[str, An
     return _estimate(by_seed, text_error)
 
 
-def _estimate(by_seed: Sequence[float], text_error: float) -> Comparison:
-    value, half = statistics.fmean(by_seed), _NORMAL * text_error
+def _estimate(by_seed: Sequence[float], text_error: float | None) -> Comparison:
+    value, half = statistics.fmean(by_seed), None if text_error is None else _NORMAL * text_error
     if len(by_seed) == 1:
-        return Comparison(value, None, value - half, value + half)
+        return Comparison(value, None, half)
     deviation = statistics.stdev(by_seed)
-    student = _STUDENT[min(len(by_seed) - 1, len(_STUDENT)) - 1]
-    half = math.hypot(half, student * deviation / math.sqrt(len(by_seed)))
-    return Comparison(value, deviation, value - half, value + half)
+    if half is not None:
+        student = _STUDENT[min(len(by_seed) - 1, len(_STUDENT)) - 1]
+        half = math.hypot(half, student * deviation / math.sqrt(len(by_seed)))
+    return Comparison(value, deviation, half)
 
 
 @dataclass(frozen=True)
