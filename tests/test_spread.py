@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsekd.reproduce.patterns import Pattern, dense, distilled, verdict
-from sparsekd.reproduce.spread import Comparison, compare, fit_recovery
+from sparsekd.reproduce.spread import Comparison, compare, fit_recovery, student
 
 TOKENS = [100] * 40
 
@@ -29,7 +29,23 @@ def test_mean_and_deviation_are_over_seeds() -> None:
 def test_one_seed_leaves_the_text_s_error_only() -> None:
     found = compare([measured(3.1, 0.5)], [measured(3.0)])
     assert found.deviation is None
-    assert found.half == pytest.approx(1.96 * 0.5 / math.sqrt(40), rel=0.3)
+    assert found.half == pytest.approx(2.02 * 0.5 / math.sqrt(40), rel=0.3)
+
+
+def test_few_windows_make_a_wider_interval() -> None:
+    """Two windows whose differences are 0.1 and 0.3 nats: a standard error of 0.1 with one degree of freedom."""
+    low = {"window_nll": [300.0, 300.0], "window_tokens": [100, 100]}
+    high = {"window_nll": [310.0, 330.0], "window_tokens": [100, 100]}
+    assert compare([high], [low]).half == pytest.approx(12.706 * 0.1, rel=1e-4)
+    harder = high | {"window_nll": [330.0, 350.0]}  # another seed: 0.2 nats more
+    both = math.hypot(12.706 * 0.1, 12.706 * 0.2 / math.sqrt(2) / math.sqrt(2))
+    assert compare([high, harder], [low] * 2).half == pytest.approx(both, rel=1e-4)
+
+
+def test_student_s_quantiles() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in range(1, 201):
+        assert student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=1e-3)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -57,6 +73,16 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         assert found.half is not None
         hits += abs(found.value - 0.2) <= found.half
     assert 0.92 <= hits / 300 <= 1.0
+
+
+def test_an_interval_of_five_windows_covers_the_truth_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for nll in rng.normal(0.2, 0.1, (2000, 5)):
+        result, reference = ({"window_nll": nlls, "window_tokens": [1] * 5} for nlls in (nll.tolist(), [0.0] * 5))
+        found = compare([result], [reference])
+        assert found.half is not None
+        hits += abs(found.value - 0.2) <= found.half
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 @pytest.mark.parametrize(
