@@ -16,7 +16,7 @@ from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import ratio
 from sparsekd.evaluate.perplexity import scored_bytes
-from sparsekd.evaluate.windows import Window, split
+from sparsekd.evaluate.windows import Window, choose, split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 
@@ -83,11 +83,42 @@ def test_bytes_hold_the_spaces_that_decoding_leaves_out_at_a_beginning() -> None
     assert scored_bytes(tokenizer, torch.arange(1, 11), windows) == (3 + 4 + 5 + 6 + 7) + 11
 
 
-def test_max_tokens_scores_the_beginning(model: PreTrainedModel, tokenizer: Any) -> None:
-    found = sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8, max_tokens=40)
-    assert found.num_tokens == 39
-    strict, _ = brute_force(model, encode(tokenizer, TEXT)[:40], 16, 8)
-    assert found.perplexity == pytest.approx(math.exp(sum(strict) / 39), rel=1e-5)
+@pytest.mark.parametrize(("max_tokens", "num_windows"), [(5, 1), (40, 5), (500, 62)])
+def test_max_tokens_scores_windows_of_the_full_pass_spread_over_the_text(
+    max_tokens: int, num_windows: int, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    text = "\n\n".join(paragraphs(20, seed=3))
+    options = {"context": 16, "stride": 8, "batch_size": 3}
+    whole = sparsekd.perplexity(model, tokenizer, text, **options)
+    found = sparsekd.perplexity(model, tokenizer, text, max_tokens=max_tokens, **options)
+    ids = encode(tokenizer, text)
+    windows = split(len(ids), 16, 8)
+    places = [windows.index(window) for window in choose(windows, max_tokens)]
+    assert len(places) == num_windows < len(windows)
+    assert found.window_nll == pytest.approx([whole.window_nll[place] for place in places])
+    assert found.window_tokens == [8] * num_windows and found.num_tokens == 8 * num_windows
+    assert found.paper_num_tokens == 15 * num_windows
+    num_bytes = sum(len(tokenizer.decode([t]).encode()) for i in places for t in ids[8 * i + 8 : 8 * i + 16])
+    assert found.bits_per_byte == pytest.approx(sum(found.window_nll) / math.log(2) / num_bytes)
+
+
+def test_a_text_s_own_length_as_max_tokens_is_all_of_it(model: PreTrainedModel, tokenizer: Any) -> None:
+    whole, part = (
+        sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8, max_tokens=max_tokens)
+        for max_tokens in (None, len(encode(tokenizer, TEXT)))
+    )
+    assert part == whole
+
+
+def test_a_text_s_beginning_does_not_stand_for_it(model: PreTrainedModel, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10.0)
+    text = "river " * 200 + " ".join(paragraphs(30, seed=4))
+    whole = sparsekd.perplexity(model, tokenizer, text, context=16, stride=8)
+    part = sparsekd.perplexity(model, tokenizer, text, context=16, stride=8, max_tokens=150)
+    assert part.standard_error is not None
+    assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.2)
+    assert abs(part.perplexity - whole.perplexity) < 2 * part.standard_error
 
 
 def test_uniform_model_has_the_vocabulary_as_perplexity(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -154,6 +185,13 @@ def test_non_finite_loss_is_refused(model: PreTrainedModel, tokenizer: Any) -> N
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(DataError, match="not finite"):
         sparsekd.perplexity(model, tokenizer, TEXT)
+
+
+def test_chosen_windows_are_spread_evenly() -> None:
+    windows = split(84, 8, 4)  # twenty: the first scores 7 tokens, the others 4 each
+    assert choose(windows, None) == choose(windows, 84) == choose(windows, 83) == windows
+    assert choose(windows, 16) == [windows[i] for i in (2, 7, 12, 17)]
+    assert choose(windows, 2) == [windows[10]]
 
 
 def test_windows_cover_every_token_and_the_last_is_short_not_padded() -> None:

@@ -165,7 +165,7 @@ class Evaluate:
     texts: dict[str, Text] = field(default_factory=dict)
     context: int = 512  # tokens in a window
     stride: int = 256  # tokens between the starts of two windows
-    max_tokens: int | None = None  # of each text; none: all of it
+    max_tokens: int | None = None  # to score of each text, in windows spread evenly over it; none: all
     batch_size: int = 2  # windows, or rows of a task, in one forward pass
     agreement: bool = True  # compare with the dense model's distributions; keeps all three models in memory
     tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness; local_...: files under corpus.root

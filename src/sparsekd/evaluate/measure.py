@@ -20,7 +20,7 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate.agreement import Agreement, Distances
 from sparsekd.evaluate.calibration import Calibration, Confidences
 from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
-from sparsekd.evaluate.windows import predictions, split, token_ids
+from sparsekd.evaluate.windows import choose, predictions, split, token_ids
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def measure(
     batch_size: int = 2,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> dict[str, Measurement]:
-    """Measures each of `models`, which share `tokenizer`, on the first `max_tokens` tokens of `text`.
+    """Measures each of `models`, which share `tokenizer`, on `text`, or in windows spread over it that score about
+    `max_tokens` tokens.
 
     `teacher` names the model that the others are compared with. `token_counts` says how frequent each token is, for
     agreement by frequency; None counts in the text itself. Raises `DataError` for a text of fewer than two tokens, a
@@ -61,13 +62,13 @@ def measure(
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(f"models are compared over one vocabulary, found sizes {found}")
-    ids = token_ids(tokenizer, text, max_tokens)
+    ids = token_ids(tokenizer, text)
     if token_counts is None:
         token_counts = torch.bincount(ids)
     losses = {name: Losses() for name in models}
     confidences = {name: Confidences() for name in models}
     distances = {name: Distances(token_counts, ids) for name in models if teacher and name != teacher}
-    windows = split(len(ids), context, stride)
+    windows = choose(split(len(ids), context, stride), max_tokens)
     for found in zip(*(predictions(model, ids, windows, batch_size) for model in models.values()), strict=True):
         by_name = dict(zip(models, found, strict=True))
         for name, prediction in by_name.items():

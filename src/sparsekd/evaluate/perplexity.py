@@ -19,7 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.errors import DataError
-from sparsekd.evaluate.windows import CHUNK, Estimate, Prediction, Window, mean_and_error, predictions, split, token_ids
+from sparsekd.evaluate.windows import (
+    CHUNK,
+    Estimate,
+    Prediction,
+    Window,
+    choose,
+    mean_and_error,
+    predictions,
+    split,
+    token_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,12 @@ def perplexity(
     batch_size: int = 2,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> Perplexity:
-    """Perplexity of `model` on the first `max_tokens` tokens of `text` (all of them by default).
+    """Perplexity of `model` on `text`, or in windows spread over it that score about `max_tokens` tokens.
 
     Raises `DataError` for a text of fewer than two tokens or a loss that is not finite.
     """
-    ids = token_ids(tokenizer, text, max_tokens)
-    windows = split(len(ids), context, stride)
+    ids = token_ids(tokenizer, text)
+    windows = choose(split(len(ids), context, stride), max_tokens)
     losses = Losses()
     for prediction in predictions(model, ids, windows, batch_size):
         losses.add(prediction)

@@ -50,9 +50,9 @@ class Estimate:
     standard_error: float | None
 
 
-def token_ids(tokenizer: Any, text: str, max_tokens: int | None) -> Int[Tensor, " T"]:
-    """The text's first `max_tokens` tokens (all by default); raises `DataError` for fewer than two."""
-    ids = torch.tensor(encode(tokenizer, text)[:max_tokens])
+def token_ids(tokenizer: Any, text: str) -> Int[Tensor, " T"]:
+    """The text's tokens; raises `DataError` for fewer than two."""
+    ids = torch.tensor(encode(tokenizer, text))
     if len(ids) < 2:
         raise DataError("the evaluation text has fewer than two tokens")
     return ids
@@ -70,6 +70,20 @@ def split(num_tokens: int, context: int, stride: int) -> list[Window]:
         if end == num_tokens:
             break
     return windows
+
+
+def choose(windows: list[Window], max_tokens: int | None) -> list[Window]:
+    """As many of a text's windows, evenly spaced, as score about `max_tokens` tokens in the strict protocol; at least
+    one, and all by default.
+
+    Each counts what it counts among all of them, so their mean estimates the whole text's. The beginning of a text,
+    which may be one article of many, says less about it.
+    """
+    scored = sum(window.end - window.start - 1 - window.fresh for window in windows)
+    if max_tokens is None or scored <= max_tokens:
+        return windows
+    count = max(1, round(len(windows) * max_tokens / scored))
+    return [windows[(2 * i + 1) * len(windows) // (2 * count)] for i in range(count)]
 
 
 def predictions(
