@@ -159,9 +159,25 @@ def test_a_model_agrees_with_itself(model: PreTrainedModel, tokenizer: Any) -> N
 
 
 def test_vocabularies_of_two_sizes_are_refused(model: PreTrainedModel, make_model: Any, tokenizer: Any) -> None:
-    padded = make_model("llama", vocab_size=512)
-    with pytest.raises(DataError, match="one vocabulary, found sizes dense 400, padded 512"):
-        measure({"dense": model, "padded": padded}, tokenizer, TEXT, teacher="dense")
+    smaller = make_model("llama", vocab_size=300)
+    with pytest.raises(DataError, match="one vocabulary, found sizes dense 400, smaller 300"):
+        measure({"dense": model, "smaller": smaller}, tokenizer, TEXT, teacher="dense")
+
+
+def test_padding_of_the_vocabulary_changes_nothing(model: PreTrainedModel, make_model: Any, tokenizer: Any) -> None:
+    padded = make_model("llama", vocab_size=464)
+    with torch.no_grad():
+        for name, weight in padded.state_dict().items():
+            weight[: len(model.get_parameter(name))] = model.get_parameter(name)
+        padded.get_output_embeddings().weight[400:] *= 100.0  # what padding says is of no consequence
+    pair = {"dense": model, "padded": padded}
+    found = measure(pair, tokenizer, TEXT, teacher="dense", context=CONTEXT, stride=STRIDE)
+    assert found["padded"].perplexity == found["dense"].perplexity
+    assert found["padded"].perplexity == sparsekd.perplexity(padded, tokenizer, TEXT, context=CONTEXT, stride=STRIDE)
+    assert found["padded"].calibration == found["dense"].calibration
+    agreement = found["padded"].agreement
+    assert agreement is not None
+    assert agreement.top1.value == 1 and abs(agreement.kl.value) < 1e-6
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.integers(1, 20))

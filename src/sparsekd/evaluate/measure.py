@@ -21,6 +21,7 @@ from sparsekd.evaluate.agreement import Agreement, Distances
 from sparsekd.evaluate.calibration import Calibration, Confidences
 from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
 from sparsekd.evaluate.windows import choose, predictions, split, token_ids
+from sparsekd.models import real_vocab_size
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def measure(
 
     `teacher` names the model that the others are compared with. `token_counts` says how frequent each token is, for
     agreement by frequency; None counts in the text itself. Raises `DataError` for a text of fewer than two tokens, a
-    loss that is not finite, and models whose vocabularies differ in size.
+    loss that is not finite, and models whose vocabularies, without padding, differ in size.
     """
-    sizes = {name: int(model.config.get_text_config().vocab_size) for name, model in models.items()}
+    sizes = {name: real_vocab_size(model, tokenizer) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(f"models are compared over one vocabulary, found sizes {found}")
@@ -69,7 +70,8 @@ def measure(
     confidences = {name: Confidences() for name in models}
     distances = {name: Distances(token_counts, ids) for name in models if teacher and name != teacher}
     windows = choose(split(len(ids), context, stride), max_tokens)
-    for found in zip(*(predictions(model, ids, windows, batch_size) for model in models.values()), strict=True):
+    passes = [predictions(model, ids, windows, batch_size, sizes[name]) for name, model in models.items()]
+    for found in zip(*passes, strict=True):
         by_name = dict(zip(models, found, strict=True))
         for name, prediction in by_name.items():
             losses[name].add(prediction)

@@ -30,6 +30,7 @@ from sparsekd.evaluate.windows import (
     split,
     token_ids,
 )
+from sparsekd.models import real_vocab_size
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def perplexity(
     ids = token_ids(tokenizer, text)
     windows = choose(split(len(ids), context, stride), max_tokens)
     losses = Losses()
-    for prediction in predictions(model, ids, windows, batch_size):
+    for prediction in predictions(model, ids, windows, batch_size, real_vocab_size(model, tokenizer)):
         losses.add(prediction)
         on_tokens(len(prediction.labels))
     return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)

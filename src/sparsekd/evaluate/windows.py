@@ -87,9 +87,10 @@ def choose(windows: list[Window], max_tokens: int | None) -> list[Window]:
 
 
 def predictions(
-    model: PreTrainedModel, ids: Int[Tensor, " T"], windows: list[Window], batch_size: int
+    model: PreTrainedModel, ids: Int[Tensor, " T"], windows: list[Window], batch_size: int, vocab_size: int
 ) -> Iterator[Prediction]:
-    """The model's predictions window by window; `batch_size` windows of equal length go through it together.
+    """The model's predictions of the first `vocab_size` tokens, those beyond being padding, window by window;
+    `batch_size` windows of equal length go through it together.
 
     Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format.
     """
@@ -99,7 +100,7 @@ def predictions(
             batch = same_length[first : first + batch_size]
             rows = torch.stack([ids[window.start : window.end] for window in batch]).to(model.device)
             logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-            yield from map(Prediction, batch, logits, rows[:, 1:])
+            yield from map(Prediction, batch, logits[..., :vocab_size], rows[:, 1:])
             del logits  # before the next batch makes its own
 
 
