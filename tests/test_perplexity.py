@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
 from sparsekd.corpus import encode
-from sparsekd.errors import DataError
+from sparsekd.errors import DataError, ResourceError
 from sparsekd.evaluate import ratio
 from sparsekd.evaluate.perplexity import scored_bytes
 from sparsekd.evaluate.windows import Window, choose, split
@@ -184,6 +184,48 @@ def test_non_finite_loss_is_refused(model: PreTrainedModel, tokenizer: Any) -> N
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(DataError, match="not finite"):
+        sparsekd.perplexity(model, tokenizer, TEXT)
+
+
+def limited(model: PreTrainedModel, most: int, error: Exception) -> list[int]:
+    """Lets a model fail on more than `most` windows at once; the numbers of windows that it was asked for."""
+    forward, asked = model.forward, []
+
+    def attempt(input_ids: torch.Tensor, **options: Any) -> Any:
+        asked.append(len(input_ids))
+        if len(input_ids) > most:
+            raise error
+        return forward(input_ids=input_ids, **options)
+
+    model.forward = attempt  # type: ignore[method-assign]
+    return asked
+
+
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), HOST, MemoryError()])
+def test_fewer_windows_go_together_when_memory_runs_out(
+    error: Exception, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    options = {"context": 16, "stride": 8}
+    one_by_one = sparsekd.perplexity(model, tokenizer, TEXT, **options, batch_size=1)
+    asked = limited(model, 1, error)
+    found = sparsekd.perplexity(model, tokenizer, TEXT, **options, batch_size=5)
+    assert asked == [5, 2] + [1] * len(one_by_one.window_nll)
+    assert found == one_by_one
+
+
+def test_a_window_that_memory_does_not_hold_is_an_error_of_one_line(model: PreTrainedModel, tokenizer: Any) -> None:
+    asked = limited(model, 0, HOST)
+    with pytest.raises(ResourceError, match=r"one window of 16 tokens: lower evaluate.batch_size"):
+        sparsekd.perplexity(model, tokenizer, TEXT, context=16, stride=8, batch_size=4)
+    assert asked == [4, 2, 1]
+
+
+def test_other_errors_of_a_model_stay_what_they_are(model: PreTrainedModel, tokenizer: Any) -> None:
+    limited(model, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
         sparsekd.perplexity(model, tokenizer, TEXT)
 
 

@@ -57,6 +57,11 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; of the host's, torch says it in the text only."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def measured_flops(placement: Placement) -> float:
     """Floating point operations a second of a 1024-wide matrix product here, the best of three; for time estimates."""
     size = 1024

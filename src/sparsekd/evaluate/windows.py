@@ -3,7 +3,7 @@
 Windows of `context` tokens start every `stride` tokens; the last one is shorter, never padded. The first token of the
 text is not predicted by anything. Position m of a window predicts its token m + 1.
 
-Shape letters: T tokens of the text, B windows, M predictions of a window, V vocabulary, N values.
+Shape letters: T tokens of the text, B windows, L tokens of a window, M predictions of it, V vocabulary, N values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.corpus import encode
-from sparsekd.errors import DataError
+from sparsekd.device import out_of_memory
+from sparsekd.errors import DataError, ResourceError
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 
@@ -92,16 +93,36 @@ def predictions(
     """The model's predictions of the first `vocab_size` tokens, those beyond being padding, window by window;
     `batch_size` windows of equal length go through it together.
 
-    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format.
+    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format. Where memory
+    runs out, half as many windows go together; raises `ResourceError` when it does not hold a single one.
     """
-    for _, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):
-        same_length = list(equal)
-        for first in range(0, len(same_length), batch_size):
-            batch = same_length[first : first + batch_size]
+    for length, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):
+        waiting = list(equal)
+        while waiting:
+            batch = waiting[:batch_size]
             rows = torch.stack([ids[window.start : window.end] for window in batch]).to(model.device)
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = _logits(model, rows)
+            if logits is None and len(batch) == 1:
+                raise ResourceError(
+                    f"evaluation ran out of memory with one window of {length} tokens: lower evaluate.batch_size or "
+                    "evaluate.context"
+                )
+            if logits is None:
+                batch_size = len(batch) // 2
+                continue
             yield from map(Prediction, batch, logits[..., :vocab_size], rows[:, 1:])
             del logits  # before the next batch makes its own
+            waiting = waiting[len(batch) :]
+
+
+def _logits(model: PreTrainedModel, rows: Int[Tensor, "B L"]) -> Float[Tensor, "B M V"] | None:
+    """Of every position but the last; None: memory ran out."""
+    try:
+        return model(input_ids=rows, use_cache=False).logits[:, :-1]
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    return None  # out here: the error keeps what the failed pass made
 
 
 def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
