@@ -17,7 +17,7 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.agreement import distances
 from sparsekd.evaluate.calibration import Confidences, confidences
-from sparsekd.evaluate.windows import Estimate, Prediction, Window, equal_mass_bins, mean_and_error, split
+from sparsekd.evaluate.windows import Estimate, Prediction, Window, choose, equal_mass_bins, mean_and_error, split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 CONTEXT, STRIDE = 32, 20
@@ -140,6 +140,25 @@ def test_agreement_equals_brute_force(model: PreTrainedModel, other: PreTrainedM
         assert part.num_tokens == int(members.sum())
         assert part.kl.value == pytest.approx(float(kl[members].mean()), rel=1e-5)
         assert part.top1.value == pytest.approx(float(same[members].mean()), rel=1e-12)
+
+
+def test_agreement_in_chosen_windows_is_that_of_their_tokens(
+    model: PreTrainedModel, other: PreTrainedModel, tokenizer: Any
+) -> None:
+    options = {"teacher": "dense", "context": CONTEXT, "stride": STRIDE}
+    agreement = measure({"dense": model, "small": other}, tokenizer, TEXT, max_tokens=90, **options)["small"].agreement
+    assert agreement is not None
+    ids = encode(tokenizer, TEXT)
+    log_p, labels, counts = probabilities(model, ids)
+    kl = (log_p.exp() * (log_p - probabilities(other, ids)[0])).sum(-1).split(counts)
+    windows = split(len(ids), CONTEXT, STRIDE)
+    places = [windows.index(window) for window in choose(windows, 90)]
+    assert 1 < len(places) < len(windows)
+    assert agreement.kl.value == pytest.approx(float(torch.cat([kl[place] for place in places]).mean()), rel=1e-5)
+    came = torch.cat([labels.split(counts)[place] for place in places])
+    frequency = torch.bincount(torch.tensor(ids))[came]
+    for part in agreement.by_frequency:
+        assert part.num_tokens == int(((frequency >= part.least) & (frequency <= part.most)).sum())
 
 
 def test_measuring_side_by_side_changes_no_perplexity(

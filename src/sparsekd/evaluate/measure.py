@@ -57,7 +57,8 @@ def measure(
 
     `teacher` names the model that the others are compared with. `token_counts` says how frequent each token is, for
     agreement by frequency; None counts in the text itself. Raises `DataError` for a text of fewer than two tokens, a
-    loss that is not finite, and models whose vocabularies, without padding, differ in size.
+    loss that is not finite, and models whose vocabularies, without padding, differ in size; `ResourceError` for windows
+    that memory does not hold.
     """
     sizes = {name: real_vocab_size(model, tokenizer) for name, model in models.items()}
     if len(set(sizes.values())) > 1:

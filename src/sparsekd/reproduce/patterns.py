@@ -186,8 +186,8 @@ class Found:
 
 
 def verdict(comparison: Comparison, pattern: Pattern) -> str:
-    """`holds`, `does not hold`, or `not decided` where the interval reaches over the bound, on which is not beyond it,
-    or is unknown."""
+    """`holds`, `does not hold`, or `not decided` where the interval is unknown or reaches over the bound; on it is not
+    beyond it."""
     if comparison.interval is None:
         return "not decided"
     low, high = comparison.interval

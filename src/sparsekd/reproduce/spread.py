@@ -28,7 +28,7 @@ class Comparison:
 
     value: float
     deviation: float | None  # over seeds; None with one seed
-    half: float | None  # of the 95 % interval, on either side of the value; None: unknown
+    half: float | None  # half the length of the 95 % interval; None: unknown
 
     @property
     def ratio(self) -> float:
