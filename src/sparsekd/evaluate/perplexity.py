@@ -112,8 +112,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `model` on `text`, or in windows spread over it that score about `max_tokens` tokens.
 
-    Raises `DataError` for a text of fewer than two tokens or a loss that is not finite, `ResourceError` for windows that
-    memory does not hold.
+    Raises `DataError` for a text of fewer than two tokens or a loss that is not finite; `ResourceError` for windows
+    that memory does not hold.
     """
     ids = token_ids(tokenizer, text)
     windows = choose(split(len(ids), context, stride), max_tokens)
