@@ -18,7 +18,7 @@ from _record import record, summary
 import sparsekd
 from sparsekd import corpus
 from sparsekd.evaluate import measure
-from sparsekd.evaluate.windows import split, token_ids
+from sparsekd.evaluate.windows import choose, split, token_ids
 from sparsekd.recipe import load_recipe
 
 ROUNDS, TOKENS, CONTEXT, STRIDE, BATCH = 3, 6144, 512, 256, 2
@@ -28,8 +28,8 @@ def main() -> None:
     model, tokenizer = sparsekd.load()
     recipe = load_recipe("demo")
     text = corpus.read_text(recipe.evaluate.texts["wikipedia"], recipe.corpus)
-    ids = token_ids(tokenizer, text, TOKENS)
-    windows = [ids[window.start : window.end] for window in split(len(ids), CONTEXT, STRIDE)]
+    ids = token_ids(tokenizer, text)
+    windows = [ids[window.start : window.end] for window in choose(split(len(ids), CONTEXT, STRIDE), TOKENS)]
 
     def bare() -> None:
         with torch.inference_mode():

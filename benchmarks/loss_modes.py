@@ -119,9 +119,9 @@ class Remembered:
         return self._answers[key]
 
 
-def beside_dense(setup: Setup, dense: Any, model: Any) -> dict[str, dict[str, tuple[float, float]]]:
+def beside_dense(setup: Setup, dense: Any, model: Any) -> dict[str, dict[str, tuple[float, float | None]]]:
     """Ratio of perplexities and KL by text, each with its standard error."""
-    found: dict[str, dict[str, tuple[float, float]]] = {"perplexity": {}, "kl": {}}
+    found: dict[str, dict[str, tuple[float, float | None]]] = {"perplexity": {}, "kl": {}}
     for name, text in setup.texts.items():
         both = {"dense": dense, "model": model}
         measured = measure(both, setup.tokenizer, text, teacher="dense", max_tokens=TEST_TOKENS)

@@ -3,9 +3,10 @@
     python benchmarks/other_texts.py measure DATA RUN [RUN ...]     # goes on where it was stopped
     python benchmarks/other_texts.py                                # prints the tables
 
-DATA is the folder of recipes/reproduce-smollm2.yaml, whose texts are measured (the first 4,096 tokens of each); RUN a
-directory of `reproduce` with the models in it. GSM8K's test answers and HumanEval are of the kinds of text that the
-corpus has, stories of none. Strict perplexity, ratios with 95 % intervals over seeds and windows.
+DATA is the folder of recipes/reproduce-smollm2.yaml, whose texts are measured, 4,096 tokens of each (what is recorded
+was measured on the first ones; windows are spread over the text now); RUN a directory of `reproduce` with the models in
+it. GSM8K's test answers and HumanEval are of the kinds of text that the corpus has, stories of none. Strict perplexity,
+ratios with 95 % intervals over seeds and windows.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _compare(measured: dict[str, Any], arm: str, other: str, text: str) -> Compa
 
 
 def _cell(found: Comparison) -> str:
-    low, high = found.interval
-    return f"{found.ratio:.3f} ({low:.3f} to {high:.3f})"
+    interval = " to ".join(f"{bound:.3f}" for bound in found.interval or ())
+    return f"{found.ratio:.3f} ({interval or 'unknown'})"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def main(name: str, text_file: str, out: str) -> None:
 
     def measure(title: str) -> None:
         result = sparsekd.perplexity(model, tokenizer, held_out)
-        print(f"{title:<12} perplexity {result.perplexity:.2f} +- {result.standard_error:.2f}")
+        error = "" if result.standard_error is None else f" +- {result.standard_error:.2f}"
+        print(f"{title:<12} perplexity {result.perplexity:.2f}{error}")
 
     measure("dense")
     cache = sparsekd.cache_teacher(model, tokenizer, blocks, Path(out) / "cache")

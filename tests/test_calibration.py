@@ -17,7 +17,7 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.agreement import distances
 from sparsekd.evaluate.calibration import Confidences, confidences
-from sparsekd.evaluate.windows import Prediction, Window, equal_mass_bins, mean_and_error, split
+from sparsekd.evaluate.windows import Estimate, Prediction, Window, choose, equal_mass_bins, mean_and_error, split
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 CONTEXT, STRIDE = 32, 20
@@ -142,6 +142,25 @@ def test_agreement_equals_brute_force(model: PreTrainedModel, other: PreTrainedM
         assert part.top1.value == pytest.approx(float(same[members].mean()), rel=1e-12)
 
 
+def test_agreement_in_chosen_windows_is_that_of_their_tokens(
+    model: PreTrainedModel, other: PreTrainedModel, tokenizer: Any
+) -> None:
+    options = {"teacher": "dense", "context": CONTEXT, "stride": STRIDE}
+    agreement = measure({"dense": model, "small": other}, tokenizer, TEXT, max_tokens=90, **options)["small"].agreement
+    assert agreement is not None
+    ids = encode(tokenizer, TEXT)
+    log_p, labels, counts = probabilities(model, ids)
+    kl = (log_p.exp() * (log_p - probabilities(other, ids)[0])).sum(-1).split(counts)
+    windows = split(len(ids), CONTEXT, STRIDE)
+    places = [windows.index(window) for window in choose(windows, 90)]
+    assert 1 < len(places) < len(windows)
+    assert agreement.kl.value == pytest.approx(float(torch.cat([kl[place] for place in places]).mean()), rel=1e-5)
+    came = torch.cat([labels.split(counts)[place] for place in places])
+    frequency = torch.bincount(torch.tensor(ids))[came]
+    for part in agreement.by_frequency:
+        assert part.num_tokens == int(((frequency >= part.least) & (frequency <= part.most)).sum())
+
+
 def test_measuring_side_by_side_changes_no_perplexity(
     model: PreTrainedModel, other: PreTrainedModel, tokenizer: Any
 ) -> None:
@@ -159,9 +178,25 @@ def test_a_model_agrees_with_itself(model: PreTrainedModel, tokenizer: Any) -> N
 
 
 def test_vocabularies_of_two_sizes_are_refused(model: PreTrainedModel, make_model: Any, tokenizer: Any) -> None:
-    padded = make_model("llama", vocab_size=512)
-    with pytest.raises(DataError, match="one vocabulary, found sizes dense 400, padded 512"):
-        measure({"dense": model, "padded": padded}, tokenizer, TEXT, teacher="dense")
+    smaller = make_model("llama", vocab_size=300)
+    with pytest.raises(DataError, match="one vocabulary, found sizes dense 400, smaller 300"):
+        measure({"dense": model, "smaller": smaller}, tokenizer, TEXT, teacher="dense")
+
+
+def test_padding_of_the_vocabulary_changes_nothing(model: PreTrainedModel, make_model: Any, tokenizer: Any) -> None:
+    padded = make_model("llama", vocab_size=464)
+    with torch.no_grad():
+        for name, weight in padded.state_dict().items():
+            weight[: len(model.get_parameter(name))] = model.get_parameter(name)
+        padded.get_output_embeddings().weight[400:] *= 100.0  # what padding says is of no consequence
+    pair = {"dense": model, "padded": padded}
+    found = measure(pair, tokenizer, TEXT, teacher="dense", context=CONTEXT, stride=STRIDE)
+    assert found["padded"].perplexity == found["dense"].perplexity
+    assert found["padded"].perplexity == sparsekd.perplexity(padded, tokenizer, TEXT, context=CONTEXT, stride=STRIDE)
+    assert found["padded"].calibration == found["dense"].calibration
+    agreement = found["padded"].agreement
+    assert agreement is not None
+    assert agreement.top1.value == 1 and abs(agreement.kl.value) < 1e-6
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.integers(1, 20))
@@ -186,3 +221,8 @@ def test_the_error_of_a_mean_is_that_of_its_windows() -> None:
     found = mean_and_error([10 * m for m in means], [10] * 4)
     assert found.value == 4.0
     assert found.standard_error == pytest.approx(float(np.std(means, ddof=1)) / math.sqrt(4), rel=1e-12)
+
+
+def test_the_error_of_tokens_that_are_all_in_one_window_is_unknown() -> None:
+    """Whatever the number of windows without them: they are a sample of one."""
+    assert mean_and_error([8.0], [4]) == mean_and_error([0.0, 8.0, 0.0], [0, 4, 0]) == Estimate(2.0, None)

@@ -355,15 +355,11 @@ def test_weights_in_half_precision_are_trained_in_float32(
     dtype: torch.dtype, new_student: Any, blocks: Any, cache: Any
 ) -> None:
     """In bfloat16 a step of 3e-5 is lost on most weights: it is less than half of their last digit."""
-    options = {"learning_rate": 3e-5, "epochs": 4, "precision": "float32", "warmup_ratio": 0.0}
-    expected, student = new_student(), new_student()
-    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-    sparsekd.distill(expected, blocks, cache, **options)
-    student.to(dtype)
-    start = {name: parameter.detach().float() for name, parameter in student.named_parameters()}
+    options = {"learning_rate": 3e-5, "epochs": 4, "precision": "float32"}
+    before, student = new_student().to(dtype), new_student().to(dtype)
+    expected = sparsekd.distill(new_student().to(dtype).float(), blocks, cache, **options).to(dtype)
     assert sparsekd.distill(student, blocks, cache, **options) is student
-    assert {parameter.dtype for parameter in student.parameters()} == {dtype}
-    wanted = torch.cat([(p - before[name]).detach().flatten() for name, p in expected.named_parameters()])
-    found = torch.cat([(p.float() - start[name]).detach().flatten() for name, p in student.named_parameters()])
-    # rounded once, at the end, the change is where it was on average; step by step most of it is lost
-    assert float((found @ wanted) / (wanted @ wanted)) == pytest.approx(1, abs=0.15)
+    pairs = list(zip(student.parameters(), expected.parameters(), before.parameters(), strict=True))
+    assert all(found.dtype == dtype and torch.equal(found, wanted) for found, wanted, _ in pairs)
+    moved = sum(int((found != start).sum()) for found, _, start in pairs)
+    assert moved > 0.3 * sum(found.numel() for found, _, _ in pairs)

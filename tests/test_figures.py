@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sparsekd import files
-from sparsekd.report import figures, plots
+from sparsekd.report import figures, html, plots
 
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce"
 MORE = {"gsm8k": "c4", "code": "wikitext2", "stories": "c4"}
@@ -24,6 +27,25 @@ def test_every_text_of_five_has_its_panel_and_its_bars():
     made = figures.all_figures(found)
     for title in ("What changes perplexity", "Calibration"):
         assert all(f"<!-- {text} -->" in made[title] for text in found["texts"])
+
+
+@pytest.mark.parametrize("experiment", ["III", "IV", "controls"])
+def test_a_page_says_which_intervals_are_unknown(experiment: str):
+    found = files.read_json(RECORDED / f"reproduce-{experiment}.json")
+    for comparison in _comparisons(found):
+        comparison["interval"] = None
+    page = html.render_experiment(found)
+    assert page.count("<td>unknown</td>") == len(found["patterns"]) + len(found.get("attribution", []))
+    assert "nan" not in page
+
+
+def _comparisons(part: Any) -> Iterator[dict[str, Any]]:
+    """Every part of what was found that has an interval."""
+    if isinstance(part, dict) and "interval" in part:
+        yield part
+    elif isinstance(part, dict | list):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _comparisons(inner)
 
 
 def _with_more_texts(found: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsekd.reproduce.patterns import Pattern, dense, distilled, verdict
-from sparsekd.reproduce.spread import Comparison, compare, fit_recovery
+from sparsekd.reproduce.spread import Comparison, compare, fit_recovery, student
 
 TOKENS = [100] * 40
 
@@ -22,20 +22,46 @@ def test_mean_and_deviation_are_over_seeds() -> None:
     assert found.value == pytest.approx(0.2) and found.ratio == pytest.approx(math.exp(0.2))
     assert found.deviation == pytest.approx(0.1)
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t, 2 degrees of freedom; all windows agree
-    assert (found.low, found.high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+    assert found.half == pytest.approx(half)
+    assert found.interval == pytest.approx((math.exp(0.2 - half), math.exp(0.2 + half)))
 
 
 def test_one_seed_leaves_the_text_s_error_only() -> None:
     found = compare([measured(3.1, 0.5)], [measured(3.0)])
     assert found.deviation is None
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.3)
+    assert found.half == pytest.approx(2.02 * 0.5 / math.sqrt(40), rel=0.3)
+
+
+def test_few_windows_make_a_wider_interval() -> None:
+    """Two windows whose differences are 0.1 and 0.3 nats: a standard error of 0.1 with one degree of freedom."""
+    low = {"window_nll": [300.0, 300.0], "window_tokens": [100, 100]}
+    high = {"window_nll": [310.0, 330.0], "window_tokens": [100, 100]}
+    assert compare([high], [low]).half == pytest.approx(12.706 * 0.1, rel=1e-4)
+    harder = high | {"window_nll": [330.0, 350.0]}  # another seed: 0.2 nats more
+    both = math.hypot(12.706 * 0.1, 12.706 * 0.2 / math.sqrt(2) / math.sqrt(2))
+    assert compare([high, harder], [low] * 2).half == pytest.approx(both, rel=1e-4)
+
+
+def test_student_s_quantiles() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in range(1, 201):
+        assert student(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_window_decides_nothing(seeds: int) -> None:
+    low, high = ({"window_nll": [nll], "window_tokens": [100]} for nll in (300.0, 400.0))
+    found = compare([low] * seeds, [high] * seeds)
+    assert found.value == pytest.approx(-1.0) and found.half is None
+    assert found.as_dict()["interval"] is None
+    assert verdict(found, Pattern("it is so", distilled("arm"), dense(), "below")) == "not decided"
 
 
 def test_what_text_and_reference_share_adds_no_error() -> None:
     text = measured(3.0, 2.0)
     harder = {"window_nll": [nll + 10.0 for nll in text["window_nll"]], "window_tokens": text["window_tokens"]}
     found = compare([harder], [text])
-    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert (found.value, found.half) == pytest.approx((0.1, 0.0))
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -44,8 +70,19 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         seeds = rng.normal(0.2, 0.05, 3)
         results = [measured(3.0 + shift, 0.2, seed=3 * trial + i) for i, shift in enumerate(seeds)]
         found = compare(results, [measured(3.0)] * 3)
-        hits += found.low <= 0.2 <= found.high
+        assert found.half is not None
+        hits += abs(found.value - 0.2) <= found.half
     assert 0.92 <= hits / 300 <= 1.0
+
+
+def test_an_interval_of_five_windows_covers_the_truth_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for nll in rng.normal(0.2, 0.1, (2000, 5)):
+        result, reference = ({"window_nll": nlls, "window_tokens": [1] * 5} for nlls in (nll.tolist(), [0.0] * 5))
+        found = compare([result], [reference])
+        assert found.half is not None
+        hits += abs(found.value - 0.2) <= found.half
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +99,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 )
 def test_a_verdict_needs_the_whole_interval(low: float, high: float, side: str, wanted: str) -> None:
     pattern = Pattern("it is so", distilled("arm"), dense(), side)  # type: ignore[arg-type]
-    assert verdict(Comparison((low + high) / 2, None, low, high), pattern) == wanted
+    assert verdict(Comparison((low + high) / 2, None, (high - low) / 2), pattern) == wanted
 
 
 @pytest.mark.parametrize(("floor", "scale", "power"), [(0.1, 50.0, 0.6), (0.0, 3.0, 0.2)])

@@ -186,7 +186,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Rows of each task; all by default.", min=1)] = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
     stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of each text; all by default.", min=2)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens spread over each text; all by default.", min=2)] = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:

@@ -69,11 +69,11 @@ def out_of_memory(error: BaseException) -> bool:
 class Batches:
     """Items in batches of at most `size`, which is halved for good whenever memory runs out.
 
-    `setting` is the recipe's key of the size, for messages.
+    For messages, `setting` is the recipe's key of the size and `length` that of an item's length.
     """
 
-    def __init__(self, size: int, setting: str, say: Callable[[str], None] = lambda text: None):
-        self._size, self._setting, self._say = size, setting, say
+    def __init__(self, size: int, setting: str, length: str, say: Callable[[str], None] = lambda text: None):
+        self._size, self._setting, self._length, self._say = size, setting, length, say
 
     def run(self, items: Sequence[T], step: Callable[[Sequence[T]], R]) -> Iterator[R]:
         """What `step` returns for each batch; raises `ResourceError` when memory runs out for a single item."""
@@ -89,14 +89,14 @@ class Batches:
                 self._halve(len(batch))
                 continue
             yield result
+            del result  # what comes next is made before it would be replaced
             items = items[len(batch) :]
 
     def _halve(self, tried: int) -> None:
         self._size = tried // 2
         if not self._size:
             raise ResourceError(
-                f"out of memory with {self._setting}=1: a smaller context or corpus.seq_len needs less, and so does "
-                "another model.dtype"
+                f"out of memory with {self._setting}=1: lower {self._length}, or choose a smaller model.dtype"
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -174,7 +174,7 @@ class Evaluate:
     texts: dict[str, Text] = field(default_factory=dict)
     context: int = 512  # tokens in a window
     stride: int = 256  # tokens between the starts of two windows
-    max_tokens: int | None = None  # of each text; none: all of it
+    max_tokens: int | None = None  # to score of each text, in windows spread evenly over it; none: all
     # windows, or rows of a task, in one forward pass; halved when memory runs out
     batch_size: int = field(default=2, metadata=PASSING)
     agreement: bool = True  # compare with the dense model's distributions; keeps it in memory beside one other

@@ -547,6 +547,7 @@ def _measure(compared: _Compared, text: str, content: str, folder: Path) -> None
             max_tokens=options.max_tokens,
             batch_size=options.batch_size,
             on_tokens=bar.advance,
+            say=compared.work.run.console.say,
         )
     for name, measurement in found.items():
         if not _result(folder, name, text).exists():  # the dense model is measured again beside every other

@@ -212,7 +212,7 @@ def fill(
         missing = {n: ids for n, ids in enumerate(shards) if part.owns(n) and not writer.has(n, ids)}
         num_tokens = sum(len(blocks[block_id]) for ids in missing.values() for block_id in ids)
         files.require_space(folder, num_tokens * chosen.bytes_per_token, "the teacher cache")
-        batches = Batches(batch_size, "cache.batch_size", say)
+        batches = Batches(batch_size, "cache.batch_size", "corpus.seq_len", say)
 
         def answer(ids: Sequence[int]) -> list[Any]:
             tokens = torch.from_numpy(np.stack([blocks[i] for i in ids]).astype(np.int64))

@@ -1,6 +1,7 @@
 """Stage `evaluate` on tiny real models: what the report shows, what is made again, and what memory can be saved."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_one_model_at_a_time_measures_the_same_without_agreement(tiny_recipe: Pa
             result["agreement"] = None
     assert alone == together
     assert "How far from the dense model?" not in (tmp_path / "alone" / "report.html").read_text()
+
+
+def test_of_one_window_errors_are_unknown_and_left_out(tiny_recipe: Path, tmp_path: Path) -> None:
+    found = report_of(tmp_path / "run", tiny_recipe, "evaluate.max_tokens=32", "rounds=[0.3, 0.5]")
+    for name in ("dense", "compressed", "distilled"):
+        result = found["evaluation"]["models"][name]["held"]
+        assert len(result["window_tokens"]) == 1
+        assert result["standard_error"] is result["paper_standard_error"] is None
+        assert result["calibration"]["brier"]["standard_error"] is None
+    assert found["evaluation"]["ratios"]["distilled"]["held"]["standard_error"] is None
+    page = (tmp_path / "run" / "report.html").read_text()
+    cells = re.findall("<td>(.*?)</td>", page)
+    assert f"{result['perplexity']:.2f}" in cells and f"{result['agreement']['kl']['value']:.3f}" in cells
+    assert not any("\u00b1" in cell for cell in cells)
 
 
 def test_a_missing_task_stops_the_run_before_it_starts(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
 from sparsekd.evaluate.agreement import Agreement, Distances
 from sparsekd.evaluate.calibration import Calibration, Confidences
-from sparsekd.evaluate.perplexity import Losses, Perplexity, decode
-from sparsekd.evaluate.windows import predictions, split, token_ids
+from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
+from sparsekd.evaluate.windows import choose, predictions, split, token_ids
+from sparsekd.models import real_vocab_size
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,30 @@ def measure(
     max_tokens: int | None = None,
     batch_size: int = 2,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Measurement]:
-    """Measures each of `models`, which share `tokenizer`, on the first `max_tokens` tokens of `text`.
+    """Measures each of `models`, which share `tokenizer`, on `text`, or in windows spread over it that score about
+    `max_tokens` tokens.
 
     `teacher` names the model that the others are compared with. `token_counts` says how frequent each token is, for
     agreement by frequency; None counts in the text itself. Raises `DataError` for a text of fewer than two tokens, a
-    loss that is not finite, and models whose vocabularies differ in size.
+    loss that is not finite, and models whose vocabularies, without padding, differ in size; `ResourceError` for windows
+    that memory does not hold.
     """
-    sizes = {name: int(model.config.get_text_config().vocab_size) for name, model in models.items()}
+    sizes = {name: real_vocab_size(model, tokenizer) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(f"models are compared over one vocabulary, found sizes {found}")
-    ids = token_ids(tokenizer, text, max_tokens)
+    ids = token_ids(tokenizer, text)
     if token_counts is None:
         token_counts = torch.bincount(ids)
     losses = {name: Losses() for name in models}
     confidences = {name: Confidences() for name in models}
     distances = {name: Distances(token_counts, ids) for name in models if teacher and name != teacher}
-    windows = split(len(ids), context, stride)
-    for found in zip(*(predictions(model, ids, windows, batch_size) for model in models.values()), strict=True):
+    windows = choose(split(len(ids), context, stride), max_tokens)
+    begin = beginning(tokenizer)
+    passes = [predictions(model, ids, windows, batch_size, sizes[name], begin, say) for name, model in models.items()]
+    for found in zip(*passes, strict=True):
         by_name = dict(zip(models, found, strict=True))
         for name, prediction in by_name.items():
             losses[name].add(prediction)
@@ -77,10 +84,10 @@ def measure(
                 distances[name].add(prediction, by_name[teacher])
             on_tokens(len(prediction.labels))
         del found, by_name, prediction  # a batch's logits go before the next batch's come
-    scored = decode(tokenizer, ids[1:])
+    num_bytes = scored_bytes(tokenizer, ids, windows)
     return {
         name: Measurement(
-            losses[name].result(scored, context, stride),
+            losses[name].result(num_bytes, context, stride),
             confidences[name].result(),
             distances[name].result() if name in distances else None,
         )

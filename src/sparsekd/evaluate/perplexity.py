@@ -7,18 +7,31 @@ context. The strict protocol counts a token only in the first window that predic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
-from sparsekd.evaluate.windows import CHUNK, Prediction, mean_and_error, predictions, split, token_ids
+from sparsekd.evaluate.windows import (
+    CHUNK,
+    Estimate,
+    Prediction,
+    Window,
+    choose,
+    mean_and_error,
+    predictions,
+    split,
+    token_ids,
+)
+from sparsekd.models import real_vocab_size
 
 
 @dataclass(frozen=True)
@@ -26,11 +39,11 @@ class Perplexity:
     """`window_nll` and `window_tokens` are the strict protocol's sums by window, in nats, for paired comparisons."""
 
     perplexity: float  # strict protocol
-    standard_error: float
+    standard_error: float | None  # None: there is one window only
     bits_per_byte: float  # strict protocol, per UTF-8 byte of the scored text
     num_tokens: int  # scored in the strict protocol
     paper_perplexity: float
-    paper_standard_error: float
+    paper_standard_error: float | None
     paper_num_tokens: int
     context: int
     stride: int
@@ -42,38 +55,48 @@ class Perplexity:
 
 
 class Losses:
-    """Sums of negative log-likelihood by window, as both protocols count them."""
+    """Negative log-likelihood of every prediction of every window, to be counted as either protocol does."""
 
     def __init__(self) -> None:
-        self._strict: list[tuple[float, int]] = []
-        self._paper: list[tuple[float, int]] = []
+        self._windows: list[Window] = []
+        self._nll: list[np.ndarray] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Raises `DataError` for a loss that is not finite: a window is never left out."""
+        """Windows come in the order of the text. Raises `DataError` for a loss that is not finite: a window is never
+        left out."""
         nll = token_nll(prediction.logits, prediction.labels)
         if not bool(torch.isfinite(nll).all()):
             raise DataError("the model's loss on the evaluation text is not finite")
-        fresh = nll[prediction.window.fresh :]
-        self._strict.append((float(fresh.sum()), len(fresh)))
-        self._paper.append((float(nll.sum()), len(nll)))
+        self._windows.append(prediction.window)
+        self._nll.append(nll.numpy())
 
-    def result(self, scored_text: str, context: int, stride: int) -> Perplexity:
-        window_nll, window_tokens = map(list, zip(*self._strict, strict=True))
-        strict = mean_and_error(window_nll, window_tokens)
-        paper = mean_and_error(*map(list, zip(*self._paper, strict=True)))
+    def result(self, num_bytes: int, context: int, stride: int) -> Perplexity:
+        """`num_bytes` is what the strict protocol's tokens take as UTF-8."""
+        fresh = [nll[window.fresh :] for nll, window in zip(self._nll, self._windows, strict=True)]
+        window_nll, window_tokens = [float(nll.sum()) for nll in fresh], [len(nll) for nll in fresh]
+        value, error = _exponential(mean_and_error(window_nll, window_tokens))
+        paper, paper_error = _exponential(self._paper())
         return Perplexity(
-            perplexity=_exp(strict.value),
-            standard_error=_exp(strict.value) * strict.standard_error,
-            bits_per_byte=sum(window_nll) / math.log(2) / max(1, len(scored_text.encode())),
+            perplexity=value,
+            standard_error=error,
+            bits_per_byte=sum(window_nll) / math.log(2) / max(1, num_bytes),
             num_tokens=sum(window_tokens),
-            paper_perplexity=_exp(paper.value),
-            paper_standard_error=_exp(paper.value) * paper.standard_error,
-            paper_num_tokens=sum(count for _, count in self._paper),
+            paper_perplexity=paper,
+            paper_standard_error=paper_error,
+            paper_num_tokens=sum(map(len, self._nll)),
             context=context,
             stride=stride,
             window_nll=window_nll,
             window_tokens=window_tokens,
         )
+
+    def _paper(self) -> Estimate:
+        """A token's predictions in several windows rise and fall together: all are of the cluster of the first one."""
+        ends = [window.end for window in self._windows]
+        tokens = [np.arange(window.start + 1, window.end) for window in self._windows]
+        clusters = np.searchsorted(ends, np.concatenate(tokens), side="right")  # the first window that reaches so far
+        sums = np.bincount(clusters, np.concatenate(self._nll))
+        return mean_and_error(sums.tolist(), np.bincount(clusters).tolist())
 
 
 @torch.inference_mode()
@@ -88,28 +111,31 @@ def perplexity(
     batch_size: int = 2,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
 ) -> Perplexity:
-    """Perplexity of `model` on the first `max_tokens` tokens of `text` (all of them by default).
+    """Perplexity of `model` on `text`, or in windows spread over it that score about `max_tokens` tokens.
 
-    Raises `DataError` for a text of fewer than two tokens or a loss that is not finite.
+    Raises `DataError` for a text of fewer than two tokens or a loss that is not finite; `ResourceError` for windows
+    that memory does not hold.
     """
-    ids = token_ids(tokenizer, text, max_tokens)
+    ids = token_ids(tokenizer, text)
+    windows = choose(split(len(ids), context, stride), max_tokens)
     losses = Losses()
-    for prediction in predictions(model, ids, split(len(ids), context, stride), batch_size):
+    vocab_size, begin = real_vocab_size(model, tokenizer), beginning(tokenizer)
+    for prediction in predictions(model, ids, windows, batch_size, vocab_size, begin):
         losses.add(prediction)
         on_tokens(len(prediction.labels))
-    return losses.result(decode(tokenizer, ids[1:]), context, stride)
+    return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
 
 
-def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float]:
-    """`model`'s strict perplexity over `reference`'s on the same text, and the standard error of that ratio.
+def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float | None]:
+    """`model`'s strict perplexity over `reference`'s on the same text, and the standard error of that ratio, None if
+    there is one window only.
 
     The windows are compared in pairs, so the text's own difficulty, common to both, adds nothing to the error.
     """
     if model.window_tokens != reference.window_tokens:
         raise DataError("the two perplexities were measured on different text or windows")
     differences = [a - b for a, b in zip(model.window_nll, reference.window_nll, strict=True)]
-    logarithm = mean_and_error(differences, model.window_tokens)
-    return _exp(logarithm.value), _exp(logarithm.value) * logarithm.standard_error
+    return _exponential(mean_and_error(differences, model.window_tokens))
 
 
 def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -118,11 +144,27 @@ def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[
     return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).double().cpu()
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> str:
-    """The text of token ids, every byte of it."""
+def scored_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"], windows: Sequence[Window]) -> int:
+    """UTF-8 bytes of the tokens that the strict protocol scores in `windows`, which are in the order of the text."""
+    runs: list[tuple[int, int]] = []  # scored tokens [first, end) without a gap
+    for start, end, fresh in windows:
+        first = start + 1 + fresh
+        if runs and runs[-1][1] == first:
+            first = runs.pop()[0]
+        runs.append((first, end))
+    # beside the token before it, since some tokenizers leave out a space at the beginning of what they decode
+    return sum(
+        _num_bytes(tokenizer, ids[first - 1 : end]) - _num_bytes(tokenizer, ids[first - 1 : first])
+        for first, end in runs
+    )
+
+
+def _num_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> int:
     text: Any = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text
+    return len(text.encode())
 
 
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a destroyed model stays a number that JSON can hold
+def _exponential(nats: Estimate) -> tuple[float, float | None]:
+    """What a mean logarithm and its standard error are of, to first order."""
+    value = math.exp(min(nats.value, 700.0))  # a destroyed model stays a number that JSON can hold
+    return value, None if nats.standard_error is None else value * nats.standard_error

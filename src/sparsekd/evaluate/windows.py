@@ -1,16 +1,17 @@
 """A text as overlapping windows, a model's predictions in them, and means with the spread over windows.
 
 Windows of `context` tokens start every `stride` tokens; the last one is shorter, never padded. The first token of the
-text is not predicted by anything. Position m of a window predicts its token m + 1.
+text is not predicted by anything. Position m of a window predicts its token m + 1. What the tokenizer by default puts
+before a text goes ahead of every window, beside its `context` tokens, and is not predicted either.
 
-Shape letters: T tokens of the text, B windows, M predictions of a window, V vocabulary, N values.
+Shape letters: T tokens of the text, B windows, L tokens of a window, M predictions of it, V vocabulary, N values.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.corpus import encode
+from sparsekd.device import Batches
 from sparsekd.errors import DataError
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
@@ -44,15 +46,15 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tokens and its standard error from the spread over windows."""
+    """A mean over tokens and its standard error from the spread over windows; None: one window has no spread."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
 
 
-def token_ids(tokenizer: Any, text: str, max_tokens: int | None) -> Int[Tensor, " T"]:
-    """The text's first `max_tokens` tokens (all by default); raises `DataError` for fewer than two."""
-    ids = torch.tensor(encode(tokenizer, text)[:max_tokens])
+def token_ids(tokenizer: Any, text: str) -> Int[Tensor, " T"]:
+    """The text's tokens; raises `DataError` for fewer than two."""
+    ids = torch.tensor(encode(tokenizer, text))
     if len(ids) < 2:
         raise DataError("the evaluation text has fewer than two tokens")
     return ids
@@ -72,35 +74,63 @@ def split(num_tokens: int, context: int, stride: int) -> list[Window]:
     return windows
 
 
-def predictions(
-    model: PreTrainedModel, ids: Int[Tensor, " T"], windows: list[Window], batch_size: int
-) -> Iterator[Prediction]:
-    """The model's predictions window by window; `batch_size` windows of equal length go through it together.
+def choose(windows: list[Window], max_tokens: int | None) -> list[Window]:
+    """As many of a text's windows, evenly spaced, as score about `max_tokens` tokens in the strict protocol; at least
+    one, and all by default.
 
-    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format.
+    Each counts what it counts among all of them, so their mean estimates the whole text's. The beginning of a text,
+    which may be one article of many, says less about it.
     """
+    scored = sum(window.end - window.start - 1 - window.fresh for window in windows)
+    if max_tokens is None or scored <= max_tokens:
+        return windows
+    count = max(1, round(len(windows) * max_tokens / scored))
+    return [windows[(2 * i + 1) * len(windows) // (2 * count)] for i in range(count)]
+
+
+def predictions(
+    model: PreTrainedModel,
+    ids: Int[Tensor, " T"],
+    windows: list[Window],
+    batch_size: int,
+    vocab_size: int,
+    begin: Sequence[int] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Prediction]:
+    """The model's predictions of the first `vocab_size` tokens, those beyond being padding, window by window;
+    `batch_size` windows of equal length go through it together, each after what a text has to `begin` with.
+
+    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format. Where memory
+    runs out, half as many windows go together, which `say` hears of; raises `ResourceError` when it does not hold a
+    single one.
+    """
+    batches = Batches(batch_size, "evaluate.batch_size", "evaluate.context", say)
+
+    def predict(batch: Sequence[Window]) -> list[Prediction]:
+        rows = torch.stack([torch.cat([ids.new_tensor(begin), ids[window.start : window.end]]) for window in batch])
+        rows = rows.to(model.device)
+        logits = model(input_ids=rows, use_cache=False).logits[:, len(begin) : -1, :vocab_size]
+        return list(map(Prediction, batch, logits, rows[:, len(begin) + 1 :]))
+
     for _, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):
-        same_length = list(equal)
-        for first in range(0, len(same_length), batch_size):
-            batch = same_length[first : first + batch_size]
-            rows = torch.stack([ids[window.start : window.end] for window in batch]).to(model.device)
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-            yield from map(Prediction, batch, logits, rows[:, 1:])
-            del logits  # before the next batch makes its own
+        for predicted in batches.run(list(equal), predict):
+            yield from predicted
+            del predicted  # before the next batch makes its own
 
 
 def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Mean a token of values summed by window, and its standard error from the spread of the windows.
 
     Tokens of one window rise and fall together, so the windows are the sample: the ratio estimator for clusters of
-    unequal size (Cochran, Sampling Techniques, 3rd edition, eq. 6.13). The error of a single window is unknown: 0.
+    unequal size (Cochran, Sampling Techniques, 3rd edition, eq. 6.13). Windows without such a token say nothing.
     """
     total = sum(counts)
     mean = sum(sums) / total
-    if len(sums) < 2:
-        return Estimate(mean, 0.0)
+    num_windows = sum(n > 0 for n in counts)
+    if num_windows < 2:
+        return Estimate(mean, None)
     squares = sum((s - n * mean) ** 2 for s, n in zip(sums, counts, strict=True))
-    return Estimate(mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / total)
+    return Estimate(mean, math.sqrt(squares * num_windows / (num_windows - 1)) / total)
 
 
 def equal_mass_bins(values: np.ndarray, num_bins: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def _ratios(models: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
+def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float | None]:
     names = [field.name for field in dataclasses.fields(Perplexity)]
     model, reference = (Perplexity(**{name: values[name] for name in names}) for values in (result, dense))
     return ratio(model, reference)

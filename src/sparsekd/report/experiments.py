@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from sparsekd.report.tables import Titled, number
+from sparsekd.report.tables import Titled, number, plus_minus
 
 
 def all_tables(found: dict[str, Any]) -> list[Titled]:
@@ -88,8 +88,8 @@ def _spread(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    deviation = f" \u00b1 {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}{deviation}"
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return plus_minus(statistics.fmean(known), deviation, "{:.3f}".format)
 
 
 def _attribution(found: dict[str, Any]) -> Titled:
@@ -130,13 +130,13 @@ def _protocols(found: dict[str, Any]) -> Titled:
 
 def _ratio(comparison: dict[str, Any]) -> str:
     """The ratio with what a standard deviation over seeds, in nats, makes of it; without one, the ratio alone."""
-    spread = comparison["deviation"]
-    ratio = _precise(comparison["ratio"])
-    return ratio if spread is None else f"{ratio} \u00b1 {_precise(comparison['ratio'] * spread)}"
+    ratio, spread = comparison["ratio"], comparison["deviation"]
+    return plus_minus(ratio, None if spread is None else ratio * spread, _precise)
 
 
 def _interval(comparison: dict[str, Any]) -> str:
-    return " to ".join(_precise(bound) for bound in comparison["interval"])
+    interval = comparison["interval"]
+    return "unknown" if interval is None else " to ".join(map(_precise, interval))
 
 
 def _precise(ratio: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def _reductions(found: dict[str, Any]) -> str:
     for axes, text in zip(all_axes, found["texts"], strict=True):
         for key, color, marker, label in (("before", ORANGE, "s", "pruned"), ("after", BLUE, "o", "and distilled")):
             compared = [found["ratios"][name][text][key] for name in pruned]
-            low, high = zip(*(one["interval"] for one in compared), strict=True)
+            low, high = zip(*map(_bounds, compared), strict=True)
             axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
             axes.plot(x, [one["ratio"] for one in compared], marker=marker, color=color, label=label)
             for seed in found["arms"][pruned[0]]:
@@ -62,9 +63,9 @@ def _attribution(found: dict[str, Any]) -> str:
     for number, (text, color) in enumerate(zip(found["texts"], itertools.cycle(COLORS))):
         rows = [row for row in found["attribution"] if row["text"] == text]
         y = np.arange(len(causes)) + number * height
-        nats = [row["nats"] for row in rows]
-        low, high = zip(*(np.log(row["interval"]) for row in rows), strict=True)
-        spread = [np.subtract(nats, low), np.subtract(high, nats)]
+        nats = np.array([row["nats"] for row in rows])
+        low, high = np.log([_bounds(row) for row in rows]).T
+        spread = [nats - low, high - nats]
         axes.barh(y, nats, height, xerr=spread, color=color, ecolor=GREY, capsize=2, label=text)
     axes.axvline(0, color=GREY, lw=0.8)
     axes.set(xlabel="change of log-perplexity (nats)", yticks=np.arange(len(causes)) + 0.4 - height / 2)
@@ -101,14 +102,15 @@ def _teachers(found: dict[str, Any]) -> str:
     for axes, text in zip(all_axes, found["texts"], strict=True):
         for position, (name, color) in enumerate(((last, ORANGE), (swapped, BLUE))):
             after = found["ratios"][name][text]["after"]
-            spread = [[after["ratio"] - after["interval"][0]], [after["interval"][1] - after["ratio"]]]
+            low, high = _bounds(after)
+            spread = [[after["ratio"] - low], [high - after["ratio"]]]
             axes.bar(position, after["ratio"], yerr=spread, color=color, ecolor=GREY, capsize=3)
         for seed in found["arms"][last]:
             axes.plot((0, 1), _of_seed(found, [last, swapped], seed, "after", text), "o-", ms=3, color=GREY)
         paired = next(pattern for pattern in found["patterns"] if pattern["text"] == text)
-        low, high = paired["interval"]
+        interval = f" ({paired['interval'][0]:.3f} to {paired['interval'][1]:.3f})" if paired["interval"] else ""
         axes.set(title=text, xticks=(0, 1), ylabel="perplexity / dense")
-        axes.set_xlabel(f"second to first: {paired['ratio']:.3f} ({low:.3f} to {high:.3f})")
+        axes.set_xlabel(f"second to first: {paired['ratio']:.3f}{interval}")
         axes.set_xticklabels(["taught by the dense model", "by the distilled one"])
     return svg(figure)
 
@@ -130,6 +132,12 @@ def _calibration(found: dict[str, Any]) -> str:
         axes.set(title=text, xlabel="confidence", ylabel="accuracy - confidence", xlim=(0, 1))
     all_axes[0].legend(**LEGEND)
     return svg(figure)
+
+
+def _bounds(comparison: dict[str, Any]) -> tuple[float, float]:
+    """The 95 % interval; where it is unknown, what is drawn as nothing."""
+    low, high = comparison["interval"] or (math.nan, math.nan)
+    return low, high
 
 
 def _plain_ticks(axes: Any) -> None:

@@ -142,7 +142,7 @@ def rounds(found: list[dict[str, Any]]) -> str:
         for name, color, marker in (("compressed", ORANGE, "s"), ("distilled", BLUE, "o")):
             points = [(100 * one["mlp_reduction"], one["ratios"][name][text]) for one in found if name in one["ratios"]]
             x, ratios = zip(*points, strict=True)
-            errors = [ratio["standard_error"] for ratio in ratios]
+            errors = np.array([ratio["standard_error"] for ratio in ratios], float)  # None is nan: no bar is drawn
             axes.errorbar(x, [r["ratio"] for r in ratios], errors, color=color, marker=marker, capsize=3, label=name)
         axes.axhline(1, ls=":", color=GREY)
         axes.set(title=text, xlabel="MLP parameters removed (%)", ylabel="perplexity / dense")

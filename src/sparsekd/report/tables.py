@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -42,6 +42,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
 
 
+def plus_minus(value: float, error: float | None, show: Callable[[float], str] = number) -> str:
+    """The value and its error, or the value alone where the error is unknown."""
+    return show(value) if error is None else f"{show(value)} \u00b1 {show(error)}"
+
+
 def evaluation(found: dict[str, Any]) -> list[Titled]:
     """All that was measured on texts and tasks, without the tables that have no row."""
     tables = [
@@ -62,10 +67,10 @@ def perplexities(evaluation: dict[str, Any]) -> Rows:
             [
                 text,
                 _model(name),
-                f"{number(result['perplexity'])} \u00b1 {number(result['standard_error'])}",
-                f"{number(compared['ratio'])} \u00b1 {number(compared['standard_error'])}" if compared else "",
+                plus_minus(result["perplexity"], result["standard_error"]),
+                plus_minus(compared["ratio"], compared["standard_error"]) if compared else "",
                 f"{result['bits_per_byte']:.3f}",
-                f"{number(result['paper_perplexity'])} \u00b1 {number(result['paper_standard_error'])}",
+                plus_minus(result["paper_perplexity"], result["paper_standard_error"]),
                 f"{result['num_tokens']:,}",
             ]
         )
@@ -79,7 +84,7 @@ def rounds(report: dict[str, Any]) -> tuple[list[str], Rows]:
     rows = []
     for one in report["rounds"]:
         compared = [one["ratios"].get(name, {}).get(text) for text in texts for name in ("compressed", "distilled")]
-        cells = [f"{number(c['ratio'])} \u00b1 {number(c['standard_error'])}" if c else "" for c in compared]
+        cells = [plus_minus(c["ratio"], c["standard_error"]) if c else "" for c in compared]
         rows.append([one["name"], f"{one['mlp_reduction']:.1%}", *cells])
     return header, rows
 
@@ -145,8 +150,7 @@ def _model(name: str) -> str:
 
 
 def _estimate(found: dict[str, Any]) -> str:
-    error = found["standard_error"]
-    return f"{found['value']:.3f}" if error is None else f"{found['value']:.3f} \u00b1 {error:.3f}"
+    return plus_minus(found["value"], found["standard_error"], "{:.3f}".format)
 
 
 def matrices(plan: dict[str, Any]) -> Rows:

@@ -1,7 +1,7 @@
 """What the paper claims, each as a comparison that can fail, with its numbers beside ours.
 
 A pattern is a ratio of two perplexities and a bound. It holds, or does not, when the whole interval is on one side of
-the bound; otherwise it is not decided.
+the bound; otherwise, and where the interval is unknown, it is not decided.
 """
 
 from __future__ import annotations
@@ -189,7 +189,10 @@ class Found:
 
 
 def verdict(comparison: Comparison, pattern: Pattern) -> str:
-    """`holds`, `does not hold`, or `not decided` where the interval reaches over the bound; on it is not beyond it."""
+    """`holds`, `does not hold`, or `not decided` where the interval is unknown or reaches over the bound; on it is not
+    beyond it."""
+    if comparison.interval is None:
+        return "not decided"
     low, high = comparison.interval
     below = pattern.side == "below"
     if high < pattern.bound if below else low > pattern.bound:

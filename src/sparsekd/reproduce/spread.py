@@ -1,8 +1,9 @@
 """Comparisons over seeds and over the windows of a text, in nats a token, with 95 % intervals.
 
 Two things are uncertain: another seed would have trained another model, and another text would have been measured. The
-first is the sample standard deviation over seeds with Student's t, the second the paired standard error over windows;
-an interval holds both. With one seed the first is unknown, and no deviation is given.
+first is the sample standard deviation over seeds, the second the paired standard error over windows, each with
+Student's t for its number of seeds or windows; an interval holds both. With one seed the first is unknown, and no
+deviation is given. With one window the second is unknown, and there is no interval.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparsekd.evaluate.windows import mean_and_error
 
-_NORMAL = 1.96
+_NORMAL = 1.959964  # the standard normal distribution's 97.5 % quantile
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, by degrees of freedom
 
 
@@ -27,20 +28,20 @@ class Comparison:
 
     value: float
     deviation: float | None  # over seeds; None with one seed
-    low: float
-    high: float
+    half: float | None  # half the length of the 95 % interval; None: unknown
 
     @property
     def ratio(self) -> float:
         return _exp(self.value)
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float] | None:
         """Of the ratio."""
-        return _exp(self.low), _exp(self.high)
+        return None if self.half is None else (_exp(self.value - self.half), _exp(self.value + self.half))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"ratio": self.ratio, "interval": list(self.interval), "nats": self.value, "deviation": self.deviation}
+        interval = self.interval and list(self.interval)
+        return {"ratio": self.ratio, "interval": interval, "nats": self.value, "deviation": self.deviation}
 
 
 def _exp(nats: float) -> float:
@@ -56,17 +57,31 @@ def compare(results: Sequence[dict[str, Any]], references: Sequence[dict[str, An
     tokens = results[0]["window_tokens"]
     by_seed = [float(difference.sum()) / sum(tokens) for difference in differences]
     text_error = mean_and_error(np.mean(differences, axis=0).tolist(), tokens).standard_error
-    return _estimate(by_seed, text_error)
+    half = None if text_error is None else student(len(tokens) - 1) * text_error
+    return _with_seeds(by_seed, half)
 
 
-def _estimate(by_seed: Sequence[float], text_error: float) -> Comparison:
-    value, half = statistics.fmean(by_seed), _NORMAL * text_error
+def _with_seeds(by_seed: Sequence[float], text_half: float | None) -> Comparison:
+    """The mean over seeds; `text_half` is half of the interval that the text alone makes."""
+    value = statistics.fmean(by_seed)
     if len(by_seed) == 1:
-        return Comparison(value, None, value - half, value + half)
+        return Comparison(value, None, text_half)
     deviation = statistics.stdev(by_seed)
-    student = _STUDENT[min(len(by_seed) - 1, len(_STUDENT)) - 1]
-    half = math.hypot(half, student * deviation / math.sqrt(len(by_seed)))
-    return Comparison(value, deviation, value - half, value + half)
+    half = student(len(by_seed) - 1) * deviation / math.sqrt(len(by_seed))
+    return Comparison(value, deviation, None if text_half is None else math.hypot(text_half, half))
+
+
+def student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: an interval of 95 % reaches so many standard errors to either side.
+
+    Beyond the table it is the asymptotic expansion (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
+    """
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    z, n = _NORMAL, degrees
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 @dataclass(frozen=True)
