@@ -16,7 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekd import corpus, files, sources
-from sparsekd.corpus import Corpus, Guard, Overlap, Share, build, encode, load, save, text_path
+from sparsekd.corpus import (
+    Corpus,
+    Guard,
+    Overlap,
+    Share,
+    beginning,
+    blocks_from_texts,
+    build,
+    encode,
+    load,
+    save,
+    text_path,
+)
 from sparsekd.errors import DataError, SparseKDError, UsageError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text
@@ -567,3 +579,66 @@ def test_missing_and_changed_files_are_noticed(built: Corpus, tmp_path: Path) ->
     text.write_bytes(b"\xff")
     with pytest.raises(SparseKDError, match="is damaged"):
         load(folder)
+
+
+# ---- what a tokenizer puts before a text
+
+
+def test_most_tokenizers_put_nothing_before_a_text(tokenizer: Any, gemma_like: Any) -> None:
+    assert beginning(tokenizer) == []
+    assert beginning(gemma_like) == [gemma_like.bos_token_id]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_every_block_begins_as_the_tokenizer_begins_a_text(
+    document_mask: bool, tokenizer: Any, gemma_like: Any, text_file: Path, tmp_path: Path
+) -> None:
+    wanted = recipe(tmp_path, num_blocks=40, num_validation_blocks=4, document_mask=document_mask)
+    bos, eos = gemma_like.bos_token_id, gemma_like.eos_token_id
+    built = build(wanted, {}, gemma_like, seed=1)
+    assert len(built.blocks) == 44
+    for block in built.blocks:
+        assert len(block.tokens) == 32 and block.tokens[0] == bos
+        inner = np.flatnonzero(block.tokens[1:] == bos)
+        assert all(block.tokens[1:][inner - 1] == eos) and (document_mask or not len(inner))
+        if document_mask:  # and each document does that is seen as one
+            ends = np.flatnonzero(block.tokens[:-1] == eos)
+            assert all(block.tokens[ends + 1] == bos)
+    plain = build(wanted, {}, tokenizer, seed=1)
+    assert all(bos not in block.tokens for block in plain.blocks)
+    # no text is lost to it: without the beginnings the stream is the same
+    texts = paragraphs(40, seed=3)
+    stream = [t for row in blocks_from_texts(texts, gemma_like, 16) for t in row.tolist() if t != bos]
+    expected = [t for row in blocks_from_texts(texts, tokenizer, 16) for t in row.tolist()]
+    length = min(len(stream), len(expected))
+    assert length > 1000 and stream[:length] == expected[:length]
+
+
+def test_documents_of_their_own_begin_as_the_tokenizer_begins_a_text(
+    gemma_like: Any, text_file: Path, tmp_path: Path
+) -> None:
+    blocks = build(recipe(tmp_path, seq_len=24, pack=False), {}, gemma_like, seed=1).blocks
+    assert all(block.tokens[0] == gemma_like.bos_token_id and len(block.tokens) <= 24 for block in blocks)
+
+
+# ---- sources of few documents
+
+
+def test_a_source_of_one_document_is_split_by_position(tokenizer: Any, tmp_path: Path) -> None:
+    """A book: its last tenth is for validation, the rest for training."""
+    words = [f"{a} {b}" for a in WORDS for b in WORDS]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    book = Source(path="book.txt", split="never")
+    built = build(recipe(tmp_path, learn=book, num_blocks=500, num_validation_blocks=4), {}, tokenizer, seed=1)
+    learned = {built.blocks[i].tokens.tobytes() for i in built.train_ids}
+    held = [built.blocks[i].tokens for i in built.validation_ids]
+    assert len(held) == 4 and len(learned) > 30 and not any(block.tobytes() in learned for block in held)
+    tail = " ".join(words[len(words) * 9 // 10 - 2 :])
+    assert all(tokenizer.decode(block) in tail for block in held)
+
+
+def test_a_short_document_beside_a_book_does_not_become_all_the_training_text(tokenizer: Any, tmp_path: Path) -> None:
+    book = " ".join(f"{a} {b}" for a in WORDS for b in WORDS)
+    (tmp_path / "two.txt").write_text(book + "\n\n" + " ".join(WORDS * 3))
+    built = build(recipe(tmp_path, learn=Source(path="two.txt"), num_blocks=90), {}, tokenizer, seed=1)
+    assert built.reports["learn"].blocks > 60
