@@ -615,3 +615,20 @@ def test_plan_needs_no_weights(make_model: MakeModel) -> None:
     model = make_model("llama")
     expected = plan(model, Compress(reduction=0.3))
     assert plan(model.to("meta"), Compress(reduction=0.3)) == expected
+
+
+# ---- number formats
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_solved_in_float32(dtype: torch.dtype, make_model: MakeModel) -> None:
+    """Rounded once, when it is given back; in float16 the curvature's gradients would underflow besides."""
+    half, whole = make_model("llama").to(dtype), make_model("llama").to(dtype).float()
+    for reduction in (0.2, 0.4):
+        for model in (half, whole):
+            sparsekd.compress(model, tokens(model), reduction=reduction, method="two-sided", allocation="global")
+        assert half.dtype == dtype and whole.dtype == torch.float32
+        whole.to(dtype)
+        for (name, found), expected in zip(half.named_parameters(), whole.parameters(), strict=True):
+            assert found.dtype == dtype and torch.equal(found, expected), name
+        whole.float()

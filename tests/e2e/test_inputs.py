@@ -10,7 +10,7 @@ import yaml
 
 from sparsekd import files, models, pipeline, stages
 from sparsekd.console import Console
-from sparsekd.errors import DataError, MismatchError, QualityError, UsageError
+from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
 from sparsekd.recipe import load_recipe
 from sparsekd.run import Run
 from sparsekd.stages import Work
@@ -251,3 +251,41 @@ def test_a_hub_model_is_the_commit_that_the_run_began_with(
     assert config["model_type"] == "sparsekd_llama"
     with pytest.raises(MismatchError, match=f"model.commit is {first} there and {second} now"):
         run(tiny_recipe, tmp_path / "run", "model.name=me/tiny", "model.revision=main", until="compress")
+
+
+def test_the_structural_step_is_solved_from_float32_whatever_the_teachers_format(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        run(tiny_recipe, tmp_path / dtype, f"model.dtype={dtype}", until="compress")
+    one, other = (tmp_path / dtype / "round-01/compressed/model/model.safetensors" for dtype in ("float32", "bfloat16"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_dense_model_stands_beside_one_other_at_most(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    measured: list[tuple[str, ...]] = []
+    original = stages.measure
+
+    def watched(models: Any, *arguments: Any, **options: Any) -> Any:
+        measured.append(tuple(models))
+        return original(models, *arguments, **options)
+
+    monkeypatch.setattr(stages, "measure", watched)
+    run(tiny_recipe, tmp_path / "run")
+    assert set(measured) == {("dense", "compressed"), ("dense", "distilled")} and len(measured) == 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [("round-01/compressed", "compression.truncate"), ("round-01/distilled", "distillation.measure")],
+)
+def test_out_of_memory_in_any_stage_is_one_line(
+    stage: str, place: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(f"sparsekd.{place}", fail)
+    with pytest.raises(ResourceError, match=f"out of memory in {stage}: lower its batch_size") as caught:
+        run(tiny_recipe, tmp_path / "run")
+    assert caught.value.exit_code == 4
