@@ -176,12 +176,16 @@ def test_another_model_is_refused(
         filled(other, tmp_path, blocks)
 
 
-def test_other_blocks_under_the_same_names_are_refused(
-    model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_a_cache_goes_on_with_another_number_of_blocks_to_a_shard(
+    size: int, model: PreTrainedModel, blocks: dict[int, np.ndarray], tmp_path: Path
 ) -> None:
-    filled(model, tmp_path, blocks)
-    with pytest.raises(MismatchError, match=r"part-00000\.parquet holds other blocks"):
-        filled(model, tmp_path, blocks, blocks_per_shard=4)
+    filled(model, tmp_path / "first", blocks)
+    found = filled(model, tmp_path / "first", blocks, blocks_per_shard=size)
+    expected = filled(model, tmp_path / "second", blocks, blocks_per_shard=size)
+    assert shards(tmp_path / "first") == shards(tmp_path / "second")
+    for i, block in blocks.items():
+        assert all(map(torch.equal, found.read(i, block), expected.read(i, block)))
 
 
 # ---- interrupted

@@ -96,13 +96,15 @@ class Writer:
             yield cls(folder, identity, part)
 
     def has(self, number: int, block_ids: Sequence[int]) -> bool:
-        """Whether shard `number` is there. Reads all of it: raises `DataError` when it is damaged and `MismatchError`
-        when it was made from something else."""
+        """Whether shard `number` is there, of these blocks: with another number of blocks to a shard it is made again.
+        Reads all of it: raises `DataError` when it is damaged and `MismatchError` when it was made from something
+        else."""
         path = self.folder / _shard_name(number)
         if not path.exists():
             return False
         with _open(path) as file:
-            _require_made_of(file, path, self.identity, block_ids)
+            if _blocks_of(file, path, self.identity) != list(block_ids):
+                return False
             with _damage(path):
                 for row in range(file.num_row_groups):
                     file.read_row_group(row, use_threads=False)
@@ -241,7 +243,10 @@ class Cache:
 
     def _open_shard(self, name: str) -> pq.ParquetFile:
         file = _open(self.folder / name)
-        _require_made_of(file, self.folder / name, self.identity, self._block_ids[name])
+        if _blocks_of(file, self.folder / name, self.identity) != self._block_ids[name]:
+            raise MismatchError(
+                f"{self.folder / name} holds other blocks than it should: swapped, or of another cache; use --fresh"
+            )
         return file
 
 
@@ -297,6 +302,10 @@ def forget_parts(folder: Path) -> None:
 def _finish(folder: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
     _write_manifest(folder / "manifest.json", identity, shards)
     forget_parts(folder)
+    listed = {shard["name"] for shard in shards.values()}
+    for path in folder.iterdir():
+        if _SHARD_NAME.fullmatch(path.name) and path.name not in listed:  # of a call with smaller shards
+            files.remove(path)
 
 
 def _require_blocks(folder: Path, found: Iterable[int], wanted: Iterable[int]) -> None:
@@ -354,14 +363,13 @@ def _open(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def _require_made_of(file: pq.ParquetFile, path: Path, identity: dict[str, Any], block_ids: Sequence[int]) -> None:
-    """What a shard says of itself must be what is expected of it, else it is swapped, renamed or foreign."""
+def _blocks_of(file: pq.ParquetFile, path: Path, identity: dict[str, Any]) -> list[int]:
+    """The blocks that a shard says it holds; raises `MismatchError` when it says that it was made from other things."""
     with _damage(path):
         metadata = json.loads(file.schema_arrow.metadata[b"sparsekd"])
         _require_format(metadata.get("format", metadata.get("codec")), path)
         _require_identity(dict(metadata["identity"]), identity, path)
-        if metadata["block_ids"] != list(block_ids):
-            raise MismatchError(f"{path} holds other blocks than it should: swapped, or of another cache; use --fresh")
+        return list(metadata["block_ids"])
 
 
 @contextmanager
