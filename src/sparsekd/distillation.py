@@ -350,7 +350,7 @@ class _Worker:
                 outcome = self.objective(make_batch(self.data, micro, self.vocab_size, self.device), 1)
                 row += torch.stack([value.float() for value in outcome])
         reduced: Any = self.accelerator.reduce(sums, "sum")
-        sums = reduced.double()
+        sums = reduced.cpu().double()
         counts = torch.tensor([self.data.num_positions(ids) for ids in by_domain.values()]).to(sums)
         domains = {
             name: _losses(row / count)

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
 from sparsekd.codecs import Codec, codec_for
+from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import (
     config_hash,
@@ -120,7 +121,7 @@ def sampled_distribution(logits: Float[Tensor, "N V"], num_samples: int, uniform
     variance-optimal estimation of subset sums", SODA 2009). The tokens that are not certain are drawn systematically,
     at u, u + 1, ... along the running sum of pi (Madow 1949), by one of the `uniforms`, in [0, 1), for each row.
     """
-    p = logits.double().softmax(-1)
+    p = in_float64(logits).softmax(-1)
     top, top_ids = p.topk(min(num_samples, p.shape[-1]), dim=-1)
     slots = torch.arange(top.shape[-1], device=p.device)
     left = top.shape[-1] - slots  # slots from each rank on

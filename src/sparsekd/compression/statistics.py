@@ -53,7 +53,7 @@ class Gram:
         if self.cap is not None:
             norm = x.norm(dim=-1, keepdim=True)
             x = x * (self.cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
-        self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).double().cpu()
+        self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
         self.num_tokens += len(x)
 
     def mean(self) -> Tensor:
