@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsekd.cache import Samples, Targets
 from sparsekd.errors import DataError, UsageError
+from sparsekd.logits import product
 
 Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
 
@@ -250,20 +251,20 @@ def linear_kd_loss(
     step = _chunk_step(hidden.device.type)
     with torch.no_grad():
         matrix = weight[:vocab_size].to(hidden.dtype)
-        memory = matrix.new_empty(vocab_size * min(num_rows, len(rows)))  # of every chunk's logits in turn
+        memory = sums.new_empty(vocab_size * min(num_rows, len(rows)))  # of every chunk's logits in turn
         for start in range(0, len(rows), num_rows):
             part = slice(start, start + num_rows)
             h = hidden[rows[part]]
             chunk_teacher = type(teacher)(*(value[part] for value in teacher))
             products = memory[: vocab_size * len(h)].view(vocab_size, len(h))
-            products = torch.mm(matrix, h.T, out=products).T  # faster on a CPU than h @ matrix.T
-            gradient, found = step(products.float(), picks[part], chunk_teacher, share, **settings)
+            product(matrix, h.T, out=products)  # faster on a CPU than h @ matrix.T
+            gradient, found = step(products.T, picks[part], chunk_teacher, share, **settings)
             sums += found
             if grad_hidden is not None:
                 grad_hidden[rows[part]] = (gradient.to(h.dtype) @ matrix).to(h.dtype)  # under autocast it is bf16
             if grad_weight is not None:
                 grad_weight[:vocab_size].addmm_(gradient.T, h.float())
-            del gradient  # before the next chunk's is made: in half precision two would be there at once
+            del gradient  # before the next chunk's is made: two would be there at once
     kd, ce = sums / denominator
     total = alpha * kd + (1 - alpha) * ce
     if grad_weight is not None:

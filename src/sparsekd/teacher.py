@@ -23,6 +23,7 @@ from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writ
 from sparsekd.codecs import Codec, codec_for
 from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
+from sparsekd.logits import logits_of
 from sparsekd.models import (
     config_hash,
     document_inputs,
@@ -165,7 +166,7 @@ def _logits(
         )
         return functools.reduce(torch.logaddexp, mixed)
     inputs = document_inputs(tokens.to(model.device), separator)
-    return model(**inputs, use_cache=False).logits[:, :-1, :vocab_size]
+    return logits_of(model, **inputs)[:, :-1, :vocab_size]
 
 
 def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:

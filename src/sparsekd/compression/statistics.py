@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
+from sparsekd.logits import logits_of
 from sparsekd.models import MLP, document_inputs, find_mlps, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
@@ -237,7 +238,7 @@ def _output_gradient(
 ) -> Float[Tensor, "1 L H"]:
     """Gradient at the last layer's output; one block at a time, because logits are large."""
     top.requires_grad_()
-    logits, _ = layers.run(lambda: model(**inputs, use_cache=False).logits[0].float(), top, depth)
+    logits, _ = layers.run(lambda: logits_of(model, **inputs)[0].float(), top, depth)
     with torch.no_grad():
         probabilities = logits.softmax(-1).cpu()
         if not bool(torch.isfinite(probabilities).all()):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.corpus import encode
 from sparsekd.errors import DataError
+from sparsekd.logits import logits_of
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 
@@ -77,14 +78,14 @@ def predictions(
 ) -> Iterator[Prediction]:
     """The model's predictions window by window; `batch_size` windows of equal length go through it together.
 
-    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format.
+    Run it inside `torch.inference_mode()`. Logits stay on the model's device.
     """
     for _, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):
         same_length = list(equal)
         for first in range(0, len(same_length), batch_size):
             batch = same_length[first : first + batch_size]
             rows = torch.stack([ids[window.start : window.end] for window in batch]).to(model.device)
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = logits_of(model, input_ids=rows)[:, :-1]
             yield from map(Prediction, batch, logits, rows[:, 1:])
             del logits  # before the next batch makes its own
 
