@@ -53,8 +53,6 @@ class FromNumbers(TorchFunctionMode):
         if function is torch.tensor and options.get("device") is not None:
             device = options.pop("device")
             return function(*args, **options).to(device)
-        if function is torch.Tensor.new_tensor:
-            return torch.tensor(args[1], dtype=args[0].dtype).to(args[0].device)
         return function(*args, **options)
 
 

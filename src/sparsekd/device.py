@@ -53,7 +53,7 @@ def solver_device(device: torch.device) -> torch.device:
 
 
 def in_float64(value: Tensor) -> Tensor:
-    """The same numbers in float64, on the `solver_device`: moved first, because they may not be float64 before."""
+    """The same numbers in float64, on the `solver_device`; they are moved before they become float64."""
     return value.to(solver_device(value.device)).double()
 
 

@@ -22,20 +22,20 @@ _GIVES_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.
 
 
 def logits_of(model: Any, **inputs: Any) -> Float[Tensor, "B L V"]:
-    """What `model` predicts; scale and cap, which are its own code, are in float32 too."""
+    """The logits of `model`, whose output projection is in float32, and so are scale and cap, which follow it."""
     with _float32_head(model):
         return model(**inputs, use_cache=False).logits
 
 
 def project(hidden: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
-    """`hidden @ matrix.T`, of float32 or of numbers of lower precision; the gradients know the difference."""
+    """`hidden @ matrix.T` in float32, of factors in float32 or in a lower precision; it can be differentiated."""
     if hidden.dtype == matrix.dtype == torch.float32:
         return hidden @ matrix.T
     return _Project.apply(hidden, matrix)  # type: ignore[return-value]
 
 
 def product(matrix: Float[Tensor, "V D"], columns: Float[Tensor, "D N"], out: Float[Tensor, "V N"]) -> None:
-    """Writes `matrix @ columns` to `out`, which is float32; both are of one number format."""
+    """Writes `matrix @ columns`, which are of one number format, to `out`, which is float32."""
     if matrix.dtype == torch.float32:
         torch.mm(matrix, columns, out=out)
     elif matrix.is_cuda and _GIVES_FLOAT32:
