@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, get_args
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from sparsekd import losses
 from sparsekd.cache import Samples, Targets
 from sparsekd.errors import DataError, UsageError
 from sparsekd.losses import Mode, kd_loss, linear_kd_loss
@@ -560,26 +558,6 @@ def test_backward_multiplies_by_the_incoming_gradient_and_runs_once() -> None:
         assert torch.allclose(a, 3 * b)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, (h, w))
-
-
-@pytest.mark.parametrize(("mode", "temperature"), [("bucket", 2.0), ("exact_t", 3.0), ("sampled", 1.0)])
-def test_the_step_of_a_chunk_compiles_and_gives_the_same_numbers(
-    mode: Mode, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, but for the kernels; the last chunk is shorter."""
-    hidden, weight, labels, teacher = case()
-    _, picks, targets = losses._prepared(labels, targets_for(mode, teacher), mode, temperature, V, torch.float32)
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the compiler cannot read the tests' checks
-    step = torch.compile(losses._chunk, backend="aot_eager")
-    options = {"mode": mode, "alpha": 0.5, "temperature": temperature, "scale": 0.5, "softcap": 20.0}
-    for rows in torch.arange(N).split(16):
-        some = type(targets)(*(value[rows] for value in targets))
-        expected, found = (
-            run(hidden[rows] @ weight.T, picks[rows], some, torch.tensor(0.1), **options)
-            for run in (losses._chunk, step)
-        )
-        for a, b in zip(found, expected, strict=True):
-            assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 # ---- models

@@ -46,9 +46,11 @@ def tokens(count: int = 2) -> Tensor:
 def expected(
     models: list[PreTrainedModel], weights: list[float], batch: Tensor, vocab_size: int, **more: Any
 ) -> Tensor:
-    """The definition, in float64."""
+    """The definition, from the hidden states on in float64."""
     with torch.no_grad():
-        logits = [model(batch, use_cache=False, **more).logits[:, :-1, :vocab_size].double() for model in models]
+        hidden = [model.get_decoder()(batch, use_cache=False, **more).last_hidden_state[:, :-1] for model in models]
+        heads: list[Any] = [model.get_output_embeddings() for model in models]
+        logits = [h.double() @ head.weight[:vocab_size].double().T for h, head in zip(hidden, heads, strict=True)]
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     return sum((w * z.softmax(-1) for w, z in zip(shares, logits, strict=True)), torch.zeros(()))
 

@@ -9,11 +9,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from sparsekd.errors import ResourceError, UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
 class Placement(NamedTuple):
@@ -46,6 +49,16 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
     if chosen.type == "cuda" and torch.cuda.is_bf16_supported():
         return Placement(chosen, torch.bfloat16, "bfloat16: this GPU supports it")
     return Placement(chosen, torch.float32, f"float32: the safe choice on {chosen.type}")
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Where float64 is computed with for tensors of `device`: there, or on the host if it has no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def in_float64(value: Tensor) -> Tensor:
+    """The same numbers in float64, on the `solver_device`; they are moved before they become float64."""
+    return value.to(solver_device(value.device)).double()
 
 
 def rank_and_count() -> tuple[int, int]:

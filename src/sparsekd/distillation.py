@@ -365,7 +365,7 @@ class _Worker:
                 raise
             return None
         reduced: Any = self.accelerator.reduce(sums, "sum")
-        sums = reduced.double()
+        sums = reduced.cpu().double()
         counts = torch.tensor([self.data.num_positions(ids) for ids in by_domain.values()]).to(sums)
         domains = {
             name: _losses(row / count)

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparsekd.device import in_float64
+
 
 class CompressedLinear(nn.Module):
     """What the formats share; each says how it is made `from_factors` and gives its `factors` back."""
@@ -87,12 +89,13 @@ class RowPivotLinear(CompressedLinear):
     def from_factors(
         cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
     ) -> RowPivotLinear:
-        rank, pivots = down.shape[0], up.double()[: down.shape[0]]
-        rest = torch.linalg.solve(pivots, up.double()[rank:], left=False)
+        rank, exact = down.shape[0], in_float64(up)
+        pivots = exact[:rank]
+        rest = torch.linalg.solve(pivots, exact[rank:], left=False)
         with torch.device("meta"):
             layer = cls(*_sizes(up, down), bias is not None)
-        layer.pivots.weight = _parameter((pivots @ down.double()).to(down.dtype))
-        layer.rest.weight = _parameter(rest.to(up.dtype))
+        layer.pivots.weight = _parameter((pivots @ in_float64(down)).to(down))
+        layer.rest.weight = _parameter(rest.to(up))
         if bias is not None:
             layer.bias = _parameter(bias)
         return layer
@@ -134,12 +137,13 @@ class ColumnPivotLinear(CompressedLinear):
     def from_factors(
         cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
     ) -> ColumnPivotLinear:
-        rank, pivots = down.shape[0], down.double()[:, : down.shape[0]]
-        rest = torch.linalg.solve(pivots, down.double()[:, rank:])
+        rank, exact = down.shape[0], in_float64(down)
+        pivots = exact[:, :rank]
+        rest = torch.linalg.solve(pivots, exact[:, rank:])
         with torch.device("meta"):
             layer = cls(*_sizes(up, down), bias is not None)
-        layer.pivots.weight = _parameter((up.double() @ pivots).to(up.dtype))
-        layer.rest.weight = _parameter(rest.to(down.dtype))
+        layer.pivots.weight = _parameter((in_float64(up) @ pivots).to(up))
+        layer.rest.weight = _parameter(rest.to(down))
         if bias is not None:
             layer.pivots.bias = _parameter(bias)
         return layer
@@ -171,7 +175,7 @@ def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]
     Greedy: the next row is the one with the largest product, over the matrices that still need one, of what is left
     of it outside the rows taken before (pivoted Cholesky of each `Q Q^T`, Q an orthonormal basis of the columns).
     """
-    bases = [torch.linalg.qr(matrix.double())[0].float() for matrix in matrices]
+    bases = [torch.linalg.qr(in_float64(matrix))[0].float() for matrix in matrices]
     left = [basis.square().sum(1) for basis in bases]
     cholesky = [torch.zeros_like(basis).T.contiguous() for basis in bases]
     free = torch.zeros(len(bases[0]), device=bases[0].device)  # 0, or -inf for a row that is taken
@@ -187,7 +191,7 @@ def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]
             cholesky[k][position] = column / left[k][chosen].clamp_min(1e-12).sqrt()
             left[k] = (left[k] - cholesky[k][position].square()).clamp_min(0)
     others = (free == 0).nonzero()[:, 0]
-    return torch.cat([torch.tensor(order, device=others.device), others])
+    return torch.cat([torch.tensor(order, device=others.device), others]).to(matrices[0].device)
 
 
 def num_weights(in_features: int, out_features: int, rank: int, layer_format: str) -> int:

@@ -29,6 +29,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -40,12 +42,14 @@ from torch.autograd.function import once_differentiable
 
 from sparsekd.cache import Samples, Targets
 from sparsekd.errors import DataError, UsageError
+from sparsekd.logits import product
 
 Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
 
 IGNORED = -100  # the label of a position that is left out, as in torch and transformers
 _TEMPERED = {"exact_t", "renorm_full"}  # look at the whole vocabulary at T; the others temper kept tokens at most
 _ZERO = -1e30  # the logarithm of zero: finite, so that 0 log(0/q) is 0 and not nan
+_Number = float | Tensor
 
 
 class Loss(NamedTuple):
@@ -70,7 +74,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_p.exp() * (log_p - log_q)
 
 
-def _bucket(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+def _bucket(teacher: Targets, student: _Logits, temperature: _Number) -> Float[Tensor, " n"]:
     """The KL's chain rule (Cover and Thomas, theorem 2.5.3): kept or tail at temperature 1, plus P times `_paper`."""
     log_head = teacher.log_probs.logsumexp(-1)
     log_student_head = student.kept.logsumexp(-1) - student.log_total
@@ -78,7 +82,7 @@ def _bucket(teacher: Targets, student: _Logits, temperature: float) -> Float[Ten
     return between + log_head.exp() * _paper(teacher, student, temperature)
 
 
-def _paper(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+def _paper(teacher: Targets, student: _Logits, temperature: _Number) -> Float[Tensor, " n"]:
     """The method's paper read so that its fixed point is right: p^(1/T) renormalised on S, and so the student.
 
     T^2 keeps the gradient's size (Hinton, Vinyals and Dean 2015, section 2.1). Says nothing of the mass on S.
@@ -87,7 +91,7 @@ def _paper(teacher: Targets, student: _Logits, temperature: float) -> Float[Tens
     return temperature**2 * _kl(soft_teacher, F.log_softmax(student.kept / temperature, -1)).sum(-1)
 
 
-def _exact_t(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+def _exact_t(teacher: Targets, student: _Logits, temperature: _Number) -> Float[Tensor, " n"]:
     """The (k+1)-way KL of both distributions tempered over the whole vocabulary; `student` is at `temperature`.
 
     The tail's sum of p^a, a = 1/T, is interpolated in its logarithm by the quadratic through a = 0 (a count), 1/2 and
@@ -104,18 +108,18 @@ def _exact_t(teacher: Targets, student: _Logits, temperature: float) -> Float[Te
     return temperature**2 * (kept + _kl(log_tail - log_total, student.log_tail - student.log_total))
 
 
-def _sampled(teacher: Samples, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+def _sampled(teacher: Samples, student: _Logits, temperature: _Number) -> Float[Tensor, " n"]:
     """Importance-sampled KL (Anshumann et al. 2025, arXiv 2503.16870): its gradient q - w is q - p on average."""
     return _kl(teacher.log_weights, student.kept - student.log_total[:, None]).sum(-1)
 
 
-def _renorm_full(teacher: Targets, student: _Logits, temperature: float) -> Float[Tensor, " n"]:
+def _renorm_full(teacher: Targets, student: _Logits, temperature: _Number) -> Float[Tensor, " n"]:
     """Kept tokens renormalised against the full softmax (DistillKit's `zero`): least where the student has no tail."""
     soft_teacher = F.log_softmax(teacher.log_probs / temperature, -1)
     return temperature**2 * _kl(soft_teacher, student.kept - student.log_total[:, None]).sum(-1)
 
 
-_KD: dict[Mode, Callable[[Any, _Logits, float], Tensor]] = {
+_KD: dict[Mode, Callable[[Any, _Logits, _Number], Tensor]] = {
     "bucket": _bucket,
     "paper": _paper,
     "exact_t": _exact_t,
@@ -129,7 +133,7 @@ def _kd_and_ce(
     log_rest: Float[Tensor, "n temperatures"],
     teacher: Targets | Samples,
     mode: Mode,
-    temperature: float,
+    temperature: _Number,
     num_tail: int,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Both terms, from the logits of the kept tokens and of the label, and the log-sum-exp of the rest.
@@ -138,7 +142,7 @@ def _kd_and_ce(
     """
     kept, label = picked[:, :-1], picked[:, -1]
 
-    def at(temperature: float, log_tail: Tensor) -> _Logits:
+    def at(temperature: _Number, log_tail: Tensor) -> _Logits:
         log_head = (kept / temperature).logsumexp(-1)
         log_total = log_tail if isinstance(teacher, Samples) else torch.logaddexp(log_head, log_tail)
         return _Logits(kept / temperature, log_tail, log_total, num_tail)
@@ -242,28 +246,28 @@ def linear_kd_loss(
     trains = torch.is_grad_enabled()
     grad_hidden = torch.zeros_like(hidden) if trains and hidden.requires_grad else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains and weight.requires_grad else None
-    settings = {"mode": mode, "alpha": alpha, "temperature": temperature, "scale": scale, "softcap": softcap}
+    numbers = _Numbers(torch.tensor(1 / denominator, device=hidden.device), alpha, temperature, scale, softcap)
+    tempered = len(_temperatures(mode, temperature)) > 1
     # what the chunk's step holds: the logits, their softmax at another temperature, the slope of the cap
-    num_rows = max(1, chunk_size // (len(_temperatures(mode, temperature)) + (softcap is not None)))
-    share = torch.tensor(1 / denominator, device=hidden.device)  # a tensor: as a number it would be compiled in
+    num_rows = max(1, chunk_size // (1 + tempered + (softcap is not None)))
     sums = torch.zeros(2, device=hidden.device)
-    step = _chunk_step(hidden.device.type)
+    step = _chunk_step(hidden.device, numbers, mode, tempered)
     with torch.no_grad():
         matrix = weight[:vocab_size].to(hidden.dtype)
-        memory = matrix.new_empty(vocab_size * min(num_rows, len(rows)))  # of every chunk's logits in turn
+        memory = sums.new_empty(vocab_size * min(num_rows, len(rows)))  # of every chunk's logits in turn
         for start in range(0, len(rows), num_rows):
             part = slice(start, start + num_rows)
             h = hidden[rows[part]]
             chunk_teacher = type(teacher)(*(value[part] for value in teacher))
             products = memory[: vocab_size * len(h)].view(vocab_size, len(h))
-            products = torch.mm(matrix, h.T, out=products).T  # faster on a CPU than h @ matrix.T
-            gradient, found = step(products.float(), picks[part], chunk_teacher, share, **settings)
+            product(matrix, h.T, out=products)  # faster on a CPU than h @ matrix.T
+            gradient, found = step(products.T, picks[part], chunk_teacher)
             sums += found
             if grad_hidden is not None:
                 grad_hidden[rows[part]] = (gradient.to(h.dtype) @ matrix).to(h.dtype)  # under autocast it is bf16
             if grad_weight is not None:
                 grad_weight[:vocab_size].addmm_(gradient.T, h.float())
-            del gradient  # before the next chunk's is made: in half precision two would be there at once
+            del gradient  # before the next chunk's is made: two would be there at once
     kd, ce = sums / denominator
     total = alpha * kd + (1 - alpha) * ce
     if grad_weight is not None:
@@ -271,35 +275,41 @@ def linear_kd_loss(
     return Loss(_WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight), kd, ce)  # type: ignore[arg-type]
 
 
+class _Numbers(NamedTuple):
+    """What the losses of a chunk are worked out with."""
+
+    share: Float[Tensor, ""]  # of a position in the whole batch
+    alpha: _Number
+    temperature: _Number
+    scale: _Number
+    softcap: _Number | None
+
+
 def _chunk(
     z: Float[Tensor, "n V"],
     picks: Int[Tensor, "n picks"],
     teacher: Targets | Samples,
-    share: Float[Tensor, ""],
-    *,
+    numbers: _Numbers,
     mode: Mode,
-    alpha: float,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
+    tempered: bool,
 ) -> tuple[Float[Tensor, "n V"], Float[Tensor, " terms"]]:
     """From the products `h @ weight.T`, which it overwrites, their gradient, and the sums of KD and CE.
 
     With e = exp((z - m)/T) over the rest, s its sum, and g the gradient for its logarithm, which a few numbers a
     position decide, the gradient for a logit of the rest is g e / (s T). The rest is summed itself: 1 - Q cancels.
-    At T = 1 it is e^T: one exponential serves both temperatures.
+    At T = 1 it is e^T: one exponential serves both temperatures, where it is `tempered` at all.
     """
+    share, alpha, temperature, scale, softcap = numbers
     slope = _scale_and_cap(z, scale, softcap)
-    temperatures = _temperatures(mode, temperature)
     picked, m = z.gather(-1, picks), z.amax(-1, keepdim=True)
     picked = picked - m
     z.sub_(m)
-    if len(temperatures) > 1:
+    if tempered:
         z.div_(temperature)
     z.exp_()
     if not isinstance(teacher, Samples):
         z.scatter_(-1, teacher.ids, 0.0)
-    exps = [z] if len(temperatures) == 1 else [z.pow(temperature), z]
+    exps = [z.pow(temperature), z] if tempered else [z]
     sums = torch.stack([e.sum(-1) for e in exps], -1).clamp_min(torch.finfo(z.dtype).tiny)
     num_tail = z.shape[-1] - teacher.ids.shape[-1]
 
@@ -309,18 +319,17 @@ def _chunk(
         return share * scale * (alpha * found[0] + (1 - alpha) * found[1]), found
 
     (of_picked, of_rest), found = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(picked, sums.log())
-    factors = of_rest / (sums * sums.new_tensor(temperatures))
-    gradient = exps[0].mul_(factors[:, :1])
-    if len(exps) > 1:
-        gradient.addcmul_(exps[1], factors[:, 1:])
+    gradient = exps[0].mul_(of_rest[:, :1] / sums[:, :1])
+    if tempered:
+        gradient.addcmul_(exps[1], of_rest[:, 1:] / (sums[:, 1:] * temperature))
     gradient.scatter_add_(-1, picks, of_picked)
     return gradient if slope is None else gradient.mul_(slope), found
 
 
-def _scale_and_cap(z: Float[Tensor, "n V"], scale: float, softcap: float | None) -> Float[Tensor, "n V"] | None:
+def _scale_and_cap(z: Float[Tensor, "n V"], scale: _Number, softcap: _Number | None) -> Float[Tensor, "n V"] | None:
     """Makes logits of `z` in place; the slope of the cap, 1 - tanh^2, if there is one."""
     if softcap is None:
-        if scale != 1:
+        if isinstance(scale, Tensor) or scale != 1:
             z.mul_(scale)
         return None
     z.mul_(scale / softcap).tanh_()
@@ -329,11 +338,48 @@ def _scale_and_cap(z: Float[Tensor, "n V"], scale: float, softcap: float | None)
     return slope
 
 
-@functools.cache
-def _chunk_step(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _chunk_step(
+    device: torch.device, numbers: _Numbers, mode: Mode, tempered: bool, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`_chunk`; compiled on GPUs where Triton is there: a few kernels then do what is ten passes over the logits."""
-    compiled = device_type == "cuda" and importlib.util.find_spec("triton") is not None
-    return torch.compile(_chunk) if compiled else _chunk
+    if not _compiles(device.type):
+        return functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
+    tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)  # a number would be compiled in
+    share, alpha, temperature, scale = map(tensor, numbers[:4])
+    softcap = None if numbers.softcap is None else tensor(numbers.softcap)
+    step = _compiled(mode, tempered, softcap is not None, backend)
+    numbers = _Numbers(share, alpha, temperature, scale, softcap)
+    return functools.partial(step, numbers=numbers, mode=mode, tempered=tempered)
+
+
+@functools.cache
+def _compiles(device_type: str) -> bool:
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _compiled(
+    mode: Mode, tempered: bool, capped: bool, backend: str | Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_chunk` compiled for logits of one structure; not compiled, and saying so, where torch cannot or will not.
+
+    It is a function of its own: torch limits how often the code of a function is compiled.
+    """
+    code = _chunk.__code__.replace(co_name=f"_chunk_{mode}_{tempered}_{capped}")
+    chosen = torch.compile(types.FunctionType(code, globals()), backend=backend, fullgraph=True)
+
+    def step(*given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+        nonlocal chosen
+        try:
+            return chosen(*given, **settings)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            warnings.warn(f"the loss is not compiled from here on, which is slower: {error}", stacklevel=2)
+            chosen = _chunk
+            return step(*given, **settings)
+
+    return step
 
 
 class _WithGradients(torch.autograd.Function):

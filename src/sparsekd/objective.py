@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.cache import Samples, Targets
 from sparsekd.errors import DataError, UsageError
+from sparsekd.logits import logits_of, project
 from sparsekd.losses import Loss, kd_loss, linear_kd_loss
 from sparsekd.models import document_positions, output_weight, shared_vocab_size
 from sparsekd.recipe import Distill
@@ -115,16 +116,16 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, denominator: int) -> Outcome:
         labels = batch.tokens[:, 1:][batch.counted]
-        inputs: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
+        inputs = {"input_ids": batch.tokens}
         if batch.positions is not None:
             inputs["position_ids"] = batch.positions
         hidden = weight = logits = None
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self._bfloat16):
             if self._head.fused:
                 decoder: Any = self.student.get_decoder()
-                hidden = decoder(**inputs).last_hidden_state[:, :-1][batch.counted]
+                hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, :-1][batch.counted]
             else:
-                logits = self.student(**inputs).logits[:, :-1][batch.counted][:, : self.vocab_size]
+                logits = logits_of(self.student, **inputs)[:, :-1][batch.counted][:, : self.vocab_size]
         if hidden is not None:
             weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             hidden = hidden.bfloat16() if self._bfloat16 else hidden
@@ -172,7 +173,7 @@ def _likeliest(
         assert logits is not None
         return logits.argmax(-1)
     matrix = weight[:vocab_size].to(hidden.dtype)
-    return torch.cat([(chunk @ matrix.T).argmax(-1) for chunk in hidden.split(_CHUNK)])
+    return torch.cat([project(chunk, matrix).argmax(-1) for chunk in hidden.split(_CHUNK)])
 
 
 class Head(NamedTuple):
@@ -191,8 +192,8 @@ def find_head(student: PreTrainedModel) -> Head:
     cap = getattr(config, "final_logit_softcapping", None)
     decoder: Any = student.get_decoder()
     sample = torch.arange(8, device=student.device)[None] % output_weight(student).shape[0]
-    logits = student(input_ids=sample, use_cache=False).logits
-    ours = scale * (decoder(input_ids=sample, use_cache=False).last_hidden_state @ output_weight(student).T)
+    logits = logits_of(student, input_ids=sample)[0]
+    ours = scale * project(decoder(input_ids=sample, use_cache=False).last_hidden_state[0], output_weight(student))
     if cap is not None:
         ours = cap * torch.tanh(ours / cap)
     fused = ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-3, atol=1e-3)

@@ -22,8 +22,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparsekd import files
 from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
 from sparsekd.codecs import Codec, codec_for
-from sparsekd.device import Batches
+from sparsekd.device import Batches, in_float64
 from sparsekd.errors import DataError, UsageError
+from sparsekd.logits import logits_of
 from sparsekd.models import (
     config_hash,
     document_inputs,
@@ -122,7 +123,7 @@ def sampled_distribution(logits: Float[Tensor, "N V"], num_samples: int, uniform
     variance-optimal estimation of subset sums", SODA 2009). The tokens that are not certain are drawn systematically,
     at u, u + 1, ... along the running sum of pi (Madow 1949), by one of the `uniforms`, in [0, 1), for each row.
     """
-    p = logits.double().softmax(-1)
+    p = in_float64(logits).softmax(-1)
     top, top_ids = p.topk(min(num_samples, p.shape[-1]), dim=-1)
     slots = torch.arange(top.shape[-1], device=p.device)
     left = top.shape[-1] - slots  # slots from each rank on
@@ -166,7 +167,7 @@ def _logits(
         )
         return functools.reduce(torch.logaddexp, mixed)
     inputs = document_inputs(tokens.to(model.device), separator)
-    return model(**inputs, use_cache=False).logits[:, :-1, :vocab_size]
+    return logits_of(model, **inputs)[:, :-1, :vocab_size]
 
 
 def _by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression import statistics
 from sparsekd.compression.lowrank import Projection, from_input_gram, from_output_gram
+from sparsekd.device import solver_device
 from sparsekd.errors import UsageError
 from sparsekd.models import MLP, find_mlps, linear_weight
 
@@ -40,14 +41,15 @@ def directions_of(
         seen = moments.pop(mlp, None)
         for name in mlp.matrices:
             weight = linear_weight(model.get_submodule(name)).detach()
+            where = solver_device(weight.device)
             if seen is None:
                 projections[name] = from_input_gram(weight, None)
             elif name == mlp.output:
-                curvature = seen.output_curvature.mean().to(weight.device) if two_sided else None
-                projections[name] = from_output_gram(seen.output.mean().to(weight.device), curvature)
+                curvature = seen.output_curvature.mean().to(where) if two_sided else None
+                projections[name] = from_output_gram(seen.output.mean().to(where), curvature)
             else:
-                curvature = seen.input_curvature[name].mean().to(weight.device) if two_sided else None
-                gram = seen.input.mean().to(weight.device)
+                curvature = seen.input_curvature[name].mean().to(where) if two_sided else None
+                gram = seen.input.mean().to(where)
                 projections[name] = from_input_gram(weight, gram, curvature)
     return projections
 

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparsekd.device import in_float64
+
 _RELATIVE_FLOOR = 1e-12  # eigenvalues below this share of the largest are rounding noise of float64 products
 
 
@@ -40,12 +42,12 @@ class Projection:
 
     def factors(self, weight: Float[Tensor, "O I"], rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
         """`up`, `down` of the approximation of rank R <= K, balanced so that `|up_k| = |down_k|`."""
-        up = self.left[:, :rank].double()
+        up = in_float64(self.left[:, :rank])
         right = up if self.metric is None else _times(self.metric, up)
-        down = right.T @ weight.double()
+        down = right.T @ in_float64(weight)
         # equal norms give both factors equal gradients, which Adam and weight decay assume
         scale = (down.norm(dim=1).clamp_min(1e-30) / up.norm(dim=0).clamp_min(1e-30)).sqrt()
-        return (up * scale).to(weight.dtype), (down / scale[:, None]).to(weight.dtype)
+        return (up * scale).to(weight), (down / scale[:, None]).to(weight)
 
     def lost(self) -> Float[Tensor, " M"]:
         """Energy that a truncation to rank 0, 1, ..., K loses, M = K + 1 values: `sum_{k>r} energy_k`."""
@@ -60,12 +62,12 @@ class Projection:
 def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"] | None = None) -> Projection:
     """For a matrix whose outputs were seen: eigenvectors of `K = E[y y^T]`, or of `T K T` with `T^2 = curvature`."""
     if curvature is None:
-        energy, basis = torch.linalg.eigh(gram.double())
+        energy, basis = torch.linalg.eigh(in_float64(gram))
         return Projection(basis.flip(1).float(), None, energy.flip(0).clamp_min(0))
-    metric = _regularised(curvature.double())
+    metric = _regularised(in_float64(curvature))
     values, vectors = torch.linalg.eigh(metric)
     root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
-    energy, basis = torch.linalg.eigh(root @ gram.double() @ root)
+    energy, basis = torch.linalg.eigh(root @ in_float64(gram) @ root)
     return Projection((inverse @ basis.flip(1)).float(), metric, energy.flip(0).clamp_min(0))
 
 
@@ -80,11 +82,12 @@ def from_input_gram(
     whose eigenvalue is numerically zero are left out, so K may be smaller than min(O, I). `curvature` is the diagonal
     of G: its rows are weighted by its root before and unweighted after.
     """
-    root = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else _root(gram)
-    weighted = weight.double() @ root  # W S
+    exact = in_float64(weight)
+    root = torch.eye(weight.shape[1], dtype=torch.float64, device=exact.device) if gram is None else _root(gram)
+    weighted = exact @ root  # W S
     if curvature is None:
         return _directions(weighted)
-    metric = _regularised(curvature.double())
+    metric = _regularised(in_float64(curvature))
     rows = metric.sqrt()[:, None]
     found = _directions(rows * weighted)
     return Projection((found.left / rows).float(), metric, found.energy)
@@ -116,5 +119,5 @@ def _regularised(curvature: Tensor) -> Tensor:
 
 def _root(gram: Float[Tensor, "I I"]) -> Float[Tensor, "I I"]:
     """S with `gram = S S^T`, from the eigenvectors: exists for every positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = torch.linalg.eigh(in_float64(gram))
     return vectors * values.clamp_min(0).sqrt()

@@ -19,6 +19,7 @@ from sparsekd.cache import Targets
 from sparsekd.compression.formats import Factors
 from sparsekd.layers import LowRankLinear
 from sparsekd.layerwise import Layers
+from sparsekd.logits import logits_of
 from sparsekd.losses import kd_loss
 from sparsekd.models import document_inputs, replace_module
 from sparsekd.teacher import distributions
@@ -68,9 +69,7 @@ class Probe:
     def _kl(self, first: int) -> float:
         total, count = 0.0, 0
         for inputs, hidden, targets in self._batches:
-            logits, _ = self._layers.run(
-                lambda inputs=inputs: self._model(**inputs, use_cache=False).logits, hidden[first], first
-            )
+            logits, _ = self._layers.run(lambda inputs=inputs: logits_of(self._model, **inputs), hidden[first], first)
             for row, part in enumerate(targets):
                 loss = kd_loss(
                     logits[row, :-1], inputs["input_ids"][row, 1:], part, alpha=1.0, temperature=1.0, denominator=1

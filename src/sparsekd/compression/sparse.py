@@ -81,7 +81,7 @@ def prune(
 
 def least_important(weight: Float[Tensor, "O I"], norms: Float[Tensor, " I"], num_zeros: int) -> Bool[Tensor, "O I"]:
     """True at the `num_zeros` lowest of `|W_ij| ||x_j||_2` in each row; of equal ones, zeros and then the first."""
-    scores = weight.float().abs() * norms.to(weight.device).float()
+    scores = weight.float().abs() * norms.float().to(weight.device)
     scores.masked_fill_(weight == 0, -1)  # before a weight whose input is always zero: pruned twice is not two zeros
     lowest = scores.sort(dim=1, stable=True).indices[:, :num_zeros]
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, lowest, True)

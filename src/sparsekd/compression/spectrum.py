@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression import ranks
 from sparsekd.compression.directions import directions_of
+from sparsekd.device import in_float64, solver_device
 from sparsekd.errors import UsageError
 from sparsekd.models import linear_weight
 from sparsekd.recipe import Compress
@@ -56,7 +57,8 @@ def spectrum(
     result = []
     for matrix in planned.matrices:
         projection = found[matrix.name]
-        singular = torch.linalg.svdvals(linear_weight(model.get_submodule(matrix.name)).detach().float())
+        weight = linear_weight(model.get_submodule(matrix.name)).detach().float()
+        singular = torch.linalg.svdvals(weight.to(solver_device(weight.device)))
         rank = min(matrix.rank or matrix.max_rank, len(projection.energy))
         lost = float(projection.lost()[rank])
         result.append(
@@ -78,7 +80,8 @@ def spectrum(
 
 def effective_rank(energy: Float[Tensor, " K"]) -> float:
     """`exp` of the entropy of the energy's distribution (Roy and Vetterli 2007, there of singular values)."""
-    share = energy.double().clamp_min(0) / energy.double().sum().clamp_min(1e-300)
+    energy = in_float64(energy)
+    share = energy.clamp_min(0) / energy.sum().clamp_min(1e-300)
     return float(torch.special.entr(share).sum().exp())
 
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
+from sparsekd.logits import logits_of
 from sparsekd.models import MLP, document_inputs, find_mlps, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
@@ -53,7 +54,7 @@ class Gram:
         if self.cap is not None:
             norm = x.norm(dim=-1, keepdim=True)
             x = x * (self.cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
-        self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).double().cpu()
+        self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
         self.num_tokens += len(x)
 
     def mean(self) -> Tensor:
@@ -237,7 +238,7 @@ def _output_gradient(
 ) -> Float[Tensor, "1 L H"]:
     """Gradient at the last layer's output; one block at a time, because logits are large."""
     top.requires_grad_()
-    logits, _ = layers.run(lambda: model(**inputs, use_cache=False).logits[0].float(), top, depth)
+    logits, _ = layers.run(lambda: logits_of(model, **inputs)[0].float(), top, depth)
     with torch.no_grad():
         probabilities = logits.softmax(-1).cpu()
         if not bool(torch.isfinite(probabilities).all()):

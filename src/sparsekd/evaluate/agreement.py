@@ -74,7 +74,7 @@ def distances(logits: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Fl
         log_q, log_p = z.float().log_softmax(-1), t.float().log_softmax(-1)
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         agrees = z.argmax(-1) == t.argmax(-1)
-        parts.append(torch.stack([kl, agrees.float()], -1).double().cpu())
+        parts.append(torch.stack([kl, agrees.float()], -1).cpu().double())
     return torch.cat(parts)
 
 

@@ -93,7 +93,7 @@ def confidences(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Floa
         confidence, likeliest = p.max(-1)
         brier = torch.linalg.vecdot(p, p) - 2 * p.gather(-1, y[:, None])[:, 0] + 1
         entropy = -torch.linalg.vecdot(p, log_p)
-        parts.append(torch.stack([confidence, (likeliest == y).float(), brier, entropy], -1).double().cpu())
+        parts.append(torch.stack([confidence, (likeliest == y).float(), brier, entropy], -1).cpu().double())
     return torch.cat(parts)
 
 

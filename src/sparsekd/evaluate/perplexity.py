@@ -141,7 +141,7 @@ def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float | None
 def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
     """Nats for each predicted token, in float64 on the CPU; the logarithm is taken in float32."""
     pairs = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).double().cpu()
+    return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).cpu().double()
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"], windows: Sequence[Window]) -> int:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from sparsekd.corpus import encode
 from sparsekd.device import Batches
 from sparsekd.errors import DataError
+from sparsekd.logits import logits_of
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 
@@ -100,7 +101,7 @@ def predictions(
     """The model's predictions of the first `vocab_size` tokens, those beyond being padding, window by window;
     `batch_size` windows of equal length go through it together, each after what a text has to `begin` with.
 
-    Run it inside `torch.inference_mode()`. Logits stay on the model's device and in its number format. Where memory
+    Run it inside `torch.inference_mode()`. Logits are float32 and stay on the model's device. Where memory
     runs out, half as many windows go together, which `say` hears of; raises `ResourceError` when it does not hold a
     single one.
     """
@@ -109,7 +110,7 @@ def predictions(
     def predict(batch: Sequence[Window]) -> list[Prediction]:
         rows = torch.stack([torch.cat([ids.new_tensor(begin), ids[window.start : window.end]]) for window in batch])
         rows = rows.to(model.device)
-        logits = model(input_ids=rows, use_cache=False).logits[:, len(begin) : -1, :vocab_size]
+        logits = logits_of(model, input_ids=rows)[:, len(begin) : -1, :vocab_size]
         return list(map(Prediction, batch, logits, rows[:, len(begin) + 1 :]))
 
     for _, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):

@@ -1,0 +1,57 @@
+"""The whole path on a device that has no float64, as Apple's GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsekd import pipeline
+from sparsekd.recipe import load_recipe
+
+SCRIPT = Path(__file__).parent.parent / "no_float64.py"
+CHANGES = {
+    "curvature and probe": ("method=two-sided", "allocation=global", "probe_tokens=64"),
+    "whitened": ("method=whitened", "format=lowrank", "allocation=energy"),
+    "svd": ("method=svd",),
+    "wanda": ("method=wanda", "format=mask"),
+}
+SAMPLED = ("cache.codec=sampled", "distill.loss=sampled", "distill.temperature=1", "corpus.document_mask=true")
+
+
+def on_device(command: str, recipe: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), command, str(recipe), *arguments, "--set", "device=single", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode in (0, 5), done.stderr  # a random model's quality may well fall
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_run_finds_what_it_finds_on_a_cpu(kind: str, tiny_recipe: Path, tmp_path: Path) -> None:
+    changes = (*(f"compress.{change}" for change in CHANGES[kind]), *(SAMPLED if kind == "svd" else ()))
+    settings = [part for change in changes for part in ("--set", change)]
+    found = json.loads(on_device("run", tiny_recipe, "--out", str(tmp_path / "there"), *settings))
+    with sdpa_kernel(SDPBackend.MATH):  # the one that the device has
+        pipeline.run(load_recipe(str(tiny_recipe), changes), tmp_path / "here", until="evaluate")
+    for name in ("dense", "compressed", "distilled"):
+        here = json.loads((tmp_path / f"here/round-01/eval/{name}-text-held.json").read_text())
+        there = found["evaluation"]["models"][name]["held"]
+        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-4)
+
+
+def test_spectra_are_those_of_a_cpu(tiny_recipe: Path) -> None:
+    settings = ("--set", "compress.method=two-sided")
+    found = json.loads(on_device("spectrum", tiny_recipe, *settings))["matrices"]
+    expected = pipeline.spectrum(load_recipe(str(tiny_recipe), settings[1::2]))["matrices"]
+    for matrix, other in zip(found, expected, strict=True):
+        for key in ("singular_values", "effective_rank", "weight_effective_rank"):
+            assert matrix[key] == pytest.approx(other[key], rel=1e-3)
