@@ -165,7 +165,7 @@ def _run_all(
                 continue
             inputs = document_inputs(batch.to(device), separator)
             if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
-                labels = torch.Generator().manual_seed(label_seed * 1_000_003 + number)
+                labels = torch.Generator().manual_seed((label_seed * 1_000_003 + number) % 2**64)
                 _backward(model, layers, inputs, number, home, device, labels)
             else:
                 with torch.inference_mode(), _in_turn(layers, home, device):
