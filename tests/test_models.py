@@ -204,6 +204,19 @@ def test_the_checkpoint_keeps_its_number_format(
     assert models.load(str(tmp_path / "half"), dtype=torch.float32)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2"])
+def test_a_model_saved_in_another_format_is_the_one_that_is_loaded(
+    architecture: str, make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Rotary frequencies are not saved: rounded with the weights, they would stay rounded in memory alone."""
+    model = compression.compress(make_model(architecture), reduction=0.3, method="svd")
+    models.save(model, tokenizer, tmp_path / "half", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} <= {torch.float32}
+    loaded, _ = models.load(str(tmp_path / "half"), dtype=torch.float32)
+    assert torch.equal(logits(nn.Module.to(model, torch.float32)), logits(loaded))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_plain_transformers_refuses_a_compressed_folder(
     format: str,

@@ -273,17 +273,25 @@ def save(
 ) -> None:
     """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing.
 
-    `dtype` changes the model's number format, in place, before; None leaves it. Raises `ResourceError` when the disk
-    is too small, `DataError` when a masked model has lost zeros.
+    `dtype` changes the number format of the model's weights, in place, before; None leaves it. Raises `ResourceError`
+    when the disk is too small, `DataError` when a masked model has lost zeros.
     """
     folder = Path(folder)
     check_zeros(model)
     if dtype is not None:
-        nn.Module.to(model, dtype)
+        _cast(model, dtype)
     files.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), "the model")
     with files.atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `nn.Module.to` does, for what is saved only: buffers that are not, as rotary frequencies, stay exact, as
+    they are when the model is loaded."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def weights_hash(model: nn.Module) -> str:
