@@ -403,7 +403,7 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
     seconds = [[name, tables.duration(value)] for name, value in gathered["seconds"].items()]
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
     _print_table(tables.console_table("Time", ["stage", ""], [*seconds, total]))
-    print(f"peak memory {gathered['peak_memory_bytes'] / 1e9:.1f} GB")
+    print(f"peak memory {tables.memory(gathered)}")
     print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
     print(f"report: {folder / 'report.html'}")
 
