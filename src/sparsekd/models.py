@@ -207,7 +207,10 @@ def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceEr
         extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
         return ResourceError(f"model {name} needs a package that is not installed: {first_line}{extra}")
     if "trust_remote_code" in str(error):
-        return UsageError(f"model {name} comes with Python code: read it, then set model.trust_remote_code=true")
+        return UsageError(
+            f"model {name} comes with Python code: read it, then set model.trust_remote_code=true, or give sparsekd "
+            "eval --trust-remote-code"
+        )
     if (
         "offline" in str(error).lower()
         or "connect" in str(error).lower()
