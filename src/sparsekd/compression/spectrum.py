@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekd.anatomy import linear_weight
 from sparsekd.compression import ranks
 from sparsekd.compression.directions import directions_of
 from sparsekd.errors import UsageError
-from sparsekd.models import linear_weight
 from sparsekd.recipe import Compress
 
 

@@ -28,10 +28,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekd.anatomy import MLP, find_mlps, shape
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
-from sparsekd.models import MLP, document_inputs, find_mlps, shape
+from sparsekd.models import document_inputs
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
 # alone would decide the top directions. A token counts with at most this multiple of the median norm. Gradients are
