@@ -212,8 +212,8 @@ def _sizes(up: Tensor, down: Tensor) -> tuple[int, int, int]:
     return down.shape[1], up.shape[0], down.shape[0]
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether calling the layer is nothing but its product; accelerate puts its hooks in place of `forward`."""
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is nothing but its product; accelerate puts its hooks in place of `forward`."""
     hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
 
