@@ -57,15 +57,6 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
-def peak_device_memory_bytes(device: torch.device) -> int | None:
-    """The most of a GPU's memory that this process has held so far; None for a CPU, which has the host's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":  # which knows no peak, but what its driver has taken is seldom given back
-        return torch.mps.driver_allocated_memory()
-    return None
-
-
 def measured_flops(placement: Placement) -> float:
     """Floating point operations a second of a 1024-wide matrix product here, the best of three; for time estimates."""
     size = 1024
@@ -76,3 +67,12 @@ def measured_flops(placement: Placement) -> float:
         float((a @ a)[0, 0])
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """The most of a GPU's memory that this process has held so far; None for a CPU, which has the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":  # which knows no peak, but what its driver has taken is seldom given back
+        return torch.mps.driver_allocated_memory()
+    return None

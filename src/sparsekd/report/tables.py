@@ -42,12 +42,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
 
 
-def memory(gathered: dict[str, Any]) -> str:
-    """The most that a stage held of the host's memory, and of the device's where it is no CPU."""
-    host, device = gathered["peak_memory_bytes"] / 1e9, gathered["peak_device_memory_bytes"]
-    return f"{host:.1f} GB" if device is None else f"{host:.1f} GB host, {device / 1e9:.1f} GB device"
-
-
 def evaluation(found: dict[str, Any]) -> list[Titled]:
     """All that was measured on texts and tasks, without the tables that have no row."""
     tables = [
@@ -227,6 +221,12 @@ def duration(seconds: float) -> str:
     if minutes >= 120:
         return f"{seconds / 3600:.1f} h"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def memory(gathered: dict[str, Any]) -> str:
+    """The most that a stage held of the host's memory, and of the device's where it is no CPU."""
+    host, device = gathered["peak_memory_bytes"] / 1e9, gathered["peak_device_memory_bytes"]
+    return f"{host:.1f} GB" if device is None else f"{host:.1f} GB host, {device / 1e9:.1f} GB device"
 
 
 def size(num_bytes: float) -> str:
