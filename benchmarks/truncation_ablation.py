@@ -35,12 +35,13 @@ from _record import RESULTS, record
 
 import sparsekd
 from sparsekd import compression, corpus, distillation, teacher
+from sparsekd.anatomy import find_mlps, linear_weight
 from sparsekd.compression import lowrank, statistics
 from sparsekd.compression.allocate import Curve, allocate
 from sparsekd.compression.formats import put
 from sparsekd.evaluate import ratio
 from sparsekd.layers import LowRankLinear
-from sparsekd.models import find_mlps, linear_weight, mark_compressed, replace_module
+from sparsekd.models import mark_compressed, replace_module
 from sparsekd.recipe import Compress, Recipe, load_recipe
 
 NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096

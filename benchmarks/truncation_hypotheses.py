@@ -35,10 +35,10 @@ from torch import nn
 from truncation_ablation import Setup, prepare, ratios, train, truncated
 
 from sparsekd import compression, distillation
+from sparsekd.anatomy import find_mlps
 from sparsekd.compression.statistics import Gram
 from sparsekd.layers import CompressedLinear, rank_for
 from sparsekd.layerwise import Layers
-from sparsekd.models import find_mlps
 from sparsekd.objective import Objective
 
 NAME, REDUCTION, NEXT, BLOCKS = "truncation_hypotheses", 0.35, 0.51, 100

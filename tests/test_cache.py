@@ -484,8 +484,8 @@ def test_padding_of_the_embeddings_takes_no_probability(
 
 def test_a_vocabulary_larger_than_ids_can_name_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     blocks = {0: np.arange(20, dtype=np.int32)}
-    with pytest.raises(UsageError, match=r"vocabulary has 262,145 tokens: the teacher cache holds at most 262,144"):
-        filled(model, tmp_path, blocks, vocab_size=262_145)
+    with pytest.raises(UsageError, match=r"has 16,777,217 tokens: the teacher cache holds at most 16,777,216"):
+        filled(model, tmp_path, blocks, vocab_size=2**24 + 1)
 
 
 def test_a_block_longer_than_the_context_is_refused(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

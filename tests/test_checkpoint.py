@@ -12,6 +12,7 @@ from test_distillation import OPTIONS, data, equal, state
 
 from sparsekd import distillation
 from sparsekd.cache import Cache
+from sparsekd.checkpoint import Checkpoints
 from sparsekd.errors import DataError, Stopped
 
 EVERY_STEP = replace(OPTIONS, checkpoint_minutes=0.0)
@@ -172,3 +173,23 @@ def test_weights_split_over_processes_come_back(tmp_path: Path) -> None:
     run_processes("sharded_checkpoint.py", str(tmp_path), count=2)
     whole = load_file(tmp_path / "step-00000001/model.safetensors")
     assert whole["0.weight"].shape == (8, 5)
+
+
+def test_processes_need_no_shared_folder(tmp_path: Path) -> None:
+    """As on two machines: what the main process reads, or that it is damaged, is known to the other as well."""
+    run_processes("separate_folders.py", str(tmp_path), count=2)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_only_the_main_process_copies_to_the_host(is_main: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    copies: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or tensor)
+    checkpoints = Checkpoints(tmp_path, is_main)
+    checkpoints.keep_best(model, 0)
+    checkpoints.save(model, optimizer, {"step": 1, "best_step": 0})
+    assert len(copies) == is_main * (2 + 2 + 2 * 3)  # weights twice, and three moments of each
+    assert bool(list(tmp_path.iterdir())) == is_main

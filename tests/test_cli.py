@@ -1,6 +1,7 @@
 """The command line: quick to start, plans without touching anything, answers in JSON, one line on an error."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-from sparsekd import cli, compression, errors, files, models
+from sparsekd import cli, compression, errors, files, models, run
 from sparsekd.recipe import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
@@ -437,6 +439,37 @@ def test_eval_against_a_teacher_and_on_a_task(
     assert "acc_norm" in only_task.out and "Perplexity" not in only_task.out
 
 
+def test_eval_says_where_and_how_model_and_teacher_run(
+    sparsekd: Any, refused: Any, model_folder: Any, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = model_folder("llama")
+    teacher = shutil.copytree(model, tmp_path / "teacher")
+    given: list[dict[str, Any]] = []
+    original = models.load
+
+    def load(name: str, **options: Any) -> Any:
+        given.append(options)
+        return original(name, **options)
+
+    monkeypatch.setattr(models, "load", load)
+    texts = ("--text", text_file, "--context", "64", "--stride", "64", "--max-tokens", "200")
+    options = ("--teacher", teacher, "--device", "cpu", "--dtype", "bfloat16", "--trust-remote-code")
+    outcome = sparsekd("eval", model, *texts, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    for one in given:
+        assert one["device"] == torch.device("cpu")
+        assert one["dtype"] == torch.bfloat16
+        assert one["trust_remote_code"]
+    assert len(given) == 2
+    plain = sparsekd("eval", model, *texts, "--json").json
+    assert outcome.json["models"][str(model)] != plain["models"][str(model)]
+    assert given[2]["trust_remote_code"] is False
+    line = refused("eval", model, *texts, "--device", "gpu", error=errors.UsageError)
+    assert "device 'gpu' cannot be used here" in line
+    line = refused("eval", model, *texts, "--dtype", "int8", error=errors.UsageError)
+    assert "expected auto, float32, bfloat16 or float16" in line
+
+
 def test_eval_on_nothing_or_of_another_tokenizer_is_refused(
     refused: Any, model_folder: Any, make_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
@@ -456,6 +489,24 @@ def test_eval_on_nothing_or_of_another_tokenizer_is_refused(
     (other / "tokenizer.json").write_text(json.dumps(words))
     line = refused("eval", model, "--text", text_file, "--teacher", other, error=errors.DataError)
     assert "its tokenizer is not that of" in line
+
+
+def test_the_memory_of_a_device_is_beside_the_host_s(
+    sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(run, "peak_device_memory_bytes", lambda device: 3_000_000_000)
+    printed = sparsekd("run", tiny_recipe, "--out", out)
+    assert printed.code == 0, printed.err
+    assert re.search(r"^peak memory \d+\.\d GB host, 3\.0 GB device$", printed.out, re.M)
+    assert "GB host, 3.0 GB device." in (out / "report.html").read_text()
+    for path in out.rglob("stage.json"):  # as a run on a CPU, or one of an older version, has it
+        summary = files.read_json(path)
+        assert summary.pop("peak_device_memory_bytes") == 3_000_000_000
+        files.write_json(path, summary)
+    printed = sparsekd("report", out)
+    assert re.search(r"^peak memory \d+\.\d GB$", printed.out, re.M)
+    assert "GB device" not in (out / "report.html").read_text()
 
 
 # ---- bad input, beside tests/e2e/test_bad_input.py

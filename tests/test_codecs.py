@@ -34,7 +34,7 @@ def kl(decoded: Targets, stored: Targets) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 32, 256])
 @pytest.mark.parametrize("vocab_size", [400, 65_536, 65_537, MAX_VOCAB])
 def test_decoded_is_what_was_stored(codec: str, top_k: int, vocab_size: int) -> None:
-    targets = teacher(3, vocab_size, top_k)
+    targets = teacher(3, min(vocab_size, 65_537), top_k)
     targets.ids[0, 0] = vocab_size - 1  # the largest id there is
     packer = codec_for(codec, top_k, vocab_size)
     planes = packer.encode(targets)
@@ -97,7 +97,7 @@ def test_bytes_of_a_token() -> None:
 
 def test_a_vocabulary_that_ids_cannot_name() -> None:
     codec_for("q16", 32, MAX_VOCAB)
-    with pytest.raises(UsageError, match=r"262,145 tokens: the teacher cache holds at most 262,144"):
+    with pytest.raises(UsageError, match=r"16,777,217 tokens: the teacher cache holds at most 16,777,216"):
         codec_for("q16", 32, MAX_VOCAB + 1)
 
 

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
 from sparsekd import files, teacher
+from sparsekd.anatomy import find_mlps, linear_weight
 from sparsekd.cache import Targets
 from sparsekd.compression import convert, lowrank, plan, statistics, truncate
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
 from sparsekd.layers import FORMATS, CompressedLinear
-from sparsekd.models import find_mlps, linear_weight
 from sparsekd.recipe import Compress
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]

@@ -161,6 +161,30 @@ def test_a_missing_task_is_named_and_skipped_only_when_allowed(make_model: Any, 
     assert found["local_lambada"].skipped is None
 
 
+def test_texts_are_all_that_a_task_shows(root: Path, no_network: list[Any]) -> None:
+    """Questions and answers, right and wrong, in lists as well."""
+    found = harness.texts(LOCAL, str(root))
+    assert list(found) == LOCAL
+    lines = {name: set(text.splitlines()) for name, text in found.items()}
+    for row in CHOICES:
+        assert lines["local_hellaswag"] >= {row["query"], *row["choices"]}
+    for row in ROWS["piqa_val"]:
+        assert lines["local_piqa"] >= {row["goal"], row["sol1"], row["sol2"]}
+    for row in ROWS["winogrande_val"]:
+        assert lines["local_winogrande"] >= {*row["context_options"], row["continuation"]}
+    assert all(article in found["local_wikitext"] for article in ARTICLES)
+    assert no_network == []
+
+
+def test_texts_of_missing_tasks(root: Path) -> None:
+    (root / "tasks" / "piqa_val.jsonl").unlink()
+    tasks = ["local_piqa", "local_lambada", "piqa"]
+    with pytest.raises(DataError, match=r"piqa_val\.jsonl: no such file"):
+        harness.texts(tasks, str(root))
+    assert list(harness.texts(tasks, str(root), skip_missing=True)) == ["local_lambada"]
+    assert harness.texts([], None) == {}
+
+
 def test_a_task_that_only_the_hub_has_is_named(make_model: Any, tokenizer: Any) -> None:
     found = run_tasks(make_model("llama"), tokenizer, ["piqa"], skip_missing=True)
     assert "task piqa is not available here" in (found["piqa"].skipped or "")

@@ -1,10 +1,17 @@
 """The compressed formats: known answers, parameter counts, and the choice of pivots."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
+from sparsekd import compression
 from sparsekd.layers import (
     FORMATS,
     ColumnPivotLinear,
@@ -42,6 +49,35 @@ def test_layer_computes_the_product_of_its_factors(
     assert torch.allclose(y, expected, atol=2e-4)
     again_up, again_down = layer.factors()
     assert torch.allclose(again_up @ again_down, up @ down, atol=2e-4)
+
+
+@pytest.mark.parametrize("layer_format", FORMATS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_off_loaded_weights_are_fetched(
+    where: str, architecture: str, layer_format: str, make_model: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    """accelerate keeps them on the meta device between two calls of a layer, where numbers are not."""
+    model: Any = compression.compress(make_model(architecture), reduction=0.4, method="svd", format=layer_format)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        if where == "cpu":
+            cpu_offload(model, torch.device("cpu"))
+        else:
+            disk_offload(model, str(tmp_path), torch.device("cpu"))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert torch.equal(model(tokens).logits, expected)
+
+
+def test_hooks_on_the_inner_layers_see_their_calls() -> None:
+    layer = RowPivotLinear.from_factors(*factors(24, 10, 6))
+    seen = []
+    for part in (layer.pivots, layer.rest):
+        part.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        layer(torch.randn(3, 10))
+    assert seen == [layer.pivots, layer.rest]
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -55,7 +55,7 @@ def test_the_teacher_caches_what_float32_products_say(low: PreTrainedModel, bloc
 def test_evaluation_sees_float32_logits(low: PreTrainedModel, blocks: torch.Tensor) -> None:
     ids = blocks.flatten()
     with torch.inference_mode():
-        for window, logits, _ in predictions(low, ids, split(len(ids), 64, 32), 2):
+        for window, logits, _ in predictions(low, ids, split(len(ids), 64, 32), 2, 400):
             torch.testing.assert_close(logits, exact(low, ids[None, window.start : window.end])[0, :-1], **CLOSE)
 
 

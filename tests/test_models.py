@@ -1,4 +1,4 @@
-"""MLPs found by shape, models saved and opened again, and every folder that cannot be used refused with a reason."""
+"""Models saved and opened again, and every folder that cannot be used refused with a reason."""
 
 import json
 import struct
@@ -13,33 +13,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    MambaConfig,
-    MixtralConfig,
-    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
-from sparsekd import compression, models
+from sparsekd import anatomy, compression, models
 from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.layers import FORMATS, CompressedLinear, layer_class
-from sparsekd.models import MLP
 from sparsekd.recipe import Compress
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
-GATED = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
-FUSED = ("mlp.gate_up_proj",), "mlp.down_proj"
-EXPECTED = {
-    "llama": ("model.layers", *GATED),
-    "qwen3": ("model.layers", *GATED),
-    "phi3": ("model.layers", *FUSED),
-    "gpt2": ("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-}
-TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
 
 
 def blocks(seed: int = 0) -> torch.Tensor:
@@ -49,78 +33,6 @@ def blocks(seed: int = 0) -> torch.Tensor:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-def mlps_of(layers: str, inputs: tuple[str, ...], output: str, depth: int = 2) -> list[MLP]:
-    return [MLP(tuple(f"{layers}.{i}.{name}" for name in inputs), f"{layers}.{i}.{output}") for i in range(depth)]
-
-
-# ---- the MLP projections
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mlps_are_found_with_their_names(architecture: str, make_model: Callable[[str], PreTrainedModel]) -> None:
-    assert models.find_mlps(make_model(architecture)) == mlps_of(*EXPECTED[architecture])
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mlps_of_a_compressed_model_are_the_same(
-    architecture: str, make_model: Callable[[str], PreTrainedModel]
-) -> None:
-    model = compression.compress(make_model(architecture), reduction=0.3, method="svd")
-    assert models.find_mlps(model) == mlps_of(*EXPECTED[architecture])
-
-
-def test_names_are_in_depth_order_beyond_ten_layers() -> None:
-    config = Qwen3Config(**TINY, **TOKENS, intermediate_size=64, num_key_value_heads=2)
-    config.num_hidden_layers = 12
-    config.layer_types = ["full_attention"] * 12
-    assert models.find_mlps(AutoModelForCausalLM.from_config(config)) == mlps_of("model.layers", *GATED, depth=12)
-
-
-@pytest.mark.parametrize("intermediate_size", [48, 64, 96])
-@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_wide_qwen3_attention_is_no_mlp(key_value_heads: int, intermediate_size: int) -> None:
-    """heads x head_dim is twice the hidden size, and in one case just the intermediate size."""
-    config = Qwen3Config(
-        **TINY, **TOKENS, intermediate_size=intermediate_size, num_key_value_heads=key_value_heads, head_dim=16
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    attention = model.get_submodule("model.layers.0.self_attn")
-    assert models.shape(attention.o_proj) == (64, 32)  # type: ignore[arg-type]
-    assert models.find_mlps(model) == mlps_of("model.layers", *GATED)
-
-
-@pytest.mark.parametrize("head_dim", [8, 16])
-@pytest.mark.parametrize("intermediate_size", [32, 48, 64])
-def test_fused_phi3_attention_is_no_mlp(intermediate_size: int, head_dim: int) -> None:
-    """With half as many key-value heads the fused qkv is twice as wide as the input of o_proj, like gate and up."""
-    config = Phi3Config(**TINY, **TOKENS, intermediate_size=intermediate_size, num_key_value_heads=2)
-    config.head_dim = head_dim
-    model = AutoModelForCausalLM.from_config(config)
-    attention = model.get_submodule("model.layers.0.self_attn")
-    assert models.shape(attention.qkv_proj)[1] == 2 * models.shape(attention.o_proj)[0]  # type: ignore[arg-type]
-    assert models.find_mlps(model) == mlps_of("model.layers", *FUSED)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**TINY, **TOKENS, intermediate_size=64, num_key_value_heads=2, num_local_experts=4),
-        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, **TOKENS),
-    ],
-    ids=["mixtral", "mamba"],
-)
-def test_a_model_without_an_mlp_is_refused(config: Any) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(
-        UsageError, match=f"no MLP found in {type(model).__name__}: expected sibling linear layers 32->i"
-    ):
-        models.find_mlps(model)
-    before = models.weights_hash(model)
-    with pytest.raises(UsageError, match="no MLP found"):
-        compression.compress(model, reduction=0.3, method="svd")
-    assert models.weights_hash(model) == before
 
 
 # ---- round trips
@@ -152,7 +64,7 @@ def test_a_compressed_model_round_trips(
     generated = loaded.generate(IDS, **options)
     assert generated.shape[1] > IDS.shape[1]
     assert torch.equal(generated, model.generate(IDS, **options))
-    outputs = {mlp.output for mlp in models.find_mlps(loaded)}
+    outputs = {mlp.output for mlp in anatomy.find_mlps(loaded)}
     for name in loaded.config.sparsekd["ranks"]:
         assert isinstance(loaded.get_submodule(name), layer_class(format, reads_neurons=name in outputs))
 
@@ -202,6 +114,19 @@ def test_the_checkpoint_keeps_its_number_format(
     assert models.checkpoint_dtype(str(tmp_path / "half")) == torch.bfloat16
     assert models.load(str(tmp_path / "half"))[0].dtype == torch.bfloat16
     assert models.load(str(tmp_path / "half"), dtype=torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2"])
+def test_a_model_saved_in_another_format_is_the_one_that_is_loaded(
+    architecture: str, make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Rotary frequencies are not saved: rounded with the weights, they would stay rounded in memory alone."""
+    model = compression.compress(make_model(architecture), reduction=0.3, method="svd")
+    models.save(model, tokenizer, tmp_path / "half", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} <= {torch.float32}
+    loaded, _ = models.load(str(tmp_path / "half"), dtype=torch.float32)
+    assert torch.equal(logits(nn.Module.to(model, torch.float32)), logits(loaded))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -486,7 +411,7 @@ def test_a_skeleton_needs_only_the_config(
     skeleton = models.skeleton(str(tmp_path / "config-only"))
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
     assert models.num_parameters(skeleton) == models.num_parameters(model)
-    assert models.find_mlps(skeleton) == models.find_mlps(model)
+    assert anatomy.find_mlps(skeleton) == anatomy.find_mlps(model)
     with pytest.raises(DataError, match=r"no \.safetensors file"):
         models.load(str(tmp_path / "config-only"))
 

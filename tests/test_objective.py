@@ -119,12 +119,12 @@ def test_logits_of_another_form_are_taken_whole(make_model: Any, blocks: torch.T
     assert measured.agreement == 1.0
 
 
-@pytest.mark.parametrize("padded", ["student", "teacher"])
-def test_padded_embeddings_of_one_family_are_cut(padded: str, make_model: Any, blocks: torch.Tensor) -> None:
+@pytest.mark.parametrize(("padded", "rows"), [("student", 60), ("student", 5000), ("teacher", 60)])
+def test_padded_embeddings_of_one_family_are_cut(padded: str, rows: int, make_model: Any, blocks: torch.Tensor) -> None:
     size = make_model("llama").config.vocab_size
     small = make_model("llama")
     large = make_model("llama")
-    large.resize_token_embeddings(size + 60, mean_resizing=False)
+    large.resize_token_embeddings(size + rows, mean_resizing=False)
     with torch.no_grad():  # rows that would take most of the probability if they were counted
         large.lm_head.weight[size:] = 0
         large.lm_head.weight[:size] = small.lm_head.weight
@@ -137,17 +137,31 @@ def test_padded_embeddings_of_one_family_are_cut(padded: str, make_model: Any, b
         assert abs(measured.kd) < 1e-5
 
 
-def test_other_vocabularies_are_refused(
-    make_model: Any, teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache
-) -> None:
-    student = make_model("llama")
-    student.resize_token_embeddings(student.config.vocab_size + 2000, mean_resizing=False)
-    with pytest.raises(MismatchError, match="the student has a vocabulary of 2400 tokens, the teacher one of 400"):
-        distillation.train(student, data(blocks, cache), OPTIONS)
+def test_other_vocabularies_are_refused(make_model: Any, blocks: torch.Tensor, cache: Cache) -> None:
+    other = make_model("llama")
+    other.resize_token_embeddings(400 + 1024, mean_resizing=False)
+    with pytest.raises(MismatchError, match="the teacher has a vocabulary of 1424 tokens, the student one of 400"):
+        distillation.train(make_model("llama"), data(blocks, Online(other, 8)), OPTIONS)
     small = make_model("llama")
     small.resize_token_embeddings(250, mean_resizing=False)
     with pytest.raises(DataError, match="not in the vocabulary of 250 that teacher and student share"):
         distillation.train(small, data(blocks, cache), OPTIONS)
+
+
+def test_gemmas_vocabulary_is_cached_and_learned(make_model: Any, tmp_path: Path) -> None:
+    """262,208 embeddings for 262,145 tokens: the likeliest of all is the last."""
+    model = make_model("llama", vocab_size=262_208, hidden_size=8, intermediate_size=16, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[262_144] = 100 * model.lm_head.weight[262_143]
+    blocks = {0: np.arange(262_100, 262_112, dtype=np.int32), 1: np.arange(262_133, 262_145, dtype=np.int32)}
+    options = {"tokenizer": "t", "corpus_fingerprint": "c", "top_k": 8, "vocab_size": 262_145}
+    cached = teacher_stage.fill(model, tmp_path, blocks, **options)
+    assert cached is not None
+    assert int(cached.read(1, blocks[1]).ids.max()) == 262_144
+    both = distillation.Data(list(blocks.values()), lambda _: np.arange(1), [1], cached)
+    measured = distillation.measure(model, both, replace(OPTIONS, alpha=1.0))
+    assert measured.agreement == 1.0
+    assert abs(measured.kd) < 1e-4
 
 
 def test_bfloat16_trains_when_asked_for(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:

@@ -160,3 +160,13 @@ def test_activation_checkpointing_changes_memory_not_numbers(
     assert calls == 2 + 2 * 1 + 2 * 6  # two looks for the head, two validations, and six micro batches twice
     handle.remove()
     assert not any("forward" in vars(module) for module in student.modules())
+
+
+def test_activation_checkpointing_goes_with_adapters_on_dense_matrices(
+    teacher: Any, blocks: torch.Tensor, cache: Cache
+) -> None:
+    """Adapters change what a layer's MLP looks like."""
+    options = replace(OPTIONS, train="lora", alpha=0.0, epochs=1, validations=1, gradient_checkpointing=True)
+    before = state(teacher)
+    distillation.train(teacher, data(blocks, cache), options)
+    assert changed(teacher, before)

@@ -18,12 +18,12 @@ from test_distillation import OPTIONS, data, equal, state
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsekd
-from sparsekd import distillation, inspection, models, optimization
+from sparsekd import anatomy, distillation, inspection, models, optimization
+from sparsekd.anatomy import find_mlps, linear_weight
 from sparsekd.cache import Cache
 from sparsekd.compression import plan, sparse
 from sparsekd.compression.spectrum import spectrum
 from sparsekd.errors import DataError, Stopped, UsageError
-from sparsekd.models import find_mlps, linear_weight
 from sparsekd.recipe import Compress, load_recipe
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2"]
@@ -255,8 +255,8 @@ def test_training_keeps_every_zero_and_moves_the_rest(
     cache = sparsekd.cache_teacher(model, tokenizer, blocks, tmp_path / "cache", top_k=8)
     student = sparsekd.compress(model, blocks, reduction=0.5, **MASK)
     with torch.no_grad():  # zeros by chance, in a matrix that nothing pruned
-        attention = next(module for module in student.modules() if models.is_attention(module))
-        chance: Any = next(child for child in attention.children() if models.is_linear(child)).weight
+        attention = next(module for module in student.modules() if anatomy.is_attention(module))
+        chance: Any = next(child for child in attention.children() if anatomy.is_linear(child)).weight
         chance[:3] = 0
     pruned, before = zeros(student), state(student)
     options = replace(OPTIONS, train=train, alpha=1.0, weight_decay=0.1, learning_rate=1e-3, epochs=4)

@@ -6,31 +6,37 @@
 A checkpoint holds what trains, its optimizer's moments, and what the loop has to know; it needs the best weights that
 its history names. The two newest checkpoints are kept, with their best weights: one that is damaged (`state.json` has
 the others' sha256) falls back to the one before. Weights that are split over processes are put together before they
-are written and split again when read, so the number of processes may change.
+are written and split again when read, so the number of processes may change. Only the main process reads and writes;
+the others, which may be on machines that do not see the folder, get from it what it has read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparsekd import files
+from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 
 _KEPT = 2
+_T = TypeVar("_T")
 
 
 class Checkpoints:
-    """The checkpoints of one training. With several processes all of them call, and only the main one writes."""
+    """The checkpoints of one training. With several processes all of them call, and only the main one reads, writes,
+    and holds copies of what is written."""
 
     def __init__(self, folder: Path, is_main: bool = True):
         self.folder, self._is_main = folder, is_main
+        self._is_alone = rank_and_count()[1] == 1
         if is_main:
             files.remove_temporaries(folder)
 
@@ -41,14 +47,14 @@ class Checkpoints:
     def load_best(self, model: nn.Module, step: int) -> None:
         """Fills what trains with the best weights; raises `DataError` when they are damaged."""
         folder = self.folder / _best(step)
-        _verified(folder)
-        _fill(model, load_file(folder / "model.safetensors"))
+        self._agreed(lambda: _verified(folder))
+        _fill(model, self._tensors(folder / "model.safetensors", model))
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Writes a checkpoint of `state`, JSON values with `step` and `best_step`, and removes what is not needed."""
         moments = {
-            f"{name}.{key}": _whole(value)
-            for name, parameter in _trained_parameters(model).items()
+            f"{name}.{key}": value
+            for name, parameter in trained(model).items()
             for key, value in optimizer.state[parameter].items()
         }
         self._write(_checkpoint(state["step"]), {"model": trained(model), "optimizer": moments}, state)
@@ -62,6 +68,14 @@ class Checkpoints:
 
         A damaged one is named through `say` and passed over. Raises `DataError` when all there are are damaged.
         """
+        state = self._agreed(lambda: self._newest(say))
+        if state is not None:
+            folder = self.folder / _checkpoint(state["step"])
+            _fill(model, self._tensors(folder / "model.safetensors", model))
+            _fill_moments(model, optimizer, self._tensors(folder / "optimizer.safetensors", model))
+        return state
+
+    def _newest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         reason = None
         for folder in reversed(self._checkpoints()):
             try:
@@ -71,8 +85,6 @@ class Checkpoints:
                 reason = error
                 say(f"warning: {error}; going back to the checkpoint before")
                 continue
-            _fill(model, load_file(folder / "model.safetensors"))
-            _fill_moments(model, optimizer, load_file(folder / "optimizer.safetensors"))
             return state
         if reason is not None:
             raise DataError(f"{reason}, and no whole checkpoint is left; start the training again with --fresh")
@@ -81,14 +93,43 @@ class Checkpoints:
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("step-????????"))
 
-    def _write(self, name: str, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _agreed(self, read: Callable[[], _T]) -> _T:
+        """What `read` returns or raises in the main process, in all of them."""
+        outcome: list[Any] = [None, None]
+        if self._is_main or self._is_alone:
+            try:
+                outcome[0] = read()
+            except (DataError, OSError) as error:
+                outcome[1] = error
+        if not self._is_alone:
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def _tensors(self, path: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What the main process reads from a file, by name; with several processes where their model is, one by one,
+        so that no other process holds all."""
+        values = load_file(path) if self._is_main or self._is_alone else {}
+        if self._is_alone:
+            yield from values.items()
+            return
+        forms = self._agreed(lambda: [(name, value.shape, value.dtype) for name, value in values.items()])
+        device = next(model.parameters()).device
+        for name, size, dtype in forms:
+            value = values[name].to(device) if self._is_main else torch.empty(size, dtype=dtype, device=device)
+            torch.distributed.broadcast(value, src=0)
+            yield name, value
+
+    def _write(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        copies = {part: on_host(tensors, self._is_main) for part, tensors in parts.items()}
         if not self._is_main:
             return
-        size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+        size = sum(t.numel() * t.element_size() for tensors in copies.values() for t in tensors.values())
         files.require_space(self.folder, size, "a checkpoint")
         with files.atomic_path(self.folder / name) as temporary:
             temporary.mkdir()
-            for part, tensors in parts.items():
+            for part, tensors in copies.items():
                 save_file(tensors, temporary / f"{part}.safetensors")
             hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
             files.write_json(temporary / "state.json", state | {"sha256": hashes})
@@ -106,18 +147,19 @@ class Checkpoints:
                 files.remove(path)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name, tied parameters once; whole and on the host. All processes must call."""
-    return {name: _whole(parameter) for name, parameter in _trained_parameters(model).items()}
-
-
-def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, by name, tied parameters once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _whole(value: Tensor) -> Tensor:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().cpu().contiguous()
+def on_host(tensors: Mapping[str, Tensor], is_wanted: bool = True) -> dict[str, Tensor]:
+    """Whole copies; none where they are not wanted. All processes must call: each has a part of a split tensor."""
+    copies = {}
+    for name, value in tensors.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_wanted:
+            copies[name] = whole.detach().cpu().contiguous()
+    return copies
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -129,15 +171,18 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
     """Copies values into the parameters in place, so that ties and an optimizer's references hold."""
-    for name, parameter in _trained_parameters(model).items():
-        parameter.copy_(_like(values[name], parameter))
+    parameters = trained(model)
+    for name, value in values:
+        parameter = parameters.pop(name)
+        parameter.copy_(_like(value, parameter))
+    assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
 
 
-def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    parameters = _trained_parameters(model)
-    for name, value in moments.items():
+def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Iterable[tuple[str, Tensor]]) -> None:
+    parameters = trained(model)
+    for name, value in moments:
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         optimizer.state[parameter][key] = _like(value, parameter)

@@ -188,6 +188,13 @@ def evaluate(
     stride: Annotated[int, typer.Option(help="Tokens between two windows.", min=1)] = 256,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens spread over each text; all by default.", min=2)] = None,
     revision: Revision = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16: the recipe's model.dtype.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with model or teacher.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, calibration, agreement with a teacher and harness tasks of any model, with standard errors."""
@@ -208,11 +215,16 @@ def evaluate(
     harness.check(names, folder)
     titles = _titles(text or [])
     contents = {title: corpus.read_text(Text(path=str(path)), Corpus()) for path, title in titles.items()}
-    placement = place()
-    loaded, tokenizer = models.load(model, revision=revision, dtype=placement.dtype, device=placement.device)
+    placement = place(device or "auto", dtype or "auto")
+    how: dict[str, Any] = {
+        "dtype": placement.dtype,
+        "device": placement.device,
+        "trust_remote_code": trust_remote_code,
+    }
+    loaded, tokenizer = models.load(model, revision=revision, **how)
     compared = {model: loaded}
     if teacher is not None:
-        reference, its_tokenizer = models.load(teacher, dtype=placement.dtype, device=placement.device)
+        reference, its_tokenizer = models.load(teacher, **how)
         if models.tokenizer_hash(its_tokenizer) != models.tokenizer_hash(tokenizer):
             raise DataError(
                 f"--teacher {teacher}: its tokenizer is not that of {model}, so their tokens do not compare"
@@ -403,7 +415,7 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
     seconds = [[name, tables.duration(value)] for name, value in gathered["seconds"].items()]
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
     _print_table(tables.console_table("Time", ["stage", ""], [*seconds, total]))
-    print(f"peak memory {gathered['peak_memory_bytes'] / 1e9:.1f} GB")
+    print(f"peak memory {tables.memory(gathered)}")
     print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
     print(f"report: {folder / 'report.html'}")
 

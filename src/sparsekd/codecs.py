@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsekd.errors import UsageError
 
-MAX_VOCAB = 262_144
+MAX_VOCAB = 2**24  # what 3 bytes of an id can tell apart
 
 
 class Targets(NamedTuple):

@@ -126,3 +126,12 @@ def measured_flops(placement: Placement) -> float:
         float((a @ a)[0, 0])
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """The most of a GPU's memory that this process has held so far; None for a CPU, which has the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":  # which knows no peak, but what its driver has taken is seldom given back
+        return torch.mps.driver_allocated_memory()
+    return None

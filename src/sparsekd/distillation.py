@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -151,7 +150,7 @@ def train(
     _require_covered(data, order)
     with (
         in_float32(student),  # a step of bfloat16 weights is lost where it is less than half of their last digit
-        _folder(folder, student.device) as place,
+        _folder(folder) as place,
         _accelerated(student, options, place) as accelerator,
         prepared(student, options),
     ):
@@ -259,16 +258,13 @@ def _require_covered(data: Data, order: Sequence[int]) -> None:
 
 
 @contextmanager
-def _folder(folder: Path | None, device: torch.device) -> Iterator[Path]:
-    """`folder`, or a temporary one that all processes share."""
+def _folder(folder: Path | None) -> Iterator[Path]:
+    """`folder`, or a temporary one, of which every process has its own: only the main one's is written and read."""
     if folder is not None:
         yield folder
         return
-    processes = PartialState(cpu=device.type == "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        [shared] = broadcast_object_list([temporary])
-        yield Path(shared)
-        processes.wait_for_everyone()
+        yield Path(temporary)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd import corpus, models
+from sparsekd import anatomy, corpus, models
 from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
@@ -73,7 +73,7 @@ def _state(stage: Path) -> str:
 
 def _describe_model(path: Path) -> dict[str, Any]:
     skeleton = models.skeleton(str(path))
-    mlps = models.find_mlps(skeleton)
+    mlps = anatomy.find_mlps(skeleton)
     facts: dict[str, Any] = {
         "kind": "model",
         "class": type(skeleton).__name__,

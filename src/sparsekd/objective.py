@@ -110,8 +110,9 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self._options, self._bfloat16 = student, options, bfloat16
         self._no_split_modules = student._no_split_modules  # what FSDP takes as a unit
-        sizes = {"the student": output_weight(student).shape[0], "the teacher": teacher_vocab_size}
-        self.vocab_size = shared_vocab_size(sizes)
+        # the student's rows beyond the teacher's vocabulary are padding, however many they are
+        known = min(output_weight(student).shape[0], teacher_vocab_size)
+        self.vocab_size = shared_vocab_size({"the student": known, "the teacher": teacher_vocab_size})
         self._head = find_head(student)
 
     def forward(self, batch: Batch, denominator: int) -> Outcome:

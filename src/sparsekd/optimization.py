@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparsekd.anatomy import find_layers, is_attention, is_linear
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.layers import CompressedLinear
-from sparsekd.models import find_layers, is_attention, is_linear, pruned_zeros, replace_module
+from sparsekd.models import pruned_zeros, replace_module
 from sparsekd.recipe import LORA_FILLS_ZEROS, Distill, RateScale
 
 
@@ -34,6 +35,7 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
     """
     if options.train == "lora" and pruned_zeros(student):
         raise UsageError(LORA_FILLS_ZEROS)
+    layers = find_layers(student) if options.gradient_checkpointing else []  # adapters would hide the MLPs' shapes
     was_trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.eval()  # no dropout: the teacher's distributions were made without, and a resumed run repeats its numbers
     try:
@@ -46,7 +48,7 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
                 f"distill.train is {options.train}: the student has nothing of that kind to train; compress it first, "
                 "or set distill.train=all"
             )
-        with _activation_checkpointing(student) if options.gradient_checkpointing else nullcontext():
+        with _activation_checkpointing(layers):
             yield
     finally:
         _merge_adapters(student)
@@ -55,9 +57,8 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
 
 
 @contextmanager
-def _activation_checkpointing(student: PreTrainedModel) -> Iterator[None]:
+def _activation_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
     """Each decoder layer keeps its input only. Unlike transformers' own, it works with dropout off."""
-    layers = find_layers(student)
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from sparsekd import anatomy, corpus, models, report, stages
 from sparsekd import cache as caches
-from sparsekd import corpus, models, report, stages
 from sparsekd.cache import Part
 from sparsekd.compression import spectrum as spectra
 from sparsekd.console import Console
@@ -92,7 +92,7 @@ def score_tasks(work: Work, round_: Round) -> dict[str, Any]:
 def check_before_starting(recipe: Recipe) -> None:
     """Raises `UsageError` for what would otherwise stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
-    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    anatomy.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
     for name in recipe.teacher.models:
         models.skeleton(name, trust_remote_code=model.trust_remote_code)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)

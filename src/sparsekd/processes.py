@@ -6,14 +6,16 @@ import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import PartialState
 
 from sparsekd.device import rank_and_count
 from sparsekd.errors import UsageError
 
+_TIMEOUT = timedelta(minutes=30)  # of what all do together: one that hangs must not hold the others' machines
 _PATIENCE = timedelta(days=7)  # while the main process does what cannot be shared, the others wait
 _T = TypeVar("_T")
 
@@ -31,8 +33,10 @@ class Processes:
                     "a run in several processes uses DDP: start it with torchrun, or without FSDP in accelerate's "
                     "settings"
                 )
-            atexit.register(PartialState(cpu=device.type == "cpu", timeout=_PATIENCE).destroy_process_group)
+            atexit.register(PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT).destroy_process_group)
         self.rank, self.count = rank_and_count()
+        if self.count > 1:  # on the CPU: a GPU would be kept busy by waiting
+            self._waiting: Any = torch.distributed.new_group(timeout=_PATIENCE, backend="gloo")
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +45,7 @@ class Processes:
     def wait(self) -> None:
         """Until all have come here."""
         if self.count > 1:
-            PartialState().wait_for_everyone()
+            torch.distributed.barrier(self._waiting)
 
     def main_first(self, step: Callable[[], _T]) -> _T:
         """What `step` returns; the others begin it when the main process is done, and find everything there."""

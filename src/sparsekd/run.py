@@ -25,7 +25,7 @@ from typing import Any
 
 from sparsekd import files, models
 from sparsekd.console import Console
-from sparsekd.device import out_of_memory, place
+from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
 from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
 from sparsekd.processes import Processes
 from sparsekd.recipe import Recipe, as_yaml
@@ -80,7 +80,9 @@ class Stage:
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Writes what came out, with time and memory; from here on the stage is reused."""
         seconds = time.monotonic() - self._start
-        self.summary = summary | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        on_device = peak_device_memory_bytes(self._run.placement.device)
+        peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_device_memory_bytes": on_device}
+        self.summary = summary | {"seconds": seconds} | peaks
         if self._run.processes.is_main:
             files.write_json(self.folder / "stage.json", self.summary)
             self._run.log("stage", name=self.name, seconds=seconds)

@@ -187,8 +187,10 @@ def _add_texts(work: Work, folder: Path) -> None:
 
 
 def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
-    options = work.recipe.evaluate
-    return harness.texts(names, work.recipe.corpus.root, skip_missing=options.skip_missing_tasks)
+    """What each task, or group of tasks, asks; without those that are missing here and may be."""
+    root, skip_missing = work.recipe.corpus.root, work.recipe.evaluate.skip_missing_tasks
+    found = {name: "\n".join(harness.texts([name], root, skip_missing=skip_missing).values()) for name in names}
+    return {name: text for name, text in found.items() if text}
 
 
 def _guarded(work: Work, tasks: Iterable[str]) -> dict[str, Any]:

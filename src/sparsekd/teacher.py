@@ -308,5 +308,5 @@ def _targets(
 
 def _uniforms(seed: int, block_id: int, count: int) -> Float[Tensor, " N"]:
     """What decides a block's draws: a function of seed and block id alone."""
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, block_id]))
+    generator = np.random.Generator(np.random.Philox(key=[seed, block_id]))
     return torch.from_numpy(generator.random(count))

@@ -9,7 +9,7 @@ from test_run import pipeline_run
 from transformers import AutoModelForCausalLM
 
 from sparsekd import models, plan
-from sparsekd.models import find_mlps, linear_weight
+from sparsekd.anatomy import find_mlps, linear_weight
 from sparsekd.recipe import load_recipe
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekd.anatomy import linear_weight
 from sparsekd.cache import Targets
 from sparsekd.compression import ranks, sparse
 from sparsekd.compression.directions import directions_of
@@ -27,7 +28,7 @@ from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.compression.ranks import Plan as Plan
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import in_float32, linear_weight, mark_compressed
+from sparsekd.models import in_float32, mark_compressed
 from sparsekd.recipe import Compress, check_compress
 
 

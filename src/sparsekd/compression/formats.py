@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekd.anatomy import MLP, find_mlps, is_linear, linear_weight, shape
 from sparsekd.errors import UsageError
 from sparsekd.layers import FORMATS, CompressedLinear, common_pivots, layer_class
-from sparsekd.models import MLP, find_mlps, is_compressed, is_linear, linear_weight, replace_module, shape
+from sparsekd.models import is_compressed, replace_module
 
 Factors = tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]  # up, down
 

@@ -28,11 +28,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekd.anatomy import MLP, find_mlps, shape
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 from sparsekd.layerwise import Layers
 from sparsekd.logits import logits_of
-from sparsekd.models import MLP, document_inputs, find_mlps, shape
+from sparsekd.models import document_inputs
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
 # alone would decide the top directions. A token counts with at most this multiple of the median norm. Gradients are
@@ -166,7 +167,7 @@ def _run_all(
                 continue
             inputs = document_inputs(batch.to(device), separator)
             if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
-                labels = torch.Generator().manual_seed(label_seed * 1_000_003 + number)
+                labels = torch.Generator().manual_seed((label_seed * 1_000_003 + number) % 2**64)
                 _backward(model, layers, inputs, number, home, device, labels)
             else:
                 with torch.inference_mode(), _in_turn(layers, home, device):

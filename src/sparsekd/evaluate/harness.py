@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,30 @@ def run_tasks(
     `root` is the folder that the local tasks' files are relative to, `limit` the number of rows of each task. A task
     that is not available here raises `DataError` naming it, or with `skip_missing` becomes a result that says so.
     """
+    found, missing = _find(tasks, root, skip_missing)
+    skipped = {name: TaskResult({}, 0, reason) for name, reason in missing.items()}
+    return (_evaluate(language_model(model, tokenizer, batch_size), found, limit) if found["tasks"] else {}) | skipped
+
+
+def texts(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False) -> dict[str, str]:
+    """All that is written in the documents that each task scores, by its name; of a group by those of its members.
+
+    For a guard that keeps them out of training. A task that is not available here raises `DataError`, or with
+    `skip_missing` is left out.
+    """
+    if not tasks:
+        return {}
+    found, _ = _find(tasks, root, skip_missing)
+    return {name: "\n".join(_strings(list(task.eval_docs))) for name, task in found["tasks"].items()}
+
+
+def _find(
+    tasks: Sequence[str], root: str | None, skip_missing: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The tasks as the harness takes them, and why others, which may be missing, are not available here."""
     check(tasks, root, skip_missing=skip_missing)
     found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    skipped = {}
+    missing = {}
     manager = _manager(tasks)
     for name in tasks:
         try:
@@ -74,8 +95,19 @@ def run_tasks(
         except DataError as error:
             if not skip_missing:
                 raise
-            skipped[name] = TaskResult({}, 0, str(error))
-    return (_evaluate(language_model(model, tokenizer, batch_size), found, limit) if found["tasks"] else {}) | skipped
+            missing[name] = str(error)
+    return found, missing
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The strings in nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def check(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False) -> None:
@@ -88,10 +120,6 @@ def check(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False)
             file = _description(name)["dataset_kwargs"]["data_files"]["test"]
             if not skip_missing:
                 sources.resolve(file, root)
-
-
-def texts(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False) -> dict[str, str]:
-    return {}
 
 
 def is_local(task: str) -> bool:

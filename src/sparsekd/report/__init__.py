@@ -24,6 +24,8 @@ def gather(folder: Path) -> dict[str, Any]:
     corpus = _summary(folder, "corpus", CORPUS)
     found = [{stage: _summary(folder, stage, place) for stage, place in one.folders.items()} for one in rounds]
     last = found[-1]
+    summaries = [corpus, *(summary for stages in found for summary in stages.values())]
+    device_peaks = [summary.get("peak_device_memory_bytes") for summary in summaries]  # older runs have none
     seconds = {CORPUS: corpus["seconds"]}
     for one, stages in zip(rounds, found, strict=True):
         for stage, place in one.folders.items():
@@ -39,9 +41,8 @@ def gather(folder: Path) -> dict[str, Any]:
         | {"ratios": _ratios(last["evaluate"]["models"]), "tasks": _tasks(folder, recipe, rounds[-1])},
         "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
         "seconds": seconds,
-        "peak_memory_bytes": max(
-            s["peak_memory_bytes"] for stages in [{CORPUS: corpus}, *found] for s in stages.values()
-        ),
+        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in summaries),
+        "peak_device_memory_bytes": max((peak for peak in device_peaks if peak is not None), default=None),
         "model_folder": str(rounds[-1].distilled / "model"),
     }
 

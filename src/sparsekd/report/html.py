@@ -33,6 +33,7 @@ def render(report: dict[str, Any]) -> str:
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(report["compression"]),
         seconds=seconds,
+        memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),
     )
 

@@ -227,6 +227,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def memory(gathered: dict[str, Any]) -> str:
+    """The most that a stage held of the host's memory, and of the device's where it is no CPU."""
+    host, device = gathered["peak_memory_bytes"] / 1e9, gathered["peak_device_memory_bytes"]
+    return f"{host:.1f} GB" if device is None else f"{host:.1f} GB host, {device / 1e9:.1f} GB device"
+
+
 def size(num_bytes: float) -> str:
     """Bytes in the unit that leaves one to three digits before the point."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
