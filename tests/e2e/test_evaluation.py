@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sparsekd
-from sparsekd import pipeline
+from sparsekd import corpus, pipeline, stages
 from sparsekd.recipe import load_recipe
 
 TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")
@@ -107,3 +107,50 @@ def test_other_rows_under_a_finished_evaluation_are_scored_again(tiny_recipe: Pa
     after = report_of(folder, tiny_recipe, *TASKS)["evaluation"]
     assert [one["tasks"]["dense"]["local_lambada"]["num_rows"] for one in (before, after)] == [4, 2]
     assert texts.stat().st_mtime_ns == measured
+
+
+def test_a_local_task_that_was_skipped_is_scored_when_its_file_is_there(
+    tiny_recipe: Path, rows: Path, tmp_path: Path
+) -> None:
+    skipped = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]["tasks"]["dense"]["local_piqa"]
+    assert "no such file" in skipped["skipped"]
+    row = {"goal": "Open a letter", "sol1": "with a knife", "sol2": "with a whale", "label": 0}
+    (rows.parent / "piqa_val.jsonl").write_text(json.dumps(row) + "\n")
+    scored = report_of(tmp_path / "run", tiny_recipe, *TASKS)["evaluation"]["tasks"]["dense"]["local_piqa"]
+    assert scored["skipped"] is None and scored["num_rows"] == 1
+
+
+def test_a_hub_task_that_was_skipped_is_tried_again(
+    tiny_recipe: Path, rows: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[list[str]] = []
+    original = stages.harness.run_tasks
+
+    def watched(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> Any:
+        asked.append(list(tasks))
+        known = [task for task in tasks if task != "piqa"]
+        skipped = {} if len(known) == len(tasks) else {"piqa": stages.harness.TaskResult({}, 0, "no network")}
+        return (original(model, tokenizer, known, **options) if known else {}) | skipped
+
+    monkeypatch.setattr(stages.harness, "run_tasks", watched)
+    monkeypatch.setattr(stages.harness, "texts", lambda *_, **__: {})
+    tasks = ("evaluate.tasks=[local_lambada,piqa]", "evaluate.skip_missing_tasks=true")
+    report_of(tmp_path / "run", tiny_recipe, *tasks)
+    assert asked == 3 * [["local_lambada", "piqa"]]
+    found = report_of(tmp_path / "run", tiny_recipe, *tasks)["evaluation"]["tasks"]["dense"]
+    assert asked[3:] == 3 * [["piqa"]] and found["local_lambada"]["num_rows"] == 9
+
+
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_a_tasks_rows_are_kept_out_of_training(
+    when: str, tiny_recipe: Path, rows: Path, text_file: Path, tmp_path: Path
+) -> None:
+    longer = "corpus.seq_len=96"  # for blocks of more than 13 words
+    passage = max(text_file.read_text().split("\n\n")[:100], key=len)
+    if when == "later":
+        report_of(tmp_path / "run", tiny_recipe, longer)
+        learned = corpus.load(tmp_path / "run/corpus").blocks[0].tokens
+        passage = sparsekd.load(str(tmp_path / "llama"))[1].decode(learned)
+    rows.write_text(json.dumps({"context": passage, "continuation": "end"}) + "\n")
+    with pytest.raises(sparsekd.SparseKDError, match=r"corpus\.sources\.learn \(evaluate\.tasks\.local_lambada\)"):
+        report_of(tmp_path / "run", tiny_recipe, longer, "evaluate.tasks=[local_lambada]")
