@@ -13,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +139,7 @@ def build(
     if overlaps and recipe.overlap == "stop":
         counts = {name: report.documents for name, report in reports.items()}
         way_out = "corpus.overlap=drop leaves those documents out"
-        raise DataError(_describe(overlaps, counts, "documents", way_out))
+        raise DataError(_describe(overlaps, counts, way_out))
     separator = _separator(tokenizer) if recipe.document_mask else None
     corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = _fingerprint(corpus)
@@ -238,34 +237,40 @@ def _by_key(texts: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str
     return {text_key(name): text for name, text in texts.items()} | {task_key(n): text for n, text in tasks.items()}
 
 
-def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], what: str, way_out: str) -> str:
+def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], way_out: str) -> str:
     """A line that says all, then a line for each of the first passages of every source and evaluation text; `counts`
-    are the documents or blocks of each source."""
+    are the documents of each source."""
     pairs: dict[tuple[str, str], list[str]] = {}
     for source, document, overlap in overlaps:
         pairs.setdefault((source, overlap.text), []).append(f'{source}, {document}: "{overlap.passage}"')
     listed = ", ".join(
-        f"{len(lines)} of {counts[source]} {what} of corpus.sources.{source} ({text})"
+        f"{len(lines)} of {counts[source]} documents of corpus.sources.{source} ({text})"
         for (source, text), lines in pairs.items()
     )
     shown = [line for lines in pairs.values() for line in lines[:_SHOWN_DOCUMENTS]]
     return "\n  ".join([f"evaluation text found in training sources: {listed}; {way_out}", *shown])
 
 
-def add_texts(folder: Path, texts: Mapping[str, str], tasks: Mapping[str, str], tokenizer: Any) -> None:
-    """Adds evaluation texts to a saved corpus, if its blocks share no sequence of words with them or with what `tasks`
-    ask; raises `DataError` naming the blocks that do, and leaves the corpus as it was."""
+def add_texts(folder: Path, recipe: CorpusRecipe, texts: Mapping[str, str], tasks: Mapping[str, str]) -> None:
+    """Adds evaluation texts to a saved corpus of `recipe`, if the documents of its blocks share no sequence of words
+    with them or with what `tasks` ask; raises `DataError` naming the documents that do, and leaves the corpus as it
+    was."""
     corpus = load(folder)
     guard = Guard(_by_key(texts, tasks))
-    overlaps = []
-    for number, block in enumerate(corpus.blocks):
-        overlap = guard.overlap(tokenizer.decode(block.tokens, skip_special_tokens=True))
-        if overlap is not None:
-            overlaps.append((block.source, f"block {number}", overlap))
+    overlaps, counts = [], {}
+    for name, source in recipe.sources.items():
+        learned = {identifier for block in corpus.blocks if block.source == name for identifier in block.documents}
+        counts[name] = len(learned)
+        for identifier, text in _documents(name, source, recipe):
+            overlap = guard.overlap(text) if identifier in learned else None
+            if overlap is not None:
+                overlaps.append((name, identifier, overlap))
+            learned.discard(identifier)
+            if not learned:  # a stream is read no further
+                break
     if overlaps:
-        counts = Counter(block.source for block in corpus.blocks)
         way_out = "make the corpus again with --fresh, where corpus.overlap=drop leaves such documents out"
-        raise DataError(_describe(overlaps, counts, "blocks", way_out))
+        raise DataError(_describe(overlaps, counts, way_out))
     _save_texts(replace(corpus, texts=corpus.texts | dict(texts)), folder)
 
 

@@ -145,12 +145,11 @@ def test_a_hub_task_that_was_skipped_is_tried_again(
 def test_a_tasks_rows_are_kept_out_of_training(
     when: str, tiny_recipe: Path, rows: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    longer = "corpus.seq_len=96"  # for blocks of more than 13 words
     passage = max(text_file.read_text().split("\n\n")[:100], key=len)
     if when == "later":
-        report_of(tmp_path / "run", tiny_recipe, longer)
-        learned = corpus.load(tmp_path / "run/corpus").blocks[0].tokens
-        passage = sparsekd.load(str(tmp_path / "llama"))[1].decode(learned)
+        report_of(tmp_path / "run", tiny_recipe)
+        [identifier, *_] = corpus.load(tmp_path / "run/corpus").blocks[0].documents
+        passage = text_file.read_text().split("\n\n")[int(identifier.rpartition(":")[2])]
     rows.write_text(json.dumps({"context": passage, "continuation": "end"}) + "\n")
     with pytest.raises(sparsekd.SparseKDError, match=r"corpus\.sources\.learn \(evaluate\.tasks\.local_lambada\)"):
-        report_of(tmp_path / "run", tiny_recipe, longer, "evaluate.tasks=[local_lambada]")
+        report_of(tmp_path / "run", tiny_recipe, "evaluate.tasks=[local_lambada]")

@@ -73,7 +73,7 @@ def test_a_new_text_that_was_trained_on_stops_and_changes_nothing(
     (tmp_path / "leak.txt").write_text(text_file.read_text())
     before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file() and path.name != "recipe.yaml"}
     with pytest.raises(
-        DataError, match=r"evaluation text found in training sources: .* blocks of corpus\.sources\.learn"
+        DataError, match=r"evaluation text found in training sources: .* documents of corpus\.sources\.learn"
     ):
         run(tiny_recipe, done, "evaluate.texts.leak={path: leak.txt}")
     assert all(path.read_bytes() == content for path, content in before.items())
