@@ -19,7 +19,7 @@ from sparsekd import files
 from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments, figures
 from sparsekd.report.tables import Titled
-from sparsekd.reproduce import RECOVERED, recovery_curve
+from sparsekd.reproduce import RECOVERED, ratios, recovery_curve
 from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, Seed
 from sparsekd.reproduce.patterns import Found, Model, Pattern, attribution, verdict
 
@@ -62,7 +62,8 @@ def _compared_again(found: dict[str, Any]) -> dict[str, Any]:
         patterns.append(compared(entry, pattern.model, pattern.reference) | {"verdict": judged})
     causes = attribution(Seed(load_recipe("demo"), 0)) if "attribution" in found else {}
     again = [compared(entry, *causes[entry["cause"]]) for entry in found.get("attribution", [])]
-    return found | {"patterns": patterns} | ({"attribution": again} if again else {})
+    by_arm = {name: ratios(models, found["experiment"], name) for name in found["arms"]}
+    return found | {"patterns": patterns, "ratios": by_arm} | ({"attribution": again} if again else {})
 
 
 def _model(name: str) -> Model:

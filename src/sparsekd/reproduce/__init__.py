@@ -157,7 +157,7 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
         "seeds": seeds,
         "tokens": next(reversed(arms.values()))[seeds[0]]["tokens"],  # of a training; the control may have had more
         "arms": {name: {str(seed): arm for seed, arm in by_seed.items()} for name, by_seed in arms.items()},
-        "ratios": {name: _ratios(found, experiment, name) for name in arms},
+        "ratios": {name: ratios(found, experiment, name) for name in arms},
         "patterns": [
             _judged(experiment, pattern, text, found) for pattern in PATTERNS[experiment](first) for text in found.texts
         ],
@@ -190,9 +190,9 @@ def _judged(experiment: str, pattern: Pattern, text: str, found: Found) -> dict[
     }
 
 
-def _ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
+def ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
     """Perplexity over the dense model's before and after training, and after it over Dense+KD's, by text."""
-    ratios: dict[str, Any] = {"paper": {name: paper(experiment, Model(name, arm)) for name in (PRUNED, DISTILLED)}}
+    by_text: dict[str, Any] = {"paper": {name: paper(experiment, Model(name, arm)) for name in (PRUNED, DISTILLED)}}
     for text in found.texts:
         after = distilled(arm)
         compared = {"after": found.compare(after, dense(), text).as_dict()}
@@ -200,8 +200,8 @@ def _ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
             compared["before"] = found.compare(pruned(arm), dense(), text).as_dict()
         if found.has(distilled(DENSE_KD)):
             compared["after, to Dense+KD"] = found.compare(after, distilled(DENSE_KD), text).as_dict()
-        ratios[text] = compared
-    return ratios
+        by_text[text] = compared
+    return by_text
 
 
 def recovery_curve(long_run: dict[Any, Any], control: dict[Any, Any]) -> dict[str, Any]:
