@@ -49,7 +49,7 @@ def run(
         rounds = rounds[:1]
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
-        opened.keep_recipe(stages.settings_of(recipe, rounds))
+        opened.keep_recipe(stages.settings_of(recipe, planned(recipe)))
         summaries = {"corpus": opened.processes.main_first(lambda: stages.make_corpus(work))}
         if until != "corpus":
             for round_ in rounds:

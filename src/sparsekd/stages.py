@@ -182,6 +182,8 @@ def _add_texts(work: Work, folder: Path) -> None:
     texts = {name: text for name, text in recipe.evaluate.texts.items() if corpus.text_key(name) in changed}
     tasks = _texts_of_tasks(work, [name for name in recipe.evaluate.tasks if corpus.task_key(name) in changed])
     found = {name: corpus.read_text(text, recipe.corpus) for name, text in texts.items()}
+    if not found and not tasks:  # a task that is missing still
+        return
     corpus.add_texts(folder, recipe.corpus, found, tasks)
     files.write_json(folder / _GUARDED, seen | _guarded(work, tasks))
 

@@ -100,6 +100,16 @@ def test_what_decides_a_stage_stops_before_anything_is_done(
     assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
 
 
+def test_a_later_round_is_compared_before_an_early_stage_is_asked_for(done: Path, tiny_recipe: Path) -> None:
+    run(tiny_recipe, done, "rounds=[0.15,0.4]")
+    kept = (done / "recipe.yaml").read_text()
+    with pytest.raises(
+        MismatchError, match=r"round-02/compressed holds another run: compress\.reduction is 0\.4 there"
+    ):
+        run(tiny_recipe, done, "rounds=[0.15,0.5]", until="cache")
+    assert (done / "recipe.yaml").read_text() == kept
+
+
 def test_a_removed_stage_is_made_again_and_what_comes_before_it_is_kept(done: Path, tiny_recipe: Path) -> None:
     before = finished(done)
     files.remove(done / "round-01/distilled")
