@@ -409,6 +409,8 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     plan = gathered["compression"]
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(plan)))
+    if not gathered["recipe"]["evaluate"]["texts"]:
+        print("perplexity: not measured, for the recipe names no text in evaluate.texts")
     _show_evaluation(gathered["evaluation"], as_json=False)
     if len(gathered["rounds"]) > 1:
         _print_table(tables.console_table("Rounds", *tables.rounds(gathered)))
