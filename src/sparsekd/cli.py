@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 our bug, 2 usage, 3 data, 4 resource, 5 the result is worse 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -473,7 +472,9 @@ def _print_table(table: Any) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
+    from sparsekd.files import as_json
+
+    print(as_json(value, "the result", indent=1))
 
 
 def _quiet() -> None:
