@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd import anatomy, corpus, models
+from sparsekd import anatomy, corpus, models, records
 from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
 from sparsekd.rounds import ARMS, CORPUS, SHARED_CACHE, planned
-from sparsekd.run import machine, read_recipe, read_summary, versions
+from sparsekd.run import machine, read_recipe, read_summary, versions, way_out
 
 _EXTRAS = {
     "datasets": "data",
@@ -80,6 +80,8 @@ def _checked(stage: Path, needs_model: bool, warn: Callable[[str], None] = lambd
     """A finished stage's summary; raises `DataError` when what the stage made is damaged: of a cache's shards, which
     take long to read, only the sizes tell here."""
     summary = read_summary(stage, warn=warn, needs_model=needs_model)
+    for path in sorted(stage.glob("*.json")) if summary is not None else ():
+        records.read(path, way_out=way_out(stage))
     if summary is not None and "identity" in summary:
         Cache(stage, summary["identity"])
     elif summary is not None and "fingerprint" in summary:

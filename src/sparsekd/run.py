@@ -272,7 +272,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
     path = folder / "inputs.json"
     if not path.exists():
         return None
-    return {key: value for key, value in records.read(path, (), _again(folder)).items() if key != _VERSIONS}
+    return {key: value for key, value in records.read(path, (), way_out(folder)).items() if key != _VERSIONS}
 
 
 def read_summary(
@@ -291,15 +291,16 @@ def read_summary(
     path = folder / "stage.json"
     if not path.exists():
         return None
-    summary = records.read(path, needed, _again(folder))
+    summary = records.read(path, needed, way_out(folder))
     if _FILES in summary:
-        records.require(path, summary.pop(_FILES), _again(folder), None if needs_model else "model")
+        records.require(path, summary.pop(_FILES), way_out(folder), None if needs_model else "model")
     else:
         warn(f"{folder} was finished by an earlier version, which kept no hashes: its files are not checked")
     return summary
 
 
-def _again(folder: Path) -> str:
+def way_out(folder: Path) -> str:
+    """What to do about a damaged stage."""
     return f"remove {folder} to make the stage again"
 
 
