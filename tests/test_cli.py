@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-from sparsekd import cli, compression, errors, files, models, run
+from sparsekd import cli, compression, errors, files, models, records, run
 from sparsekd.recipe import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
@@ -491,6 +491,20 @@ def test_eval_on_nothing_or_of_another_tokenizer_is_refused(
     assert "its tokenizer is not that of" in line
 
 
+def test_eval_names_a_number_that_is_not_finite(sparsekd: Any, model_folder: Any, text_file: Path) -> None:
+    """A perplexity is capped, but its standard error beside it overflows, and JSON has no word for that."""
+    folder = model_folder("llama")
+    model, _ = models.load(str(folder))
+    model.get_input_embeddings().weight.data.mul_(1e3)
+    model.model.norm.weight.data.mul_(1e7)
+    model.save_pretrained(folder)
+    options = ("--context", 32, "--stride", 16, "--max-tokens", 128, "--json")
+    outcome = sparsekd("eval", folder, "--text", text_file, *options)
+    assert outcome.code == errors.DataError.exit_code, outcome
+    assert outcome.out == ""
+    assert "llama.learn.txt.standard_error is not finite (inf)" in outcome.err.splitlines()[-1]
+
+
 def test_the_memory_of_a_device_is_beside_the_host_s(
     sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -501,9 +515,9 @@ def test_the_memory_of_a_device_is_beside_the_host_s(
     assert re.search(r"^peak memory \d+\.\d GB host, 3\.0 GB device$", printed.out, re.M)
     assert "GB host, 3.0 GB device." in (out / "report.html").read_text()
     for path in out.rglob("stage.json"):  # as a run on a CPU, or one of an older version, has it
-        summary = files.read_json(path)
+        summary = records.read(path)
         assert summary.pop("peak_device_memory_bytes") == 3_000_000_000
-        files.write_json(path, summary)
+        records.write(path, summary)
     printed = sparsekd("report", out)
     assert re.search(r"^peak memory \d+\.\d GB$", printed.out, re.M)
     assert "GB device" not in (out / "report.html").read_text()

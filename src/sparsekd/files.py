@@ -9,9 +9,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 from sparsekd.errors import DataError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
+_CLOCK_NS = 100_000_000  # of file systems, generously: a change soon after another may leave a file's time as it was
+_HASHES: dict[tuple[int, ...], str] = {}  # of files that were hashed here, by what tells them apart without reading
 _TEMPORARY = re.compile(r"(\.old)?\.tmp-\d+$")  # on its way in, or out
 
 
@@ -35,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        _flush(temporary)
+        _settle(temporary)
         if path.is_dir():
             remove(path)
         temporary.replace(path)
@@ -58,9 +62,13 @@ def _disk_full(path: Path) -> str:
     return f"no space left while writing {path} ({free / 1e6:.0f} MB free): free some and run the same command again"
 
 
-def _flush(path: Path) -> None:
+def _settle(path: Path) -> None:
+    """Gives every file the mode that a new file has, since safetensors makes its own private, and flushes it."""
+    mask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
+            file.chmod(0o666 & ~mask)
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
 
@@ -80,14 +88,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; NaN and infinity are refused because JSON has no word for them."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Writes JSON atomically; raises `DataError` naming the number that is not finite."""
+    write_text(path, as_json(value, str(path), indent=1) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON line to a log. A torn last line after a crash is harmless: logs are never read back as input."""
+    line = as_json(value, str(path)) + "\n"
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(value) + "\n")
+        handle.write(line)
+
+
+def as_json(value: Any, what: str, indent: int | None = None) -> str:
+    """`value` as JSON, which has no NaN and no infinity; raises `DataError` naming the first of them in `what`."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        name, number = next(_not_finite(value))
+        raise DataError(f"{what}: {name} is not finite ({number}): the model that it is of is broken") from None
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested objects and lists that are NaN or infinite, with their places."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name or "it", value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, one in inner:
+        yield from _not_finite(one, f"{name}.{key}" if name else str(key))
 
 
 def read_json(path: Path) -> Any:
@@ -96,7 +123,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a `ValueError` as well: text that is no UTF-8, integers of no end
         raise DataError(f"{path} is damaged: not JSON ({error})") from None
 
 
@@ -178,6 +205,13 @@ def sha256(text: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Hex sha256 of a file's bytes; those of a file that stays as it is are read once in a process."""
+    found = path.stat()
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _HASHES:
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        if time.time_ns() - found.st_mtime_ns < _CLOCK_NS:
+            return digest
+        _HASHES[key] = digest
+    return _HASHES[key]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import collections
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsekd import anatomy, corpus, models
+from sparsekd import anatomy, corpus, models, records
 from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
-from sparsekd.recipe import load_recipe
 from sparsekd.rounds import ARMS, CORPUS, SHARED_CACHE, planned
-from sparsekd.run import machine, versions
+from sparsekd.run import machine, read_recipe, read_summary, versions, way_out
 
 _EXTRAS = {
     "datasets": "data",
@@ -50,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _describe_run(path: Path) -> dict[str, Any]:
     if (path / ARMS).is_dir():
         return _describe_reproduction(path)
-    rounds = planned(load_recipe(str(path / "recipe.yaml")))
+    rounds = planned(read_recipe(path))
     places = {"corpus": CORPUS}
     for one in rounds:
         places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
@@ -60,18 +60,37 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_reproduction(path: Path) -> dict[str, Any]:
     stages = sorted(place.parent for place in (path / ARMS).rglob("inputs.json"))
-    states = {str(stage.relative_to(path)): _state(stage) for stage in [path / CORPUS, *stages]}
+    states = {str(stage.relative_to(path)): _state(stage, needs_model=False) for stage in [path / CORPUS, *stages]}
     written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
     return {"kind": "reproduction", **states, "experiments": ", ".join(written) or "none finished"}
 
 
-def _state(stage: Path) -> str:
-    if (stage / "stage.json").exists():
-        return "finished"
-    return "started, not finished" if (stage / "inputs.json").exists() else "not started"
+def _state(stage: Path, needs_model: bool = True) -> str:
+    said: list[str] = []
+    try:
+        summary = _checked(stage, needs_model, said.append)
+    except DataError as error:
+        return f"damaged: {error}"
+    if summary is None:
+        return "started, not finished" if (stage / "inputs.json").exists() else "not started"
+    return "finished, not checked: an earlier version kept no hashes" if said else "finished"
+
+
+def _checked(stage: Path, needs_model: bool, warn: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+    """A finished stage's summary; raises `DataError` when what the stage made is damaged: of a cache's shards, which
+    take long to read, only the sizes tell here."""
+    summary = read_summary(stage, warn=warn, needs_model=needs_model)
+    for path in sorted(stage.glob("*.json")) if summary is not None else ():
+        records.read(path, way_out=way_out(stage))
+    if summary is not None and "identity" in summary:
+        Cache(stage, summary["identity"])
+    elif summary is not None and "fingerprint" in summary:
+        corpus.load(stage)
+    return summary
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
+    models.require_whole(path)
     skeleton = models.skeleton(str(path))
     mlps = anatomy.find_mlps(skeleton)
     facts: dict[str, Any] = {
@@ -103,12 +122,20 @@ def _describe_cache(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Reads all of a cache, given its folder or its run (then the first round's): how much of the corpus it covers,
-    damaged shards, blocks that teach nothing, the tail's mass, and the KL that the codec's rounding should cost.
+    """Reads all of a run, model, corpus or cache. Of a run it says which stages are damaged, and of its first cache, as
+    of a cache alone, how much of the corpus it covers, damaged shards, blocks that teach nothing, the tail's mass, and
+    the KL that the codec's rounding should cost.
 
-    Damage is among the facts, for `require_sound`; raises `DataError` when there is no cache, or its manifest is bad.
+    Damage to a run or cache is among the facts, for `require_sound`; raises `DataError` when a model or a corpus is
+    damaged, or there is no cache where one should be.
     """
-    cache = Cache(_cache_of(path), strict=False)
+    if (path / "config.json").exists() or (path / "blocks.parquet").exists():
+        return describe(path)
+    folder = _cache_of(path)
+    damaged_stages = {} if folder == path else _damaged_stages(path)
+    if folder != path and not (folder / "manifest.json").exists():  # not made yet, or the teacher answers online
+        return _describe_run(path) | {"damaged stages": damaged_stages}
+    cache = Cache(folder, strict=False)
     beside = cache.folder.parent.parent / CORPUS
     blocks = {i: block.tokens for i, block in enumerate(corpus.load(beside).blocks)} if beside.exists() else None
     damaged, seen = cache.damaged_shards(), collections.Counter[str]()
@@ -137,6 +164,7 @@ def verify(path: Path) -> dict[str, Any]:
         "damaged shards": damaged,
         "duplicated blocks": seen.total() - len(seen),
         "blocks of one token only": degenerate,
+        "damaged stages": damaged_stages,
     }
     if not log_tails:
         return facts
@@ -153,17 +181,32 @@ def _cache_of(path: Path) -> Path:
     """The folder of a run's first cache, or of the cache that most arms of a reproduction share; else `path` itself."""
     if (path / ARMS).is_dir():
         return path / SHARED_CACHE
-    recipe = path / "recipe.yaml"
-    return path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path
+    return path / planned(read_recipe(path))[0].cache if (path / "recipe.yaml").exists() else path
+
+
+def _damaged_stages(path: Path) -> dict[str, str]:
+    """Reads all that the finished stages of a run have made; what is wrong, in one line, by the name of the stage."""
+    found = {}
+    for stage in sorted(finished.parent for finished in path.rglob("stage.json")):
+        try:
+            summary = _checked(stage, needs_model=not (path / ARMS).is_dir()) or {}
+            wrong = list(Cache(stage).damaged_shards().values()) if "identity" in summary else []
+        except DataError as error:
+            wrong = [str(error)]
+        if wrong:
+            found[str(stage.relative_to(path))] = wrong[0]
+    return found
 
 
 def require_sound(facts: dict[str, Any], path: Path) -> None:
-    """Raises `DataError` when `verify` found a cache that training must not use."""
-    wrong = {name: facts[name] for name in ("damaged shards", "missing blocks", "blocks of another corpus")}
-    found = [f"{value if isinstance(value, int) else len(value)} {name}" for name, value in wrong.items() if value]
-    if found:
-        first = next(iter(facts["damaged shards"].values()), "make it again with --fresh")
-        raise DataError(f"{path}: {', '.join(found)}: {first}")
+    """Raises `DataError` when `verify` found what must not be used."""
+    names = ("damaged stages", "damaged shards", "missing blocks", "blocks of another corpus")
+    wrong = {name: facts[name] for name in names if facts.get(name)}
+    if not wrong:
+        return
+    found = [f"{value if isinstance(value, int) else len(value)} {name}" for name, value in wrong.items()]
+    messages = [message for value in wrong.values() if isinstance(value, dict) for message in value.values()]
+    raise DataError(f"{path}: {', '.join(found)}: {(messages or ['make it again with --fresh'])[0]}")
 
 
 def diagnose() -> dict[str, Any]:

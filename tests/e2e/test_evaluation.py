@@ -2,13 +2,15 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import sparsekd
-from sparsekd import corpus, pipeline, stages
+from sparsekd import cli, corpus, pipeline, stages
 from sparsekd.recipe import load_recipe
 
 TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")
@@ -153,3 +155,23 @@ def test_a_tasks_rows_are_kept_out_of_training(
     rows.write_text(json.dumps({"context": passage, "continuation": "end"}) + "\n")
     with pytest.raises(sparsekd.SparseKDError, match=r"corpus\.sources\.learn \(evaluate\.tasks\.local_lambada\)"):
         report_of(tmp_path / "run", tiny_recipe, "evaluate.tasks=[local_lambada]")
+
+
+@pytest.mark.parametrize("change", ["seed=42", "rounds=[0.1, 0.3]"])
+def test_a_recipe_without_texts_ends_with_a_report_that_says_so(
+    change: str, tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """`evaluate.texts` is empty by default; all the work ended in a picture with no axes."""
+    values = yaml.safe_load(tiny_recipe.read_text())
+    del values["evaluate"]
+    tiny_recipe.write_text(yaml.safe_dump(values))
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["sparsekd", "run", str(tiny_recipe), "--out", str(out), "--set", change])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 0
+    assert "perplexity: not measured" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "names no text in <code>evaluate.texts</code>" in page
+    assert "Brier" not in page
+    assert ("Round by round" in page) == ("rounds" in change)
