@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsekd import models
-from sparsekd.errors import DataError
+from sparsekd.errors import DataError, UsageError
 
 INDEX = "model.safetensors.index.json"
 
@@ -143,3 +143,33 @@ def test_a_config_of_a_far_larger_model_is_refused_before_its_weights_are_made(
     folder = model_folder("llama")
     change_config(folder, **{key: 10**9})
     assert "its config describes " in refused(folder)
+
+
+def test_a_number_that_is_none_in_an_unused_row_is_refused(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    weights = {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
+    weights["model.embed_tokens.weight"][-1, -1] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "model.embed_tokens.weight holds numbers that are not finite" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "model.v2", "runs/", "/x/y", "../x", "a b/c", "a/b.c/d", "~/x", ""])
+def test_only_what_looks_like_a_hub_id_is_asked_for_on_the_hub(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(models, "cached_file", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(UsageError, match="no such folder, and no Hub id" if name else "no config"):
+        models.load(name)
+
+
+def test_a_hub_model_without_a_config_is_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(models, "cached_file", lambda *_, **__: None)
+    with pytest.raises(DataError, match="model owner/name: it has no config"):
+        models.load("owner/name")
+
+
+def test_a_reason_of_several_lines_is_told_whole(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name][:-1].clone()}, folder / "other.safetensors", {"format": "pt"})
+    (folder / "other.safetensors").rename(folder / "model.safetensors")
+    assert name in refused(folder)

@@ -173,6 +173,12 @@ def test_a_tenth_more_than_needed_must_be_free(free: int, enough: bool, tmp_path
         files.require_space(tmp_path, 1000, "the cache")
 
 
+def test_little_space_is_told_in_bytes(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"needs about 1,100 bytes in .*, only 0 bytes are free"):
+        files.require_space(tmp_path, 1000, "the cache")
+
+
 def test_fingerprint_depends_on_values_and_not_on_the_order_of_keys() -> None:
     value = {"a": 1, "b": {"x": [1, 2], "y": None}}
     turned = {"b": {"y": None, "x": [1, 2]}, "a": 1}

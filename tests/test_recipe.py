@@ -221,6 +221,14 @@ def test_a_name_with_a_line_end_does_not_break_the_line(tmp_path: Path) -> None:
     refused(tmp_path, 'corpus: {sources: {"a\\nb": {path: x.txt, weight: 0}}}')
 
 
+@pytest.mark.parametrize("name", ["x" * 100_000, "a\nb\x1b[2J"])
+def test_a_message_is_one_line_of_bounded_length_whatever_it_names(name: str) -> None:
+    for error in (UsageError(f"model {name}: no"), UsageError("no", name)):
+        message = str(error)
+        assert len(message) < 2100
+        assert all(line.isprintable() for line in message.split("\n  "))
+
+
 # ---- overrides and presets
 
 

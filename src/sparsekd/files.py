@@ -57,7 +57,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def _disk_full(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
-    return f"no space left while writing {path} ({free / 1e6:.0f} MB free): free some and run the same command again"
+    return f"no space left while writing {path} ({_size(free)} free): free some and run the same command again"
+
+
+def _size(num_bytes: int | float) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes:,.0f} bytes"
 
 
 def _flush(path: Path) -> None:
@@ -187,7 +191,7 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < 1.1 * num_bytes:
         raise ResourceError(
-            f"{what} needs about {1.1 * num_bytes / 1e6:.0f} MB in {folder}, only {free / 1e6:.0f} MB are free: "
+            f"{what} needs about {_size(1.1 * num_bytes)} in {folder}, only {_size(free)} are free: "
             "free some, or choose another disk with --out"
         )
 

