@@ -408,9 +408,9 @@ def test_a_parquet_value_that_is_no_text_is_named_by_row(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("use_dictionary", [True, False])
 def test_parquet_rows_are_unpacked_few_at_a_time(use_dictionary: bool, tmp_path: Path) -> None:
-    """A file of a few kilobytes, which would be 8 GB of text at once."""
+    """A file of a few kilobytes, which would be 4 GB of text at once."""
     big = pa.array(["a" * 40_000_000, "b" * 40_000_000, "c" * 40_000_000])
-    indices = pa.array(np.arange(200 if use_dictionary else 40) % 3, pa.int32())
+    indices = pa.array(np.arange(100 if use_dictionary else 20) % 3, pa.int32())
     text = pa.DictionaryArray.from_arrays(indices, big)
     options: Any = {"compression": "zstd", "use_dictionary": use_dictionary, "write_batch_size": 1}
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", **options)

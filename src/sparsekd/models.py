@@ -71,7 +71,7 @@ def load(
     try:
         config, model_class = _config_and_class(name, place, options)
         weights = _weight_files(name, place, revision)
-        if not place.gguf:
+        if not place.gguf and not hasattr(config, "quantization_config"):  # which packs several weights in a number
             described = num_parameters(_modules(config, model_class, trust_remote_code))
             admission.check_size(name, described, weights)
         model, info = model_class.from_pretrained(
