@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def test_files_have_the_mode_that_a_new_one_has(mask: int, tmp_path: Path) -> No
     assert (tmp_path / "model/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000, b"1" * 5000])
 def test_damaged_json_is_a_data_error_naming_it(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
@@ -188,6 +189,12 @@ def test_space_is_asked_of_the_disk_even_of_a_folder_to_be(tmp_path: Path) -> No
 def test_a_tenth_more_than_needed_must_be_free(free: int, enough: bool, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # type: ignore[attr-defined]
     with contextlib.nullcontext() if enough else pytest.raises(ResourceError):
+        files.require_space(tmp_path, 1000, "the cache")
+
+
+def test_little_space_is_told_in_bytes(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"needs about 1,100 bytes in .*, only 0 bytes are free"):
         files.require_space(tmp_path, 1000, "the cache")
 
 
@@ -257,3 +264,42 @@ def test_a_lock_is_for_one_or_shared(tmp_path: Path) -> None:
     with files.lock(path, "a"):
         assert path.exists()
     assert not path.exists()
+
+
+def take(path: Path) -> None:
+    with files.lock(path, "a"):
+        pass
+
+
+@pytest.mark.parametrize("write", [take, lambda path: files.append_line(path, {"step": 1})], ids=["lock", "log"])
+def test_what_is_written_in_place_follows_no_link(write: Callable[[Path], None], tmp_path: Path) -> None:
+    foreign, path = tmp_path / "foreign", tmp_path / "in_place"
+    for content in ("process 1", "", None):  # a lock, an empty file, none yet
+        if content is not None:
+            foreign.write_text(content)
+        path.symlink_to(foreign)
+        with pytest.raises(UsageError, match=f"^{path} is a link or no file[^\n]*$"):
+            write(path)
+        assert path.is_symlink()
+        assert (foreign.read_text() if foreign.exists() else None) == content
+        path.unlink()
+        foreign.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("write", [take, lambda path: files.append_line(path, {"step": 1})], ids=["lock", "log"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_written_in_place_is_a_file(
+    make: Callable[[Path], None], write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "in_place")
+    with pytest.raises(UsageError, match="is a link or no file"):
+        write(tmp_path / "in_place")
+
+
+def test_a_file_by_the_name_of_a_lock_keeps_its_content(tmp_path: Path) -> None:
+    """Also one that is the same file as another elsewhere."""
+    (tmp_path / "notes").write_text("a page of notes")
+    (tmp_path / "run.lock").hardlink_to(tmp_path / "notes")
+    with pytest.raises(UsageError, match=r"run\.lock is no lock of sparsekd"):
+        take(tmp_path / "run.lock")
+    assert (tmp_path / "notes").read_text() == "a page of notes"

@@ -139,7 +139,7 @@ def build(
     if overlaps and recipe.overlap == "stop":
         counts = {name: report.documents for name, report in reports.items()}
         way_out = "corpus.overlap=drop leaves those documents out"
-        raise DataError(_describe(overlaps, counts, way_out))
+        raise DataError(*_describe(overlaps, counts, way_out))
     separator = _separator(tokenizer) if recipe.document_mask else None
     corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = _fingerprint(corpus)
@@ -237,7 +237,7 @@ def _by_key(texts: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str
     return {text_key(name): text for name, text in texts.items()} | {task_key(n): text for n, text in tasks.items()}
 
 
-def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], way_out: str) -> str:
+def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], way_out: str) -> list[str]:
     """A line that says all, then a line for each of the first passages of every source and evaluation text; `counts`
     are the documents of each source."""
     pairs: dict[tuple[str, str], list[str]] = {}
@@ -248,7 +248,7 @@ def _describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int
         for (source, text), lines in pairs.items()
     )
     shown = [line for lines in pairs.values() for line in lines[:_SHOWN_DOCUMENTS]]
-    return "\n  ".join([f"evaluation text found in training sources: {listed}; {way_out}", *shown])
+    return [f"evaluation text found in training sources: {listed}; {way_out}", *shown]
 
 
 def add_texts(folder: Path, recipe: CorpusRecipe, texts: Mapping[str, str], tasks: Mapping[str, str]) -> None:
@@ -270,7 +270,7 @@ def add_texts(folder: Path, recipe: CorpusRecipe, texts: Mapping[str, str], task
                 break
     if overlaps:
         way_out = "make the corpus again with --fresh, where corpus.overlap=drop leaves such documents out"
-        raise DataError(_describe(overlaps, counts, way_out))
+        raise DataError(*_describe(overlaps, counts, way_out))
     _save_texts(replace(corpus, texts=corpus.texts | dict(texts)), folder)
 
 
@@ -478,7 +478,7 @@ def load(folder: Path) -> Corpus:
         corpus = Corpus(blocks, train, validation, texts, manifest["fingerprint"], reports, manifest["separator"])
         found = _fingerprint(corpus)
         changed = [name for name, text in texts.items() if files.sha256(text) != manifest["texts"][name]]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"corpus {folder} is damaged: {reason}; make it again with --fresh") from error
     if found != corpus.fingerprint:

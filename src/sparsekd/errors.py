@@ -3,11 +3,24 @@
 Messages are one line: what is wrong, where, what was expected, how to fix it.
 """
 
+_LONGEST = 2000  # characters of a line: names and values in it may be of any length
+
 
 class SparseKDError(Exception):
-    """Base of all errors meant for the user; `exit_code` is what the command returns."""
+    """Base of all errors meant for the user; `exit_code` is what the command returns. What is not printable in
+    the message, and in the lines of detail below it, is escaped, and the middle of what is long left out."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *details: str):
+        super().__init__("\n  ".join(map(_line, (message, *details))))
+
+
+def _line(text: str) -> str:
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class UsageError(SparseKDError):

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from sparsekd.errors import DataError, ResourceError, UsageError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
 _CLOCK_NS = 100_000_000  # of file systems, generously: a change soon after another may leave a file's time as it was
 _HASHES: dict[tuple[int, ...], str] = {}  # of files that were hashed here, by what tells them apart without reading
+_HOLDER = re.compile(r"(process \d+)?")  # what a lock file says
 _TEMPORARY = re.compile(r"(\.old)?\.tmp-\d+$")  # on its way in, or out
 
 
@@ -59,7 +61,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def _disk_full(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
-    return f"no space left while writing {path} ({free / 1e6:.0f} MB free): free some and run the same command again"
+    return f"no space left while writing {path} ({_size(free)} free): free some and run the same command again"
+
+
+def _size(num_bytes: int | float) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes:,.0f} bytes"
 
 
 def _settle(path: Path) -> None:
@@ -95,7 +101,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON line to a log. A torn last line after a crash is harmless: logs are never read back as input."""
     line = as_json(value, str(path)) + "\n"
-    with path.open("a", encoding="utf-8") as handle:
+    with os.fdopen(_open_in_place(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as handle:
         handle.write(line)
 
 
@@ -117,13 +123,33 @@ def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield from _not_finite(one, f"{name}.{key}" if name else str(key))
 
 
+def _open_in_place(path: Path, flags: int) -> int:
+    """Opens a file that is written without a temporary; raises `UsageError` for a link, which may lead to a file that
+    is not ours, and for anything else but a file."""
+    try:
+        # without waiting: a pipe would wait for its other end
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise _not_a_file(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_file(path)
+    return descriptor
+
+
+def _not_a_file(path: Path) -> UsageError:
+    return UsageError(f"{path} is a link or no file, so it is not written to: remove it, or choose another --out")
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file; raises `DataError` naming the file when it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:  # a `ValueError` as well: text that is no UTF-8, integers of no end
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise DataError(f"{path} is damaged: not JSON ({error})") from None
 
 
@@ -168,16 +194,20 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
 
 def _take(path: Path, kind: int, what: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        descriptor = _open_in_place(path, os.O_RDWR)
+        content = os.read(descriptor, 100).decode(errors="replace")
+        if not _HOLDER.fullmatch(content):
+            os.close(descriptor)
+            raise UsageError(f"{path} is no lock of sparsekd: remove it, or choose another --out")
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(descriptor, 100).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
+            holder = content or "another process"
             raise UsageError(f"{what} is in use by {holder}: wait for it, or choose another --out") from None
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()}".encode())
+            os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
             return descriptor
         os.close(descriptor)  # its last holder removed it after it was opened here
 
@@ -188,7 +218,7 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < 1.1 * num_bytes:
         raise ResourceError(
-            f"{what} needs about {1.1 * num_bytes / 1e6:.0f} MB in {folder}, only {free / 1e6:.0f} MB are free: "
+            f"{what} needs about {_size(1.1 * num_bytes)} in {folder}, only {_size(free)} are free: "
             "free some, or choose another disk with --out"
         )
 
