@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,10 @@ def _some(jobs: Sequence[Any], work: Callable[[Any], Any], timeout_s: float, roo
     """Answers for the jobs up to the first that ends the child."""
 
     def all_of_them(send: Callable[[Any], None]) -> None:
-        if room_bytes is not None:
-            limit = _field("VmSize") + room_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for job in jobs:
-            send(work(job))
+            with contextlib.nullcontext() if room_bytes is None else limited(room_bytes):
+                answer = work(job)
+            send(answer)
 
     reader, child = _fork(all_of_them)
     answers: list[Any] = []
@@ -99,13 +98,14 @@ def _some(jobs: Sequence[Any], work: Callable[[Any], Any], timeout_s: float, roo
                 answers.append({DEAD: ""})
                 break
     how = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if DEAD in answers[-1]:
+    if answers[-1] == {DEAD: ""}:
         answers[-1] = {DEAD: f"signal {-how}" if how < 0 else f"exit code {how}"}
     return answers
 
 
 def _fork(work: Callable[[Callable[[Any], None]], None]) -> tuple[int, int]:
     """A child that works and sends JSON lines into a pipe; the pipe's end to read from, and the child."""
+    gc.freeze()  # else the children's collections would touch, and so copy, all that was imported
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -117,7 +117,7 @@ def _fork(work: Callable[[Callable[[Any], None]], None]) -> tuple[int, int]:
         torch.set_num_threads(1)
         work(lambda answer: _write_all(writer, json.dumps(answer).encode() + b"\n"))
         code = 0
-    except BaseException:  # the parent counts what has no answer
+    except BaseException:  # ours, not the program's: the parent counts what has no answer
         with contextlib.suppress(BaseException):  # there may be no memory for a traceback
             traceback.print_exc()
     finally:
@@ -133,6 +133,17 @@ def call(*arguments: str) -> Call:
     """Calls the command line in this process, as `main` of the installed script does."""
     sys.argv = ["sparsekd", *arguments]
     return watched(cli.main)
+
+
+@contextlib.contextmanager
+def limited(room_bytes: int) -> Iterator[None]:
+    """Leaves the process `room_bytes` of address space above what it has."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_field("VmSize") + room_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def watched(work: Callable[[], Any]) -> Call:

@@ -70,7 +70,9 @@ def _fault(base: Path, kind: str, run: str, name: str, generator: random.Random)
 def _position(size: int, generator: random.Random) -> int:
     """Anywhere, more often in the head or the tail of a file, which are read first."""
     edge = min(size, 64)
-    return generator.choice([generator.randrange(size), generator.randrange(edge), size - 1 - generator.randrange(edge)])
+    return generator.choice(
+        [generator.randrange(size), generator.randrange(edge), size - 1 - generator.randrange(edge)]
+    )
 
 
 def _partner(base: Path, run: str, name: str, generator: random.Random) -> str:
@@ -128,7 +130,11 @@ def _attack(base: Path, worker: int, faults: Sequence[str]) -> list[dict[str, An
         if children.STUCK in result:
             result = {"fault": fault, "verdict": verdicts.SLOW, "commands": {"?": [verdicts.SLOW, "60 s, killed"]}}
         elif children.DEAD in result:
-            result = {"fault": fault, "verdict": verdicts.TRACEBACK, "commands": {"?": [verdicts.TRACEBACK, str(result)]}}
+            result = {
+                "fault": fault,
+                "verdict": verdicts.TRACEBACK,
+                "commands": {"?": [verdicts.TRACEBACK, str(result)]},
+            }
         results.append(result)
     return results
 
@@ -174,7 +180,7 @@ def _stages(run: Path) -> dict[str, int]:
 
 def _places(run: Path, touched: list[str]) -> list[str]:
     """What a message may say to name one of these files: the file, its model or its stage."""
-    folders = {parent for name in touched for parent in Path(name).parents if parent != Path(".")}
+    folders = {parent for name in touched for parent in Path(name).parents if parent != Path()}
     whole = {str(run / folder) for folder in folders} | {str(folder) for folder in folders if len(folder.parts) > 1}
     return [Path(name).name for name in touched] + sorted(whole)
 
@@ -206,7 +212,7 @@ def _without(value: Any, keys: set[str]) -> Any:
 def _first_difference(one: Any, other: Any, name: str = "") -> str:
     """Where two answers differ first, and how."""
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in dict.fromkeys([*other, *one]):
+        for key in dict.fromkeys([*(key for key in one if key not in other), *other]):
             if one.get(key) != other.get(key):
                 return _first_difference(one.get(key), other.get(key), f"{name}.{key}" if name else key)
     return f"{name}: {str(one)[:80]} instead of {str(other)[:80]}"

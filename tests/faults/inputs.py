@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import random
 import shutil
 import typing
@@ -20,14 +21,16 @@ from typing import Any
 import children
 import pyarrow as pa
 import pyarrow.parquet as pq
+import typer
 import verdicts
 import yaml
 from subject import documents, recipe_for
 
+from sparsekd import cli
 from sparsekd.recipe import Recipe
 
 ROOM_BYTES = 3 * 10**9  # of address space: three times what is allowed, so that a bomb ends in this process
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 25.0  # of silence: a job that took more than its 10 s is tried again
 _BATCH = 40
 Maker = Callable[[Path, Path, random.Random], list[str]]  # base, own folder, chance -> arguments
 
@@ -36,6 +39,11 @@ def attack(base: Path, counts: dict[str, int], seed: int, workers: int) -> list[
     """For each input its verdict with the reason."""
     named = [f"{kind} {seed} {number}" for kind, count in counts.items() for number in range(count)]
     random.Random(seed).shuffle(named)  # all workers have some of each kind
+    return attack_named(base, named, workers)
+
+
+def attack_named(base: Path, named: Sequence[str], workers: int) -> list[dict[str, Any]]:
+    """The same for inputs by their kind, seed and number: `recipe-text 0 12`."""
     return children.spread(named, functools.partial(_attack, base), workers)
 
 
@@ -48,14 +56,22 @@ def _attack(base: Path, worker: int, named: Sequence[str]) -> list[dict[str, Any
 
 
 def _judge(base: Path, place: Path, name: str) -> list[str]:
-    call = children.call(*arguments(base, place, name))
+    call = _call(base, place, name)
     if call.seconds > verdicts.LONGEST_S:
-        call = children.call(*arguments(base, place, name))
+        call = _call(base, place, name)
     costly = verdicts.of_cost(call)
     if call.crash or call.code not in (0, 5):
         failed = verdicts.of_failure(call, [])
         return list(failed if costly is None or failed[0] == verdicts.TRACEBACK else costly)
     return list(costly or (verdicts.ACCEPTED, ""))
+
+
+def _call(base: Path, place: Path, name: str) -> children.Call:
+    words = arguments(base, place, name)
+    here = place / "here" / "below"  # `../x` stays inside
+    here.mkdir(parents=True)
+    os.chdir(here)
+    return children.call(*words)
 
 
 def _of_answer(name: str, answer: Any) -> dict[str, Any]:
@@ -162,7 +178,9 @@ def _recipe_text(base: Path, place: Path, chance: random.Random) -> list[str]:
         piece = chance.choice([*_YAML, text[start:end] * 2, "", chr(chance.randrange(1, 0xD7FF))])
         text = text[:start] + piece + text[end:]
     if chance.random() < 0.02:
-        text = _BOMB + chance.choice(["preset: *a11\n", "model: *a11\n", "model: {name: *a11}\n", "seed: *a11\n"]) + text
+        text = (
+            _BOMB + chance.choice(["preset: *a11\n", "model: *a11\n", "model: {name: *a11}\n", "seed: *a11\n"]) + text
+        )
     content = text.encode()
     if chance.random() < 0.05:
         content = content[: chance.randrange(len(content))] + bytes(chance.randrange(256) for _ in range(9))
@@ -262,12 +280,7 @@ def _whole_runs(base: Path, place: Path, chance: random.Random) -> list[str]:
 
 # ---- arguments
 
-_OPTIONS = (
-    "--reduction --set --out --resume --fresh --dry-run --revision --device --json --shard --merge --seeds --rates "
-    "--text --teacher --tasks --root --limit --context --stride --max-tokens --dtype --trust-remote-code --verify -v "
-    "--help --nonsense --"
-).split()
-_VERBS = "run corpus cache compress distill reproduce eval spectrum report inspect".split()
+_VERBS = ["run", "corpus", "cache", "compress", "distill", "reproduce", "eval", "spectrum", "report", "inspect"]
 _WORDS = [
     "",
     " ",
@@ -310,8 +323,6 @@ _WORDS = [
     "a/b/c",
     "\u202e",
     "a\nb",
-    "demo",
-    "paper",
     "/dev/null",
     "/etc/passwd",
     "nowhere.gguf",
@@ -322,15 +333,37 @@ _WORDS = [
 
 def _arguments(base: Path, place: Path, chance: random.Random) -> list[str]:
     """A verb with options and values that may or may not go together; nothing above a plan is worked out."""
-    known = [str(base / name) for name in ("recipe.yaml", "model", "run", "run/corpus", "run/round-01/cache", "text.txt")]
+    shutil.copytree(base / "run", place / "run")  # it may be told to remove it
+    inside = ("run", "run/corpus", "run/round-01/cache", "run/round-01/distilled/model")
+    known = [str(place / name) for name in inside] + [str(base / name) for name in ("recipe.yaml", "model", "text.txt")]
     verb = chance.choice(_VERBS)
-    words = [chance.choice([*known, *_WORDS]) for _ in range(chance.choice([0, 1, 1, 1, 2]))]
-    for _ in range(chance.randint(0, 3)):
-        words += [chance.choice(_OPTIONS), chance.choice([*known, *_WORDS])]
+    words = [chance.choice([*known, *_WORDS])] if chance.random() < 0.95 else []
+    if verb == "reproduce":
+        words.insert(0, chance.choice(["II", "III", "controls", "svd", *_WORDS]))
+    for option in chance.choices(_options(verb), k=chance.randint(0, 3)):
+        name = option.opts[0]
+        words += [name] if option.is_flag else [name, _value(name, known, chance)]
+    if chance.random() < 0.1:
+        words.append(chance.choice(["--nonsense", "--", "-v", "--help", *_WORDS]))
     if verb in ("run", "corpus", "cache", "compress", "distill", "reproduce") and chance.random() < 0.8:
         words.insert(0, "--dry-run")
+        words += chance.choice([[], [], [], ["demo"], ["paper"]])  # a plan of them, not hours of work
     out = [] if verb in ("eval", "report", "inspect") else ["--out", str(place / "out")]
     return [verb, *out, *words]
+
+
+def _options(verb: str) -> list[Any]:
+    command: Any = typer.main.get_command(cli.app)
+    return [one for one in command.commands[verb].params if one.param_type_name == "option"]
+
+
+def _value(option: str, known: list[str], chance: random.Random) -> str:
+    """Mostly of the option's type, so that the parser lets it through."""
+    if option in ("--limit", "--context", "--stride", "--max-tokens"):
+        return chance.choice(["1", "2", "64", "1000000", "-1", "9" * 30])
+    if option == "--reduction":
+        return chance.choice(["0.2", "0.95", "1e-9", "nan", "-inf"])
+    return chance.choice([*known, *_WORDS])
 
 
 # ---- models
@@ -450,7 +483,12 @@ def _parquet(texts: list[str], path: Path, chance: random.Random) -> bytearray:
     if odd < 0.15:
         columns["text"] = pa.array([text.encode() + b"\xff\xfe" for text in texts], pa.binary()).view(pa.string())
     elif odd < 0.4:
-        other = [[[text] for text in texts], [None] * len(texts), [{"a": 1}] * len(texts), [text.encode() for text in texts]]
+        other = [
+            [[text] for text in texts],
+            [None] * len(texts),
+            [{"a": 1}] * len(texts),
+            [text.encode() for text in texts],
+        ]
         columns["text"] = chance.choice(other)
     elif odd < 0.5:
         columns["text"] = pa.array(texts, chance.choice([pa.large_string(), pa.string_view()]))

@@ -1,9 +1,9 @@
 """What is attacked: finished runs of a tiny model, and one that was stopped in its training.
 
-    model/ text.txt other.txt recipe.yaml   what the runs are made from
-    run/                                    a finished run
-    another/                                a finished run with another seed: where files are swapped with
-    stopped/                                a run stopped in its training, with two checkpoints
+model/ text.txt other.txt recipe.yaml   what the runs are made from
+run/                                    a finished run
+another/                                a finished run with another seed: where files are swapped with
+stopped/                                a run stopped in its training, with two checkpoints
 """
 
 from __future__ import annotations
