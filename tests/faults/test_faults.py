@@ -38,7 +38,7 @@ def test_nothing_gets_through(part: str, kinds: set[str]) -> None:
 
 
 def test_what_is_not_found_is_counted() -> None:
-    """The judge itself: a changed figure is silent, an exception a traceback, a message must be one line of its place."""
+    """The judge itself: a changed figure is silent, an exception a traceback, a message one line of its place."""
     command = [sys.executable, "-c", _JUDGED]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,8 @@ import children, damage, verdicts
 from children import Call
 
 def verdict(call, **changes):
-    return damage._verdict(call, '{"figure": 1, "seconds": 2, "cache": "finished"}', ["part-0", "/run/corpus"], **changes)[0]
+    untouched = '{"figure": 1, "seconds": 2, "cache": "finished"}'
+    return damage._verdict(call, untouched, ["part-0", "/run/corpus"], **changes)[0]
 
 def failed(message, code=3):
     return verdict(Call(code, "", message), was_remade=False)
