@@ -491,6 +491,20 @@ def test_eval_on_nothing_or_of_another_tokenizer_is_refused(
     assert "its tokenizer is not that of" in line
 
 
+def test_eval_names_a_number_that_is_not_finite(sparsekd: Any, model_folder: Any, text_file: Path) -> None:
+    """A perplexity is capped, but its standard error beside it overflows, and JSON has no word for that."""
+    folder = model_folder("llama")
+    model, _ = models.load(str(folder))
+    model.get_input_embeddings().weight.data.mul_(1e3)
+    model.model.norm.weight.data.mul_(1e7)
+    model.save_pretrained(folder)
+    options = ("--context", 32, "--stride", 16, "--max-tokens", 128, "--json")
+    outcome = sparsekd("eval", folder, "--text", text_file, *options)
+    assert outcome.code == errors.DataError.exit_code, outcome
+    assert outcome.out == ""
+    assert "llama.learn.txt.standard_error is not finite (inf)" in outcome.err.splitlines()[-1]
+
+
 def test_the_memory_of_a_device_is_beside_the_host_s(
     sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

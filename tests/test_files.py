@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparsekd import files
 from sparsekd.errors import DataError, ResourceError, UsageError
@@ -130,10 +132,27 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_json_without_a_word_for_it_is_refused(value: float, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"loss": 1.0})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        files.write_json(path, {"loss": value})
+    with pytest.raises(DataError, match=r"a\.json: steps\.1\.loss is not finite \(-?(nan|inf)\)"):
+        files.write_json(path, {"steps": [{"loss": 1.0}, {"loss": value}]})
+    assert files.read_json(path) == {"loss": 1.0}
+    with pytest.raises(DataError, match="it is not finite"):
+        files.append_line(path, value)
     assert files.read_json(path) == {"loss": 1.0}
     assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_files_have_the_mode_that_a_new_one_has(mask: int, tmp_path: Path) -> None:
+    """Safetensors makes its files private: a colleague could read all of a model but its weights."""
+    before = os.umask(mask)
+    try:
+        with files.atomic_path(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            save_file({"a": torch.ones(2)}, temporary / "model.safetensors")
+        assert os.umask(mask) == mask  # it was put back
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000])

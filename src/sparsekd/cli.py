@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 our bug, 2 usage, 3 data, 4 resource, 5 the result is worse 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -409,6 +408,8 @@ def _show(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     plan = gathered["compression"]
     _print_table(tables.console_table("Parameters", ["", "before", "after", "removed"], tables.sizes(plan)))
+    if not gathered["recipe"]["evaluate"]["texts"]:
+        print("perplexity: not measured, for the recipe names no text in evaluate.texts")
     _show_evaluation(gathered["evaluation"], as_json=False)
     if len(gathered["rounds"]) > 1:
         _print_table(tables.console_table("Rounds", *tables.rounds(gathered)))
@@ -471,7 +472,9 @@ def _print_table(table: Any) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
+    from sparsekd.files import as_json
+
+    print(as_json(value, "the result", indent=1))
 
 
 def _quiet() -> None:

@@ -12,7 +12,6 @@ How it runs on several processes (DDP, or FSDP2 where the launcher asks for it) 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import tempfile
 import time
@@ -434,7 +433,7 @@ class _Metrics:
     def __init__(self, path: Path, history: History, accelerator: Accelerator):
         self._path, self._accelerator = path, accelerator
         if accelerator.is_main_process:
-            lines = [json.dumps(_line(entry)) for entry in [*history.steps, *history.validations]]
+            lines = [files.as_json(_line(entry), str(path)) for entry in [*history.steps, *history.validations]]
             files.write_text(path, "".join(line + "\n" for line in lines))
 
     def add(self, entry: Step | Validation) -> None:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        _flush(temporary)
+        _settle(temporary)
         if path.is_dir():
             remove(path)
         temporary.replace(path)
@@ -58,9 +59,13 @@ def _disk_full(path: Path) -> str:
     return f"no space left while writing {path} ({free / 1e6:.0f} MB free): free some and run the same command again"
 
 
-def _flush(path: Path) -> None:
+def _settle(path: Path) -> None:
+    """Gives every file the mode that a new file has, since safetensors makes its own private, and flushes it."""
+    mask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
+            file.chmod(0o666 & ~mask)
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
 
@@ -80,14 +85,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; NaN and infinity are refused because JSON has no word for them."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Writes JSON atomically; raises `DataError` naming the number that is not finite."""
+    write_text(path, as_json(value, str(path), indent=1) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON line to a log. A torn last line after a crash is harmless: logs are never read back as input."""
+    line = as_json(value, str(path)) + "\n"
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(value) + "\n")
+        handle.write(line)
+
+
+def as_json(value: Any, what: str, indent: int | None = None) -> str:
+    """`value` as JSON, which has no word for NaN and infinity; raises `DataError` naming in `what` the first of them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        name, number = next(_not_finite(value))
+        raise DataError(f"{what}: {name} is not finite ({number}): the model that it is of is broken") from None
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested objects and lists that are NaN or infinite, with their places."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name or "it", value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, one in inner:
+        yield from _not_finite(one, f"{name}.{key}" if name else str(key))
 
 
 def read_json(path: Path) -> Any:

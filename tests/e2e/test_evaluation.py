@@ -2,13 +2,15 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import sparsekd
-from sparsekd import pipeline
+from sparsekd import cli, pipeline
 from sparsekd.recipe import load_recipe
 
 TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")
@@ -107,3 +109,23 @@ def test_other_rows_under_a_finished_evaluation_are_scored_again(tiny_recipe: Pa
     after = report_of(folder, tiny_recipe, *TASKS)["evaluation"]
     assert [one["tasks"]["dense"]["local_lambada"]["num_rows"] for one in (before, after)] == [4, 2]
     assert texts.stat().st_mtime_ns == measured
+
+
+@pytest.mark.parametrize("change", ["seed=42", "rounds=[0.1, 0.3]"])
+def test_a_recipe_without_texts_ends_with_a_report_that_says_so(
+    change: str, tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """`evaluate.texts` is empty by default; all the work ended in a picture with no axes."""
+    values = yaml.safe_load(tiny_recipe.read_text())
+    del values["evaluate"]
+    tiny_recipe.write_text(yaml.safe_dump(values))
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["sparsekd", "run", str(tiny_recipe), "--out", str(out), "--set", change])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 0
+    assert "perplexity: not measured" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "names no text in <code>evaluate.texts</code>" in page
+    assert "Brier" not in page
+    assert ("Round by round" in page) == ("rounds" in change)

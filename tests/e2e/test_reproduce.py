@@ -148,6 +148,7 @@ def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> Non
         ("III", (), {"rates": [1e-4, 0.0]}, r"distill.learning_rate is 0.0: expected \(0, 1\]"),
         ("V", ("distill.train=lora",), {}, "distill.train is lora"),
         ("III", (), {"seeds": [1, 1]}, r"seeds are \[1, 1\]: expected one or several different numbers"),
+        ("III", ("evaluate.texts.held=null", "evaluate.texts.other=null"), {}, "evaluate.texts is empty"),
         ("III", ("teacher.cascade=1",), {}, "teacher: the experiments choose their teachers"),
     ],
 )

@@ -12,15 +12,14 @@ from sparsekd.report import experiments, figures, plots, tables
 
 def render(report: dict[str, Any]) -> str:
     """The page for `report.gather`'s data; every text in it is escaped, since model names and paths are not ours."""
-    pictures = {
-        "perplexities": plots.perplexities(report["evaluation"]),
-        "calibration": plots.calibration(report["evaluation"]),
-        "loss": plots.loss_curve(report["distillation"]),
-    }
+    pictures = {"loss": plots.loss_curve(report["distillation"])}
+    if report["recipe"]["evaluate"]["texts"]:
+        pictures["perplexities"] = plots.perplexities(report["evaluation"])
+        pictures["calibration"] = plots.calibration(report["evaluation"])
+        if len(report["rounds"]) > 1:
+            pictures["rounds"] = plots.rounds(report["rounds"])
     if report["recipe"]["compress"]["format"] != "mask":
         pictures["ranks"] = plots.ranks(report["compression"])
-    if len(report["rounds"]) > 1:
-        pictures["rounds"] = plots.rounds(report["rounds"])
     seconds = [[name, tables.duration(value)] for name, value in report["seconds"].items()]
     return _template("report.html").render(
         report=report,

@@ -91,6 +91,8 @@ def plan_arms(
         raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds are {list(seeds)}: expected one or several different numbers")
+    if not recipe.evaluate.texts:
+        raise UsageError("evaluate.texts is empty: the experiments compare perplexities, so name a text in the recipe")
     if recipe.teacher != Teacher():
         raise UsageError("teacher: the experiments choose their teachers: leave the section out")
     pipeline.check_before_starting(recipe)
