@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,42 @@ def test_a_lock_is_for_one_or_shared(tmp_path: Path) -> None:
     with files.lock(path, "a"):
         assert path.exists()
     assert not path.exists()
+
+
+def take(path: Path) -> None:
+    with files.lock(path, "a"):
+        pass
+
+
+@pytest.mark.parametrize("write", [take, lambda path: files.append_line(path, {"step": 1})], ids=["lock", "log"])
+def test_what_is_written_in_place_follows_no_link(write: Callable[[Path], None], tmp_path: Path) -> None:
+    foreign, path = tmp_path / "foreign", tmp_path / "in_place"
+    for content in ("process 1", "", None):  # a lock, an empty file, none yet
+        if content is not None:
+            foreign.write_text(content)
+        path.symlink_to(foreign)
+        with pytest.raises(UsageError, match=f"^{path} is a link or no file[^\n]*$"):
+            write(path)
+        assert path.is_symlink()
+        assert (foreign.read_text() if foreign.exists() else None) == content
+        path.unlink()
+        foreign.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("write", [take, lambda path: files.append_line(path, {"step": 1})], ids=["lock", "log"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_written_in_place_is_a_file(
+    make: Callable[[Path], None], write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "in_place")
+    with pytest.raises(UsageError, match="is a link or no file"):
+        write(tmp_path / "in_place")
+
+
+def test_a_file_by_the_name_of_a_lock_keeps_its_content(tmp_path: Path) -> None:
+    """Also one that is the same file as another elsewhere."""
+    (tmp_path / "notes").write_text("a page of notes")
+    (tmp_path / "run.lock").hardlink_to(tmp_path / "notes")
+    with pytest.raises(UsageError, match=r"run\.lock is no lock of sparsekd"):
+        take(tmp_path / "run.lock")
+    assert (tmp_path / "notes").read_text() == "a page of notes"

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from sparsekd.errors import DataError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
+_HOLDER = re.compile(r"(process \d+)?")  # what a lock file says
 _TEMPORARY = re.compile(r"(\.old)?\.tmp-\d+$")  # on its way in, or out
 
 
@@ -92,12 +94,12 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON line to a log. A torn last line after a crash is harmless: logs are never read back as input."""
     line = as_json(value, str(path)) + "\n"
-    with path.open("a", encoding="utf-8") as handle:
+    with os.fdopen(_open_in_place(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as handle:
         handle.write(line)
 
 
 def as_json(value: Any, what: str, indent: int | None = None) -> str:
-    """`value` as JSON, which has no word for NaN and infinity; raises `DataError` naming in `what` the first of them."""
+    """`value` as JSON, which has no word for NaN and infinity; raises `DataError` naming the first in `what`."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -112,6 +114,26 @@ def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, one in inner:
         yield from _not_finite(one, f"{name}.{key}" if name else str(key))
+
+
+def _open_in_place(path: Path, flags: int) -> int:
+    """Opens a file that is written without a temporary; raises `UsageError` for a link, which may lead to a file that
+    is not ours, and for anything else but a file."""
+    try:
+        # without waiting: a pipe would wait for its other end
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise _not_a_file(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_file(path)
+    return descriptor
+
+
+def _not_a_file(path: Path) -> UsageError:
+    return UsageError(f"{path} is a link or no file, so it is not written to: remove it, or choose another --out")
 
 
 def read_json(path: Path) -> Any:
@@ -165,16 +187,20 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
 
 def _take(path: Path, kind: int, what: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        descriptor = _open_in_place(path, os.O_RDWR)
+        content = os.read(descriptor, 100).decode(errors="replace")
+        if not _HOLDER.fullmatch(content):
+            os.close(descriptor)
+            raise UsageError(f"{path} is no lock of sparsekd: remove it, or choose another --out")
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(descriptor, 100).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
+            holder = content or "another process"
             raise UsageError(f"{what} is in use by {holder}: wait for it, or choose another --out") from None
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()}".encode())
+            os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
             return descriptor
         os.close(descriptor)  # its last holder removed it after it was opened here
 

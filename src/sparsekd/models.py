@@ -34,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from sparsekd import files
+from sparsekd import admission, files
 from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, layer_class
@@ -67,12 +67,17 @@ def load(
     if revision is not None:
         options["revision"] = revision
     try:
-        config, model_class = _config_and_class(place, options)
+        config, model_class = _config_and_class(name, place, options)
+        weights = _weight_files(name, place, revision)
+        if not place.gguf:
+            described = num_parameters(_modules(config, model_class, trust_remote_code))
+            admission.check_size(name, described, weights)
         model, info = model_class.from_pretrained(
             place.source,
             config=config,
             dtype=dtype or (torch.float32 if place.gguf else "auto"),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
             **options,
         )
@@ -86,6 +91,10 @@ def load(
         raise DataError(f"model {name}: {len(wrong)} weights are missing or of the wrong shape, first: {wrong[0]}")
     if place.gguf:
         _make_ordinary(model)
+    elif hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer"):
+        raise DataError(
+            f"model {name}: quantization_config in config.json is of a method that transformers does not know"
+        )
     check_zeros(model)
     check_tokenizer(model, tokenizer, name)
     return model.to(device).eval(), tokenizer
@@ -93,20 +102,24 @@ def load(
 
 def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules on the meta device: all shapes, no weights read. For plans and estimates."""
-    place = locate(name, need_weights=False)
+    place = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
     if revision is not None:
         options["revision"] = revision
     try:
-        config, model_class = _config_and_class(place, options)
-        with torch.device("meta"):
-            if model_class is AutoModelForCausalLM:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return model_class(config)
+        return _modules(*_config_and_class(name, place, options), trust_remote_code)
     except SparseKDError:
         raise
     except Exception as error:  # as in `load`
         raise _explain(name, error) from error
+
+
+def _modules(config: PreTrainedConfig, model_class: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without weights."""
+    with torch.device("meta"):
+        if model_class is AutoModelForCausalLM:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model_class(config)
 
 
 @contextmanager
@@ -131,8 +144,8 @@ class _Place:
     gguf: bool = False
 
 
-def locate(name: str, need_weights: bool = True) -> _Place:
-    """Turns a model name into what `from_pretrained` takes; raises `UsageError` or `DataError` for what it can't."""
+def locate(name: str) -> _Place:
+    """Turns a model name into what `from_pretrained` takes; raises `UsageError` for what it can't."""
     path = _embedded_model() if name == EMBEDDED_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -143,8 +156,6 @@ def locate(name: str, need_weights: bool = True) -> _Place:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UsageError(f"model {name}: the folder has no config.json, so it holds no model")
-        if need_weights:
-            _refuse_pickle(path)
         return _Place(str(path), {})
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~", "/"))
     if not looks_like_hub_id:
@@ -165,22 +176,25 @@ def _embedded_model() -> Path:
     )
 
 
-def _refuse_pickle(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickled:
-        raise DataError(
-            f"model {folder}: {pickled[0]} is a pickle, which can run code when read; on a machine where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
-        )
-    raise DataError(f"model {folder}: no .safetensors file in the folder")
+def _weight_files(name: str, place: _Place, revision: str | None) -> list[Path]:
+    """The model's files of weights, all of them plain; of a Hub id they are fetched first."""
+    found = functools.partial(cached_file, place.source, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    def find(file: str) -> Path | None:
+        path = found(file)
+        return None if path is None else Path(path)
+
+    admission.refuse_adapter(name, find)
+    return [] if place.gguf else admission.weight_files(name, find)
 
 
-def _config_and_class(place: _Place, options: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
+def _config_and_class(name: str, place: _Place, options: dict[str, Any]) -> tuple[PreTrainedConfig, Any]:
     if place.gguf:
-        return AutoConfig.from_pretrained(place.source, **options), AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(place.source, **options)
+        admission.check_config(name, config.to_dict())
+        return config, AutoModelForCausalLM
     raw = _raw_config(place, options.get("revision"))
+    admission.check_config(name, raw)
     model_type = raw.get("model_type", "")
     if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
         if "sparsekd" in raw:
@@ -207,7 +221,9 @@ def _check_description(found: Any, source: str, formats: tuple[str, ...], counte
 
 def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
     path = cached_file(place.source, "config.json", revision=revision)
-    raw = files.read_json(Path(str(path)))
+    if path is None:  # of a Hub id; a folder without it is no model
+        raise DataError(f"model {place.source}: it has no config.json")
+    raw = files.read_json(Path(path))
     if not isinstance(raw, dict):
         raise DataError(f"{path} is damaged: expected a JSON object")
     return raw
@@ -336,6 +352,7 @@ def source_hash(name: str) -> str | None:
         return files.file_sha256(folder / place.options["gguf_file"])
     if not folder.is_dir():
         return None
+    _weight_files(name, place, None)  # what an index names elsewhere would change unseen
     kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
     listed = sorted(path for path in folder.iterdir() if path.suffix in kinds)
     return files.fingerprint({path.name: files.file_sha256(path) for path in listed})
@@ -343,7 +360,7 @@ def source_hash(name: str) -> str | None:
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a Hub id's revision (by default its main branch) is at now; None for a local model."""
-    place = locate(name, need_weights=False)
+    place = locate(name)
     if place.gguf or Path(place.source).is_dir():
         return None
     try:
