@@ -54,9 +54,9 @@ def of_failure(call: Call, places: list[str]) -> tuple[str, str]:
     return NAMED, message[:300]
 
 
-def of_cost(call: Call) -> tuple[str, str] | None:
+def of_cost(call: Call, longest_s: float = LONGEST_S) -> tuple[str, str] | None:
     """Slow or large, whatever else it is."""
-    if call.seconds > LONGEST_S:
+    if call.seconds > longest_s:
         return SLOW, f"{call.seconds:.1f} s"
     if call.memory_bytes > MOST_BYTES:
         return LARGE, f"{call.memory_bytes / 1e9:.1f} GB"
