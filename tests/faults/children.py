@@ -29,6 +29,7 @@ import torch
 from sparsekd import cli
 
 DEAD, STUCK = "dead", "stuck"  # keys of what stands for the answer of a child that gave none
+_OURS = 70  # exit code of a child with an exception that `watched` did not see
 _STATUS = Path("/proc/self/status")
 
 
@@ -98,6 +99,7 @@ def _some(jobs: Sequence[Any], work: Callable[[Any], Any], timeout_s: float, roo
                 answers.append({DEAD: ""})
                 break
     how = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert how != _OURS, "what attacks is at fault: the exception above is not the program's"
     if answers[-1] == {DEAD: ""}:
         answers[-1] = {DEAD: f"signal {-how}" if how < 0 else f"exit code {how}"}
     return answers
@@ -117,9 +119,11 @@ def _fork(work: Callable[[Callable[[Any], None]], None]) -> tuple[int, int]:
         torch.set_num_threads(1)
         work(lambda answer: _write_all(writer, json.dumps(answer).encode() + b"\n"))
         code = 0
-    except BaseException:  # ours, not the program's: the parent counts what has no answer
-        with contextlib.suppress(BaseException):  # there may be no memory for a traceback
-            traceback.print_exc()
+    except MemoryError:  # of what we do around the program, in the memory that it left: the parent counts it
+        pass
+    except BaseException:
+        traceback.print_exc()
+        code = _OURS
     finally:
         os._exit(code)
 

@@ -505,7 +505,7 @@ def _parquet(texts: list[str], path: Path, chance: random.Random) -> bytearray:
     elif odd < 0.5:
         columns["text"] = pa.array(texts, chance.choice([pa.large_string(), pa.string_view()]))
     elif odd < 0.55:
-        columns["text"] = pa.array(["x" * 40_000_000] * 3)
+        columns = {"text": pa.array(["x" * 40_000_000] * 3)}
     table = pa.table(columns)
     pq.write_table(table, path, compression=chance.choice(["zstd", "snappy", "none"]))
     return bytearray(path.read_bytes())
