@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sparsekd import files
+from sparsekd import files, records
 from sparsekd.cache import Cache, Part, Samples, Targets, Writer, merge
 from sparsekd.codecs import codec_for
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
@@ -326,11 +326,11 @@ def test_shards_that_changed_places_are_noticed(
     filled(model, tmp_path, blocks, blocks_per_shard=2)
     paths = [tmp_path / f"part-0000{number}.parquet" for number in range(2)]
     contents = [path.read_bytes() for path in paths]
-    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest = records.read(tmp_path / "manifest.json")
     for path, content, shard in zip(paths, reversed(contents), manifest["shards"], strict=True):
         path.write_bytes(content)
         shard["bytes"] = len(content)
-    files.write_json(tmp_path / "manifest.json", manifest)
+    records.write(tmp_path / "manifest.json", manifest)
     with pytest.raises(MismatchError, match=r"part-00000\.parquet holds other blocks than it should"):
         Cache(tmp_path).read(0, blocks[0])
 
@@ -340,7 +340,7 @@ def test_a_missing_or_damaged_manifest(model: PreTrainedModel, blocks: dict[int,
         Cache(tmp_path / "nowhere")
     filled(model, tmp_path, blocks)
     path = tmp_path / "manifest.json"
-    whole = files.read_json(path)
+    whole = records.read(path)
     damaged: list[Any] = [
         {key: value for key, value in whole.items() if key != left} for left in ("identity", "shards")
     ]
@@ -357,7 +357,7 @@ def test_a_missing_or_damaged_manifest(model: PreTrainedModel, blocks: dict[int,
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         Cache(tmp_path)
     filled(model, tmp_path, blocks)  # the shards are whole: only the manifest is made again
-    assert files.read_json(path) == whole
+    assert records.read(path) == whole
 
 
 # ---- what may not be written
@@ -428,7 +428,7 @@ def test_a_shard_says_itself_what_it_was_made_from(
 def test_a_cache_of_another_format_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     blocks = {0: np.arange(20, dtype=np.int32)}
     filled(model, tmp_path, blocks)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = records.read(tmp_path / "manifest.json")
     of_old = {"codec": "q16-1", **{key: value for key, value in manifest.items() if key != "format"}}
     for changed, found in ((of_old, "q16-1"), (manifest | {"format": 3}, "3")):
         (tmp_path / "manifest.json").write_text(json.dumps(changed))
@@ -585,9 +585,9 @@ def test_a_shard_of_another_cache_is_noticed(
     filled(make_model("llama"), tmp_path / "theirs", blocks)
     foreign = (tmp_path / "theirs/part-00001.parquet").read_bytes()
     (tmp_path / "ours/part-00001.parquet").write_bytes(foreign)
-    manifest = files.read_json(tmp_path / "ours/manifest.json")
+    manifest = records.read(tmp_path / "ours/manifest.json")
     manifest["shards"][1]["bytes"] = len(foreign)  # as if it were of the same size
-    files.write_json(tmp_path / "ours/manifest.json", manifest)
+    records.write(tmp_path / "ours/manifest.json", manifest)
     inside = manifest["shards"][1]["block_ids"][0]
     with pytest.raises(MismatchError, match=r"part-00001\.parquet was made with teacher = "):
         Cache(tmp_path / "ours").read(inside, blocks[inside])

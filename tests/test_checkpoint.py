@@ -1,5 +1,7 @@
 """Checkpoints: whole, hashed, two of them, and a damaged one is passed over."""
 
+import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +83,67 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     assert equal(state(resumed), state(straight))
 
 
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=1) + "\n")
+
+
+def swap(path: Path) -> None:
+    """With the other checkpoint's, whole as it is."""
+    folder = path.parent
+    other = folder.with_name("step-00000002")
+    for one, two in ((folder, folder.with_name("aside")), (other, folder), (folder.with_name("aside"), other)):
+        one.rename(two)
+
+
+@pytest.mark.parametrize("harm", [functools.partial(edit, step=5), functools.partial(edit, best_step=1), swap])
+def test_a_state_that_was_not_written_so_skips_no_step(
+    harm: Any, new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+) -> None:
+    straight = new_student()
+    distillation.train(straight, data(blocks, cache), OPTIONS)
+    train_until(3, new_student(), blocks, cache, tmp_path)
+    harm(tmp_path / "checkpoints/step-00000003/state.json")
+    said: list[str] = []
+    resumed = new_student()
+    try:
+        distillation.train(resumed, data(blocks, cache), OPTIONS, folder=tmp_path, say=said.append)
+    except DataError:
+        assert harm is swap  # then both of them are not what they should be
+    else:
+        assert equal(state(resumed), state(straight))
+    assert "step-00000003/state.json is " in said[0]
+
+
+def test_best_weights_that_are_damaged_lead_back_to_a_checkpoint_that_does_not_need_them(
+    new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+) -> None:
+    train_until(4, new_student(), blocks, cache, tmp_path)
+    folder = tmp_path / "checkpoints"
+    best = [json.loads((folder / f"step-0000000{n}/state.json").read_text())["best_step"] for n in (3, 4)]
+    assert best == [0, 4]
+    flip(folder / "best-00000004/model.safetensors")
+    said: list[str] = []
+    steps: list[int] = []
+    distillation.train(
+        new_student(),
+        data(blocks, cache),
+        OPTIONS,
+        folder=tmp_path,
+        say=said.append,
+        on_step=lambda step, _: steps.append(step.step),
+    )
+    assert "best-00000004/model.safetensors is damaged" in said[0]
+    assert steps == [4, 5, 6]
+
+
 def test_when_all_are_damaged_the_training_is_not_started_again_in_silence(
     new_student: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
 ) -> None:
     train_until(3, new_student(), blocks, cache, tmp_path)
     for path in (tmp_path / "checkpoints").glob("step-*/model.safetensors"):
         flip(path)
-    with pytest.raises(DataError, match=r"step-00000002/model\.safetensors is damaged.*no whole checkpoint is left"):
+    way_out = f"no whole checkpoint is left; remove {tmp_path / 'checkpoints'} to start this training again"
+    with pytest.raises(DataError, match=rf"step-00000002/model\.safetensors is damaged.*{way_out}$"):
         distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path)
 
 
@@ -95,7 +151,8 @@ def test_damaged_best_weights_are_noticed(new_student: Any, blocks: torch.Tensor
     train_until(3, new_student(), blocks, cache, tmp_path)
     for path in (tmp_path / "checkpoints").glob("best-*/model.safetensors"):
         flip(path)
-    with pytest.raises(DataError, match=r"best-0000000\d/model\.safetensors is damaged"):
+    way_out = f"remove {tmp_path / 'checkpoints'} to start this training again"
+    with pytest.raises(DataError, match=rf"best-0000000\d/model\.safetensors is damaged.*{way_out}$"):
         distillation.train(new_student(), data(blocks, cache), OPTIONS, folder=tmp_path)
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-from sparsekd import cli, compression, errors, files, models, run
+from sparsekd import cli, compression, errors, files, models, records, run
 from sparsekd.recipe import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
@@ -515,9 +515,9 @@ def test_the_memory_of_a_device_is_beside_the_host_s(
     assert re.search(r"^peak memory \d+\.\d GB host, 3\.0 GB device$", printed.out, re.M)
     assert "GB host, 3.0 GB device." in (out / "report.html").read_text()
     for path in out.rglob("stage.json"):  # as a run on a CPU, or one of an older version, has it
-        summary = files.read_json(path)
+        summary = records.read(path)
         assert summary.pop("peak_device_memory_bytes") == 3_000_000_000
-        files.write_json(path, summary)
+        records.write(path, summary)
     printed = sparsekd("report", out)
     assert re.search(r"^peak memory \d+\.\d GB$", printed.out, re.M)
     assert "GB device" not in (out / "report.html").read_text()

@@ -15,7 +15,7 @@ from conftest import WORDS, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekd import corpus, files, sources
+from sparsekd import corpus, files, records, sources
 from sparsekd.corpus import (
     Corpus,
     Guard,
@@ -556,7 +556,7 @@ def remove_key(key: str) -> Any:
 def test_a_damaged_manifest_is_noticed(damage: Any, built: Corpus, tmp_path: Path) -> None:
     save(built, tmp_path)
     path = tmp_path / "manifest.json"
-    files.write_json(path, damage(files.read_json(path)))
+    files.write_json(path, damage(records.read(path)))
     with pytest.raises(DataError, match="is damaged"):
         load(tmp_path)
 

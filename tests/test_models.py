@@ -219,6 +219,7 @@ def test_missing_weights_are_refused(
     if compressed:
         compression.compress(model, reduction=0.3, method="svd")
     models.save(model, tokenizer, tmp_path / "saved")
+    (tmp_path / "saved" / "sparsekd.json").unlink()  # or its hashes would tell
     path = tmp_path / "saved" / "model.safetensors"
     weights = load_file(path)
     missing = next(name for name in sorted(weights) if "layers.1.mlp.down_proj" in name)
@@ -314,6 +315,7 @@ def test_a_damaged_description_of_a_compressed_model_is_refused(
     tmp_path: Path,
 ) -> None:
     models.save(compression.compress(make_model("llama"), reduction=0.3, method="svd"), tokenizer, tmp_path / "saved")
+    (tmp_path / "saved" / "sparsekd.json").unlink()  # or its hashes would tell
     path = tmp_path / "saved" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "sparsekd": damage(config["sparsekd"])}))
@@ -327,6 +329,7 @@ def test_a_rank_that_the_weights_do_not_have_is_refused(
     make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     models.save(compression.compress(make_model("llama"), reduction=0.3, method="svd"), tokenizer, tmp_path / "saved")
+    (tmp_path / "saved" / "sparsekd.json").unlink()  # or its hashes would tell
     path = tmp_path / "saved" / "config.json"
     config = json.loads(path.read_text())
     config["sparsekd"]["ranks"][LAYER] += 1

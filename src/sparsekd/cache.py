@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sparsekd import files
+from sparsekd import files, records
 from sparsekd.codecs import Codec, Samples, Targets, codec_for
 from sparsekd.errors import DataError, MismatchError, UsageError
 
@@ -35,6 +35,7 @@ FORMAT = 2
 ALIGNMENT = "row t predicts token t+1"
 _SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 _PART_MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
+_WAY_OUT = "remove it and run sparsekd cache again, which makes only what is missing"
 _OPEN_SHARDS = 64  # kept open at once; a large cache has more shards than a process may open files
 
 
@@ -320,12 +321,12 @@ def _require_blocks(folder: Path, found: Iterable[int], wanted: Iterable[int]) -
 
 def _write_manifest(path: Path, identity: dict[str, Any], shards: dict[int, dict[str, Any]]) -> None:
     listed = [shard for _, shard in sorted(shards.items())]
-    files.write_json(path, {"format": FORMAT, "identity": identity, "shards": listed})
+    records.write(path, {"format": FORMAT, "identity": identity, "shards": listed})
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Identity and shards; raises `DataError` unless every shard is a plain file name of ours."""
-    manifest = files.read_json(path)
+    manifest = records.read(path, way_out=_WAY_OUT)
     with _damage(path):
         _require_format(manifest.get("format", manifest.get("codec")), path)
         identity, shards = manifest["identity"], manifest["shards"]
@@ -383,8 +384,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path, error: object) -> str:
     reason = " ".join(str(error).split())  # pyarrow's take several lines
-    hint = "remove it and run sparsekd cache again, which makes only what is missing"
-    return f"{path} is damaged: {reason or type(error).__name__}; {hint}"
+    return f"{path} is damaged: {reason or type(error).__name__}; {_WAY_OUT}"
 
 
 def _require_format(found: object, path: Path) -> None:

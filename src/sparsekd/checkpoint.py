@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sparsekd import files
+from sparsekd import files, records
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
 
@@ -42,7 +42,7 @@ class Checkpoints:
 
     def keep_best(self, model: nn.Module, step: int) -> None:
         """Writes the weights after `step` as the best so far."""
-        self._write(_best(step), {"model": trained(model)}, {})
+        self._write(_best(step), {"model": trained(model)}, {"step": step})
 
     def load_best(self, model: nn.Module, step: int) -> None:
         """Fills what trains with the best weights; raises `DataError` when they are damaged."""
@@ -66,7 +66,8 @@ class Checkpoints:
     ) -> dict[str, Any] | None:
         """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
 
-        A damaged one is named through `say` and passed over. Raises `DataError` when all there are are damaged.
+        One that is damaged, or whose best weights are, is named through `say` and passed over. Raises `DataError` when
+        all there are are damaged.
         """
         state = self._agreed(lambda: self._newest(say))
         if state is not None:
@@ -79,7 +80,7 @@ class Checkpoints:
         reason = None
         for folder in reversed(self._checkpoints()):
             try:
-                state = _verified(folder)
+                state = _verified(folder, ("step", "best_step"))
                 _verified(self.folder / _best(state["best_step"]))
             except DataError as error:
                 reason = error
@@ -87,7 +88,9 @@ class Checkpoints:
                 continue
             return state
         if reason is not None:
-            raise DataError(f"{reason}, and no whole checkpoint is left; start the training again with --fresh")
+            raise DataError(
+                f"{reason}, and no whole checkpoint is left; remove {self.folder} to start this training again"
+            )
         return None
 
     def _checkpoints(self) -> list[Path]:
@@ -132,15 +135,15 @@ class Checkpoints:
             for part, tensors in copies.items():
                 save_file(tensors, temporary / f"{part}.safetensors")
             hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
-            files.write_json(temporary / "state.json", state | {"sha256": hashes})
+            records.write(temporary / "state.json", state | {"sha256": hashes})
 
     def _remove_old(self, best_step: int) -> None:
         kept = self._checkpoints()[-_KEPT:]
         needed = {_best(best_step), *(path.name for path in kept)}
         for path in kept:
             try:
-                needed.add(_best(files.read_json(path / "state.json")["best_step"]))
-            except (DataError, KeyError, TypeError):
+                needed.add(_best(records.read(path / "state.json", ("best_step",))["best_step"]))
+            except DataError:
                 continue  # a damaged one needs nothing; it is named when it is read
         for path in self.folder.iterdir():
             if path.name not in needed:
@@ -188,11 +191,13 @@ def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: I
         optimizer.state[parameter][key] = _like(value, parameter)
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """The folder's state; raises `DataError` naming the file that does not match its hash or is missing."""
-    state = files.read_json(folder / "state.json")
-    if not isinstance(state, dict) or not isinstance(state.get("sha256"), dict):
-        raise DataError(f"{folder / 'state.json'} is damaged: no hashes in it")
+def _verified(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The folder's state; raises `DataError` naming the file that is missing, not what was written, or of another
+    step."""
+    path = folder / "state.json"
+    state = records.read(path, ("sha256", *needed))
+    if "step" in state and not folder.name.endswith(f"-{state['step']:08d}"):  # best weights had none at first
+        raise DataError(f"{path} is of step {state['step']}")
     for name, expected in state["sha256"].items():
         path = folder / f"{name}.safetensors"
         if not path.exists() or files.file_sha256(path) != expected:

@@ -276,7 +276,7 @@ def report(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, a model, a corpus or a cache.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all of a cache (or a run's): coverage, damage, duplicates, tail.")
+        bool, typer.Option("--verify", help="Read all of it: damage, and of a cache its coverage, duplicates, tail.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

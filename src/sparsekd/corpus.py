@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsekd import files, sources
+from sparsekd import files, records, sources
 from sparsekd.errors import DataError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text, check_text_name
@@ -451,7 +451,7 @@ def _save_texts(corpus: Corpus, folder: Path) -> None:
         "separator": corpus.separator,
         "sources": {name: vars(report) for name, report in corpus.reports.items()},
     }
-    files.write_json(folder / "manifest.json", manifest)
+    records.write(folder / "manifest.json", manifest)
 
 
 def text_path(folder: Path, name: str) -> Path:
@@ -462,7 +462,7 @@ def text_path(folder: Path, name: str) -> Path:
 
 def load(folder: Path) -> Corpus:
     """Reads a saved corpus; raises `DataError` when a file is missing or its content is not what was written."""
-    manifest = files.read_json(folder / "manifest.json")
+    manifest = records.read(folder / "manifest.json", way_out=f"remove {folder} to make the corpus again")
     try:
         table = pq.read_table(folder / "blocks.parquet", page_checksum_verification=True)
         rows = zip(*(table[name].to_pylist() for name in ("tokens", "source", "documents")), strict=True)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from sparsekd.errors import DataError, ResourceError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit of one file
 _HOLDER = re.compile(r"(process \d+)?")  # what a lock file says
+_CLOCK_NS = 100_000_000  # of file systems, generously: a change soon after another may leave a file's time as it was
+_HASHES: dict[tuple[int, ...], str] = {}  # of files that were hashed here, by what tells them apart without reading
 _TEMPORARY = re.compile(r"(\.old)?\.tmp-\d+$")  # on its way in, or out
 
 
@@ -99,7 +102,7 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def as_json(value: Any, what: str, indent: int | None = None) -> str:
-    """`value` as JSON, which has no word for NaN and infinity; raises `DataError` naming the first in `what`."""
+    """`value` as JSON, which has no NaN and no infinity; raises `DataError` naming the first of them in `what`."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -142,7 +145,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a `ValueError` as well: text that is no UTF-8, integers of no end
         raise DataError(f"{path} is damaged: not JSON ({error})") from None
 
 
@@ -228,6 +231,13 @@ def sha256(text: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Hex sha256 of a file's bytes; those of a file that stays as it is are read once in a process."""
+    found = path.stat()
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _HASHES:
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        if time.time_ns() - found.st_mtime_ns < _CLOCK_NS:
+            return digest
+        _HASHES[key] = digest
+    return _HASHES[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from sparsekd import anatomy, corpus, models
 from sparsekd.cache import Cache, Targets, tokens_hash
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
-from sparsekd.recipe import load_recipe
 from sparsekd.rounds import ARMS, CORPUS, SHARED_CACHE, planned
-from sparsekd.run import machine, versions
+from sparsekd.run import machine, read_recipe, read_summary, versions
 
 _EXTRAS = {
     "datasets": "data",
@@ -50,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _describe_run(path: Path) -> dict[str, Any]:
     if (path / ARMS).is_dir():
         return _describe_reproduction(path)
-    rounds = planned(load_recipe(str(path / "recipe.yaml")))
+    rounds = planned(read_recipe(path))
     places = {"corpus": CORPUS}
     for one in rounds:
         places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
@@ -66,9 +66,25 @@ def _describe_reproduction(path: Path) -> dict[str, Any]:
 
 
 def _state(stage: Path) -> str:
-    if (stage / "stage.json").exists():
-        return "finished"
-    return "started, not finished" if (stage / "inputs.json").exists() else "not started"
+    said: list[str] = []
+    try:
+        summary = _checked(stage, said.append)
+    except DataError as error:
+        return f"damaged: {error}"
+    if summary is None:
+        return "started, not finished" if (stage / "inputs.json").exists() else "not started"
+    return "finished, not checked: an earlier version kept no hashes" if said else "finished"
+
+
+def _checked(stage: Path, warn: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+    """A finished stage's summary; raises `DataError` when what the stage made is damaged: of a cache's shards, which
+    take long to read, only the sizes tell here."""
+    summary = read_summary(stage, warn=warn)
+    if summary is not None and "identity" in summary:
+        Cache(stage, summary["identity"])
+    elif summary is not None and "fingerprint" in summary:
+        corpus.load(stage)
+    return summary
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
@@ -103,12 +119,21 @@ def _describe_cache(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Reads all of a cache, given its folder or its run (then the first round's): how much of the corpus it covers,
-    damaged shards, blocks that teach nothing, the tail's mass, and the KL that the codec's rounding should cost.
+    """Reads all of a run, model, corpus or cache. Of a run it says which stages are damaged, and of its first cache, as
+    of a cache alone, how much of the corpus it covers, damaged shards, blocks that teach nothing, the tail's mass, and
+    the KL that the codec's rounding should cost.
 
-    Damage is among the facts, for `require_sound`; raises `DataError` when there is no cache, or its manifest is bad.
+    Damage to a run or cache is among the facts, for `require_sound`; raises `DataError` when a model or a corpus is
+    damaged, or there is no cache where one should be.
     """
-    cache = Cache(_cache_of(path), strict=False)
+    if (path / "config.json").exists() or (path / "blocks.parquet").exists():
+        models.require_whole(path)
+        return describe(path)
+    folder = _cache_of(path)
+    damaged_stages = {} if folder == path else _damaged_stages(path)
+    if folder != path and not (folder / "manifest.json").exists():  # not made yet, or the teacher answers online
+        return _describe_run(path) | {"damaged stages": damaged_stages}
+    cache = Cache(folder, strict=False)
     beside = cache.folder.parent.parent / CORPUS
     blocks = {i: block.tokens for i, block in enumerate(corpus.load(beside).blocks)} if beside.exists() else None
     damaged, seen = cache.damaged_shards(), collections.Counter[str]()
@@ -137,6 +162,7 @@ def verify(path: Path) -> dict[str, Any]:
         "damaged shards": damaged,
         "duplicated blocks": seen.total() - len(seen),
         "blocks of one token only": degenerate,
+        "damaged stages": damaged_stages,
     }
     if not log_tails:
         return facts
@@ -153,17 +179,31 @@ def _cache_of(path: Path) -> Path:
     """The folder of a run's first cache, or of the cache that most arms of a reproduction share; else `path` itself."""
     if (path / ARMS).is_dir():
         return path / SHARED_CACHE
-    recipe = path / "recipe.yaml"
-    return path / planned(load_recipe(str(recipe)))[0].cache if recipe.exists() else path
+    return path / planned(read_recipe(path))[0].cache if (path / "recipe.yaml").exists() else path
+
+
+def _damaged_stages(path: Path) -> dict[str, str]:
+    """Reads all that the finished stages of a run have made; what is wrong, in one line, by the name of the stage."""
+    found = {}
+    for stage in sorted(finished.parent for finished in path.rglob("stage.json")):
+        try:
+            summary = _checked(stage) or {}
+            for message in Cache(stage).damaged_shards().values() if "identity" in summary else ():
+                raise DataError(message)
+        except DataError as error:
+            found[str(stage.relative_to(path))] = str(error)
+    return found
 
 
 def require_sound(facts: dict[str, Any], path: Path) -> None:
-    """Raises `DataError` when `verify` found a cache that training must not use."""
-    wrong = {name: facts[name] for name in ("damaged shards", "missing blocks", "blocks of another corpus")}
-    found = [f"{value if isinstance(value, int) else len(value)} {name}" for name, value in wrong.items() if value]
-    if found:
-        first = next(iter(facts["damaged shards"].values()), "make it again with --fresh")
-        raise DataError(f"{path}: {', '.join(found)}: {first}")
+    """Raises `DataError` when `verify` found what must not be used."""
+    names = ("damaged stages", "damaged shards", "missing blocks", "blocks of another corpus")
+    wrong = {name: facts[name] for name in names if facts.get(name)}
+    if not wrong:
+        return
+    found = [f"{value if isinstance(value, int) else len(value)} {name}" for name, value in wrong.items()]
+    messages = [message for value in wrong.values() if isinstance(value, dict) for message in value.values()]
+    raise DataError(f"{path}: {', '.join(found)}: {(messages or ['make it again with --fresh'])[0]}")
 
 
 def diagnose() -> dict[str, Any]:

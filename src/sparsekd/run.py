@@ -4,9 +4,10 @@
             corpus/  round-01/{cache,compressed,distilled,eval}/  round-02/...  report.json  report.html
 
 Each stage folder has `inputs.json`, written first (what it is being made from), and `stage.json`, written last (what
-came out). A folder with equal inputs and a `stage.json` is reused, one without is continued, and one with other
-inputs stops the run naming the field that differs, unless it is an evaluation, which is made again. Inputs are what
-may decide a result beyond rounding; the versions of Python and packages stand beside them, and a change only warns.
+came out, and the hashes of the folder's files). A folder with equal inputs and a `stage.json` is reused if its files
+are what they were, one without is continued, and one with other inputs stops the run naming the field that differs,
+unless it is an evaluation, which is made again. Inputs are what may decide a result beyond rounding; the versions of
+Python and packages stand beside them, and a change only warns.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekd import files, models
+from sparsekd import files, models, records
 from sparsekd.console import Console
 from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
 from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
 from sparsekd.processes import Processes
-from sparsekd.recipe import Recipe, as_yaml
+from sparsekd.recipe import Recipe, as_yaml, load_recipe
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
@@ -36,6 +37,9 @@ _OWN = re.compile(
     r"recipe\.yaml|log\.jsonl|corpus|dense|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)"
 )
 _VERSIONS = "versions"  # in inputs.json, beside the inputs
+_RECIPE = "recipe_sha256"  # in the run's manifest
+_PART_OF = "part_of"  # in what a stage keeps until it is finished: which stage that is
+_FILES = "files"  # in stage.json, beside the summary: sizes and hashes
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
@@ -44,14 +48,14 @@ class Stage:
 
     def __init__(self, run: Run, name: str, inputs: dict[str, Any], replaces: bool = False):
         self._run, self.name, self.folder = run, name, run.folder / name
+        self._inputs = inputs
         run.latest = name
         self._start = time.monotonic()
         self.summary: dict[str, Any] | None = None
         found = read_inputs(self.folder)
         difference = None if found is None else difference_of(found, inputs)
         if found is not None and difference is None:
-            if (self.folder / "stage.json").exists():
-                self.summary = files.read_json(self.folder / "stage.json")
+            self.summary = read_summary(self.folder, warn=run.console.warn)
             self._warn_of_versions()
         elif difference is not None and not replaces:
             raise _other_run(self.folder, difference)
@@ -67,10 +71,10 @@ class Stage:
         if not run.shared:  # else they may be the others' at work
             files.remove_temporaries(self.folder)
         if found is None or difference is not None:
-            files.write_json(self.folder / "inputs.json", inputs | {_VERSIONS: versions()})
+            records.write(self.folder / "inputs.json", inputs | {_VERSIONS: versions()})
 
     def _warn_of_versions(self) -> None:
-        then, now = files.read_json(self.folder / "inputs.json").get(_VERSIONS, {}), versions()
+        then, now = records.read(self.folder / "inputs.json").get(_VERSIONS, {}), versions()
         changed = [
             f"{name} {version}, now {now.get(name)}" for name, version in then.items() if now.get(name) != version
         ]
@@ -78,15 +82,38 @@ class Stage:
             self._run.console.warn(f"{self.name} was made with {', '.join(changed)}: it is kept as it is")
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Writes what came out, with time and memory; from here on the stage is reused."""
+        """Writes what came out, with time, memory and hashes; from here on the stage is reused."""
         seconds = time.monotonic() - self._start
         on_device = peak_device_memory_bytes(self._run.placement.device)
         peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_device_memory_bytes": on_device}
         self.summary = summary | {"seconds": seconds} | peaks
         if self._run.processes.is_main:
-            files.write_json(self.folder / "stage.json", self.summary)
+            listed = records.listing(self.folder, _answered_for(self.folder))
+            records.write(self.folder / "stage.json", self.summary | {_FILES: listed})
             self._run.log("stage", name=self.name, seconds=seconds)
         return self.summary
+
+    def keep(self, name: str, part: dict[str, Any]) -> None:
+        """Writes a part of what will come out, for a later call if this one does not finish."""
+        records.write(self.folder / name, part | {_PART_OF: self._mark(name)})
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """A part that was kept; None where there is none or, with a warning, where it is damaged or another stage's."""
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            part = records.read(path)
+            if part.pop(_PART_OF, None) == self._mark(name):
+                return part
+            reason = f"{path} was not made by this stage"
+        except DataError as error:
+            reason = str(error)
+        self._run.console.warn(f"{reason}; it is made again")
+        return None
+
+    def _mark(self, name: str) -> str:
+        return files.fingerprint({"inputs": self._inputs, "name": name})
 
 
 class Run:
@@ -157,7 +184,7 @@ class Run:
         files.remove_temporaries(self.folder, lambda name: name == "manifest.json" or bool(_OWN.fullmatch(name)))
         if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
             made_by = {"versions": versions(), "machine": machine()}
-            files.write_json(self.folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
+            records.write(self.folder / "manifest.json", {"kind": _KIND, "format": 1, **made_by})
         if fresh:
             for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
                 files.remove(path)
@@ -173,8 +200,13 @@ class Run:
                 raise _other_run(self.folder / name, difference)
         text = as_yaml(self.recipe)
         path = self.folder / "recipe.yaml"
-        if self.processes.is_main and not (path.exists() and path.read_text(encoding="utf-8") == text):
+        if not self.processes.is_main:
+            return
+        if not (path.exists() and path.read_text(encoding="utf-8") == text):
             files.write_text(path, text)
+        manifest = read_manifest(self.folder)
+        if manifest.get(_RECIPE) != files.sha256(text):
+            records.write(self.folder / "manifest.json", manifest | {_RECIPE: files.sha256(text)})
 
     def stage(self, name: str, inputs: dict[str, Any], *, replaces: bool = False) -> Stage:
         """The stage of that folder; with `replaces` one that was made from other inputs is made again, else it raises
@@ -185,7 +217,7 @@ class Run:
         """The commit of a Hub model that this run began with; None for a local one. Recorded on first use, so that a
         branch that moves meanwhile does not change the model."""
         path = self.folder / "manifest.json"
-        manifest = files.read_json(path)
+        manifest = read_manifest(self.folder)
         known = manifest.setdefault("commits", {})
         key = name if revision is None else f"{name}@{revision}"
         if key not in known:
@@ -194,7 +226,7 @@ class Run:
                 return None
             known[key] = commit
             if self.processes.is_main:
-                files.write_json(path, manifest)
+                records.write(path, manifest)
         return known[key]
 
     def log(self, event: str, **values: Any) -> None:
@@ -203,12 +235,26 @@ class Run:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether the folder's manifest is one that a run wrote."""
-    try:
-        manifest = files.read_json(folder / "manifest.json")
-    except (DataError, OSError):
+    """Whether the folder's manifest is one that a run wrote; raises `DataError` when it was and is damaged."""
+    path = folder / "manifest.json"
+    if not (path.is_file() and _KIND.encode() in path.read_bytes()):
         return False
-    return isinstance(manifest, dict) and manifest.get("kind") == _KIND
+    return read_manifest(folder).get("kind") == _KIND
+
+
+def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """A run's manifest; raises `DataError` when it is damaged or lacks a key that is `needed`."""
+    return records.read(folder / "manifest.json", needed, "put back a copy of it, or start again with another --out")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe that a run was last called with; raises `DataError` when its file is not what was written."""
+    path, written = folder / "recipe.yaml", read_manifest(folder).get(_RECIPE)
+    if written is not None and written != files.file_sha256(path):
+        raise DataError(
+            f"{path} is damaged: its content is not what was written; run the same command again, which writes it"
+        )
+    return load_recipe(str(path))
 
 
 def _is_free(folder: Path) -> bool:
@@ -220,11 +266,43 @@ def _is_free(folder: Path) -> bool:
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the stage in `folder` was made from; None where none was begun."""
+    """What the stage in `folder` was made from; None where none was begun. Raises `DataError` when it is damaged."""
     path = folder / "inputs.json"
     if not path.exists():
         return None
-    return {key: value for key, value in files.read_json(path).items() if key != _VERSIONS}
+    return {key: value for key, value in records.read(path, (), _again(folder)).items() if key != _VERSIONS}
+
+
+def read_summary(
+    folder: Path, needed: Iterable[str] = (), warn: Callable[[str], None] = lambda text: None
+) -> dict[str, Any] | None:
+    """What the stage in `folder` was finished with; None where none is.
+
+    Raises `DataError` naming the first of its files that is missing or not what was written, or the key of those
+    `needed` that the summary lacks; a stage of an earlier version has no hashes, which `warn` hears of.
+    """
+    path = folder / "stage.json"
+    if not path.exists():
+        return None
+    summary = records.read(path, needed, _again(folder))
+    if _FILES in summary:
+        records.require(path, summary.pop(_FILES), _again(folder))
+    else:
+        warn(f"{folder} was finished by an earlier version, which kept no hashes: its files are not checked")
+    return summary
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} to make the stage again"
+
+
+def _answered_for(folder: Path) -> Iterator[Path]:
+    """The files that a finished stage has to have, whole. Logs are not read again; corpus and cache list their own
+    files in manifests, because these may be added to; a stage inside another one answers for itself."""
+    yield folder / "inputs.json"
+    if not (folder / "manifest.json").exists():
+        yield from (path for path in folder.glob("*.json") if path.name not in ("inputs.json", "stage.json"))
+        yield from (path for path in (folder / "model").rglob("*") if path.is_file())
 
 
 def _other_run(folder: Path, difference: str) -> MismatchError:

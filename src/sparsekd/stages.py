@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import cache as caches
-from sparsekd import compression, corpus, distillation, files, models, sources, teacher
+from sparsekd import compression, corpus, distillation, files, models, records, sources, teacher
 from sparsekd.cache import WHOLE, Cache, Part, Targets
 from sparsekd.corpus import Corpus
 from sparsekd.errors import MismatchError
@@ -23,7 +23,7 @@ from sparsekd.evaluate import harness, measure
 from sparsekd.objective import Teacher, require_document_mask
 from sparsekd.recipe import Compress, Recipe, inputs_of
 from sparsekd.rounds import CORPUS, Place, Round, planned, tasks_folder
-from sparsekd.run import Run, Stage, read_inputs, stop_signals
+from sparsekd.run import Run, Stage, read_inputs, read_summary, stop_signals
 from sparsekd.teacher import TeacherModel
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -152,7 +152,7 @@ def make_corpus(work: Work) -> dict[str, Any]:
     tasks = _texts_of_tasks(work, recipe.evaluate.tasks)
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed, tasks)
     corpus.save(built, stage.folder)
-    files.write_json(stage.folder / _GUARDED, _guarded(work, tasks))
+    records.write(stage.folder / _GUARDED, _guarded(work, tasks))
     for name, source in built.reports.items():
         if source.dropped_documents:
             run.console.say(
@@ -175,7 +175,7 @@ def make_corpus(work: Work) -> dict[str, Any]:
 def _add_texts(work: Work, folder: Path) -> None:
     """Takes in what the recipe evaluates on now and did not when the leak guard last looked, if the blocks have none
     of it."""
-    recipe, seen = work.recipe, files.read_json(folder / _GUARDED)
+    recipe, seen = work.recipe, records.read(folder / _GUARDED, way_out=f"remove {folder} to make the corpus again")
     changed = [name for name, made_from in _guarded(work, recipe.evaluate.tasks).items() if seen.get(name) != made_from]
     if not changed:
         return
@@ -183,7 +183,7 @@ def _add_texts(work: Work, folder: Path) -> None:
     tasks = _texts_of_tasks(work, [name for name in recipe.evaluate.tasks if corpus.task_key(name) in changed])
     found = {name: corpus.read_text(text, recipe.corpus) for name, text in texts.items()}
     corpus.add_texts(folder, found, tasks, work.open(work.dense)[1])
-    files.write_json(folder / _GUARDED, seen | _guarded(work, tasks))
+    records.write(folder / _GUARDED, seen | _guarded(work, tasks))
 
 
 def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
@@ -286,7 +286,9 @@ def _open_teacher(work: Work, round_: Round) -> tuple[TeacherModel, str, int]:
 def _open_cache(work: Work, round_: Round, needed: Iterable[int]) -> Cache:
     """The finished cache of this round and no other, if it covers the blocks that are `needed`."""
     folder = work.run.folder / round_.cache
-    cache = Cache(folder, files.read_json(folder / "stage.json")["identity"])
+    summary = read_summary(folder, ("identity",))
+    assert summary is not None, "it was made before"
+    cache = Cache(folder, summary["identity"])
     cache.require(needed)
     return cache
 
@@ -461,10 +463,8 @@ def evaluate(work: Work, round_: Round) -> dict[str, Any]:
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
         for text in options.texts:
-            _measure(compared, text, work.blocks.texts[text], stage.folder)
-    results = {
-        name: {text: files.read_json(_result(stage.folder, name, text)) for text in options.texts} for name in named
-    }
+            _measure(compared, text, work.blocks.texts[text], stage)
+    results = {name: {text: stage.kept(_result(name, text)) for text in options.texts} for name in named}
     return stage.finish({"models": results})
 
 
@@ -529,10 +529,11 @@ class _Compared:
         return {name: self.work.open(where) for name, where in self._places.items()}
 
 
-def _measure(compared: _Compared, text: str, content: str, folder: Path) -> None:
-    """Writes a file for each of the models: what the text says about it."""
+def _measure(compared: _Compared, text: str, content: str, stage: Stage) -> None:
+    """Keeps for each of the models what the text says about it."""
     options = compared.work.recipe.evaluate
-    if all(_result(folder, name, text).exists() for name in compared.names):
+    missing = [name for name in compared.names if stage.kept(_result(name, text)) is None]
+    if not missing:
         return
     bound = options.max_tokens or len(corpus.encode(compared.tokenizer, content))
     passes = len(compared.names) * options.context / options.stride
@@ -551,10 +552,9 @@ def _measure(compared: _Compared, text: str, content: str, folder: Path) -> None
             on_tokens=bar.advance,
             say=compared.work.run.console.say,
         )
-    for name, measurement in found.items():
-        if not _result(folder, name, text).exists():  # the dense model is measured again beside every other
-            files.write_json(_result(folder, name, text), measurement.as_dict())
+    for name in missing:  # the dense model is measured again beside every other
+        stage.keep(_result(name, text), found[name].as_dict())
 
 
-def _result(folder: Path, name: str, text: str) -> Path:
-    return folder / f"{name}-text-{text}.json"
+def _result(name: str, text: str) -> str:
+    return f"{name}-text-{text}.json"

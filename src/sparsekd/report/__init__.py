@@ -9,9 +9,21 @@ from typing import Any
 from sparsekd import files
 from sparsekd.errors import DataError
 from sparsekd.evaluate import Perplexity, ratio
-from sparsekd.recipe import Recipe, as_dict, load_recipe
+from sparsekd.recipe import Recipe, as_dict
 from sparsekd.report import html
 from sparsekd.rounds import CORPUS, Round, planned, tasks_folder
+from sparsekd.run import read_manifest, read_recipe, read_summary
+
+_MADE_BY = ("versions", "machine")  # in the run's manifest
+_COSTS = ("seconds", "peak_memory_bytes")
+_NEEDED = {  # of a stage's summary; a run of an earlier version has no checksum that vouches for the rest
+    "corpus": ("tokens", "sources", *_COSTS),
+    "cache": ("tokens", "top_k", "bytes", *_COSTS),
+    "compress": ("matrices", "mlp_reduction", "model_reduction", *_COSTS),
+    "distill": ("steps", "validations", "best_step", "stop_reason", *_COSTS),
+    "evaluate": ("models", *_COSTS),
+    "tasks": ("scores",),
+}
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -19,8 +31,8 @@ def gather(folder: Path) -> dict[str, Any]:
     a stage is missing."""
     if not (folder / "recipe.yaml").exists():
         raise DataError(f"{folder} holds no run, so no stage is finished: start one with sparsekd run --out {folder}")
-    recipe = load_recipe(str(folder / "recipe.yaml"))
-    rounds = planned(recipe)
+    recipe = read_recipe(folder)
+    rounds, manifest = planned(recipe), read_manifest(folder, _MADE_BY)
     corpus = _summary(folder, "corpus", CORPUS)
     found = [{stage: _summary(folder, stage, place) for stage, place in one.folders.items()} for one in rounds]
     last = found[-1]
@@ -32,7 +44,7 @@ def gather(folder: Path) -> dict[str, Any]:
             seconds[stage if len(rounds) == 1 else place] = stages[stage]["seconds"]
     return {
         "recipe": as_dict(recipe),
-        **{key: files.read_json(folder / "manifest.json")[key] for key in ("versions", "machine")},
+        **{key: manifest[key] for key in _MADE_BY},
         "corpus": corpus,
         "cache": last["cache"],
         "compression": last["compress"],
@@ -48,10 +60,10 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
-    path = folder / place / "stage.json"
-    if not path.exists():
+    summary = read_summary(folder / place, _NEEDED[stage])
+    if summary is None:
         raise DataError(f"{folder}: stage {stage} ({place}) is not finished: continue it with sparsekd run")
-    return files.read_json(path)
+    return summary
 
 
 def _tasks(folder: Path, recipe: Recipe, one: Round) -> dict[str, Any]:

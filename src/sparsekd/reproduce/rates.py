@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsekd import distillation, files, stages
+from sparsekd import distillation, stages
 from sparsekd.errors import Diverged
 from sparsekd.rounds import Round
 from sparsekd.stages import Work
@@ -30,14 +30,14 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, 
     data = stages.training_data(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
     losses: dict[str, float | None] = {}
     for rate in rates:
-        tried = stage.folder / f"rate-{rate:g}.json"
-        if tried.exists():
-            loss = files.read_json(tried)["loss"]
-        else:
-            loss = _loss_at(work, round_, data, rate)
+        name = f"rate-{rate:g}.json"
+        tried = stage.kept(name)
+        if tried is None:
+            tried = {"loss": _loss_at(work, round_, data, rate)}
             work.run.processes.wait()  # all have seen that it was not tried
             if work.run.processes.is_main:
-                files.write_json(tried, {"loss": loss})
+                stage.keep(name, tried)
+        loss = tried["loss"]
         losses[f"{rate:g}"] = loss
         said = "it diverges" if loss is None else f"validation loss {loss:.3f}"
         work.run.console.say(f"  rate {rate:g}: {said}")
