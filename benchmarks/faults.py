@@ -134,7 +134,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     if "damage" in results:
         figures |= {
             "untouched_results_by_file": _by_file(results["damage"], verdicts.HARMLESS),
-            "damage_that_inspect_verify_passed": sum(map(_was_missed, results["damage"])),
+            "damage_that_inspect_verify_passed": [one["fault"] for one in results["damage"] if _was_missed(one)],
         }
     return figures | {"got_through": len(bad), "what_got_through": [_short(outcome) for outcome in bad[:_SHOWN]]}
 
