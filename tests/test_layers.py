@@ -126,6 +126,37 @@ def test_an_adapter_around_a_part_is_not_passed_by() -> None:
         assert torch.allclose(changed[:, 6:], 2 * layer(x)[:, 6:], atol=1e-5)
 
 
+def degenerate(kind: str, rows: int, columns: int) -> torch.Tensor:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    return {
+        "zero": torch.zeros(rows, columns),
+        "rank one": torch.outer(matrix[:, 0], matrix[0]),
+        "one number": torch.zeros(rows, columns).index_put_((torch.tensor(-1), torch.tensor(-1)), torch.tensor(1.0)),
+        "half empty": matrix * (torch.arange(rows) >= rows // 2)[:, None] * (torch.arange(columns) >= columns // 2),
+    }[kind]
+
+
+@pytest.mark.parametrize("which", ["all", "gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["zero", "rank one", "one number", "half empty"])
+@pytest.mark.parametrize("method", ["whitened", "two-sided", "svd"])
+def test_pivots_of_matrices_without_full_rank_are_exact(
+    method: str, kind: str, which: str, make_model: Callable[[str], PreTrainedModel]
+) -> None:
+    """What the truncation loses is in both formats; the pivots, which such matrices lack, add nothing to it."""
+    tokens = torch.randint(0, 300, (20, 32), generator=torch.Generator().manual_seed(0))
+    model: Any = make_model("llama")
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("_proj") and ".mlp." in name and which in ("all", name.rpartition(".")[2]):
+                module.weight.copy_(degenerate(kind, *module.weight.shape))
+    compression.compress(model, tokens, method=method, format="lowrank", reduction=0.4)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = compression.convert(model, "pivot")(tokens).logits
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    assert max(float(parameter.detach().abs().max()) for parameter in model.parameters()) < 1e3
+
+
 @given(st.integers(10, 60), st.lists(st.integers(1, 10), min_size=1, max_size=3), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_common_pivots_suit_all_matrices(rows: int, ranks: list[int], seed: int) -> None:

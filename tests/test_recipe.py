@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +183,38 @@ def test_a_seed_is_kept_to_the_last_digit_and_orders_blocks(seed: int) -> None:
     Corpus([], np.arange(5), np.arange(0), {}, "").order(kept, 0)
 
 
-@pytest.mark.parametrize("place", ["seed: {}", "distill: {}", "corpus: {{sources: {}}}", "compress: {{method: {}}}"])
-def test_a_value_made_of_aliases_gives_a_message_of_bounded_length(place: str, tmp_path: Path) -> None:
-    """Each level of aliases is eight times the last: a file of 200 bytes stands for gigabytes."""
-    levels = ["&a [x, x, x, x, x, x, x, x]"]
-    levels += [f"&{new} [{', '.join(['*' + old] * 8)}]" for old, new in zip("abcd", "bcde", strict=True)]
-    assert len(refused(tmp_path, "preset: demo\n" + place.format(f"[{', '.join(levels)}]"))) < 2000
+def bomb(brackets: str) -> str:
+    """Each level of aliases is eight times the last: a file of 500 bytes stands for gigabytes."""
+    levels = [brackets.replace("-", "x: 1") if brackets == "{-}" else "[x, x, x, x, x, x, x, x]"]
+    for old in "abcdefghij":
+        inside = ", ".join([f"*{old}"] * 8)
+        levels.append(f"{{<<: [{inside}]}}" if brackets == "{-}" else f"[{inside}]")
+    return f"[{', '.join(f'&{name} {level}' for name, level in zip('abcdefghijk', levels, strict=True))}]"
+
+
+@pytest.mark.parametrize("brackets", ["[-]", "{-}"])
+@pytest.mark.parametrize(
+    "place", ["preset: {}", "seed: {}", "distill: {}", "corpus: {{sources: {}}}", "compress: {{method: {}}}", "x: {}"]
+)
+def test_aliases_are_refused_at_once(place: str, brackets: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert "aliases (*name)" in refused(tmp_path, place.format(bomb(brackets)))
+    assert time.monotonic() - start < 5
+    with pytest.raises(UsageError, match="aliases"):
+        load_recipe("demo", (f"seed={bomb(brackets)}",))
+
+
+@pytest.mark.parametrize("number", [":".join(["1"] * 5000), "0x" + "f" * 5000, "0b" + "1" * 20_000, "1" * 5000])
+@pytest.mark.parametrize("place", ["seed: {}", "{}: 1", "evaluate: {{tasks: [{}]}}", "distill: {}", "preset: {}"])
+def test_a_number_of_thousands_of_digits_is_one_line(place: str, number: str, tmp_path: Path) -> None:
+    """As hexadecimal or in base 60 it is read, but Python does not show it."""
+    assert len(refused(tmp_path, place.format(number))) < 2500
+
+
+def test_a_recipe_of_a_hundred_kilobytes_is_refused_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert "characters are no recipe" in refused(tmp_path, "preset: demo\n" * 200_000)
+    assert time.monotonic() - start < 5
 
 
 def test_a_name_with_a_line_end_does_not_break_the_line(tmp_path: Path) -> None:

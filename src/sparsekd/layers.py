@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from sparsekd.device import in_float64
 
+_NOTHING = 1e-7  # share of the largest singular value: what float32's rounding makes
+_LARGEST_COEFFICIENT = 1e3  # larger ones make rounding errors of float32 seen: such pivots are all but dependent
+
 
 class CompressedLinear(nn.Module):
     """What the formats share; each says how it is made `from_factors` and gives its `factors` back."""
@@ -91,7 +94,7 @@ class RowPivotLinear(CompressedLinear):
     ) -> RowPivotLinear:
         rank, exact = down.shape[0], in_float64(up)
         pivots = exact[:rank]
-        rest = torch.linalg.solve(pivots, exact[rank:], left=False)
+        rest = _combinations(pivots, exact[rank:])
         with torch.device("meta"):
             layer = cls(*_sizes(up, down), bias is not None)
         layer.pivots.weight = _parameter((pivots @ in_float64(down)).to(down))
@@ -140,7 +143,7 @@ class ColumnPivotLinear(CompressedLinear):
     ) -> ColumnPivotLinear:
         rank, exact = down.shape[0], in_float64(down)
         pivots = exact[:, :rank]
-        rest = torch.linalg.solve(pivots, exact[:, rank:])
+        rest = _combinations(pivots.T, exact[:, rank:].T).T
         with torch.device("meta"):
             layer = cls(*_sizes(up, down), bias is not None)
         layer.pivots.weight = _parameter((in_float64(up) @ pivots).to(up))
@@ -176,7 +179,7 @@ def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]
     Greedy: the next row is the one with the largest product, over the matrices that still need one, of what is left
     of it outside the rows taken before (pivoted Cholesky of each `Q Q^T`, Q an orthonormal basis of the columns).
     """
-    bases = [torch.linalg.qr(in_float64(matrix))[0].float() for matrix in matrices]
+    bases = [_basis(in_float64(matrix)).float() for matrix in matrices]
     left = [basis.square().sum(1) for basis in bases]
     cholesky = [torch.zeros_like(basis).T.contiguous() for basis in bases]
     free = torch.zeros(len(bases[0]), device=bases[0].device)  # 0, or -inf for a row that is taken
@@ -192,7 +195,26 @@ def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]
             cholesky[k][position] = column / left[k][chosen].clamp_min(1e-12).sqrt()
             left[k] = (left[k] - cholesky[k][position].square()).clamp_min(0)
     others = (free == 0).nonzero()[:, 0]
-    return torch.cat([torch.tensor(order, device=others.device), others]).to(matrices[0].device)
+    return torch.cat([torch.tensor(order, dtype=torch.long, device=others.device), others]).to(matrices[0].device)
+
+
+def _basis(matrix: Float[Tensor, "O R"]) -> Float[Tensor, "O _"]:
+    """An orthonormal basis of what the columns span: of fewer directions than columns where these are dependent, as in
+    a matrix of zeros, for which any rows will do."""
+    basis, upper = torch.linalg.qr(matrix)
+    diagonal = upper.diagonal().abs()
+    if diagonal.min() > _NOTHING * diagonal.max():
+        return basis
+    basis, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return basis[:, values > _NOTHING * values[0]]
+
+
+def _combinations(pivots: Float[Tensor, "R R"], rows: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
+    """X with `X @ pivots = rows`, of the smallest numbers where the pivots are dependent."""
+    found, failed = torch.linalg.solve_ex(pivots, rows, left=False)
+    if not failed and found.abs().lt(_LARGEST_COEFFICIENT).all():
+        return found
+    return rows @ torch.linalg.pinv(pivots, rtol=_NOTHING)
 
 
 def num_weights(in_features: int, out_features: int, rank: int, layer_format: str) -> int:

@@ -25,6 +25,7 @@ from sparsekd.errors import UsageError
 EMBEDDED_MODEL = "smollm2-135m"
 # of a key that changes no result beyond rounding, or names what is known by its content: no input of any stage
 PASSING = {"passing": True}
+_LONGEST = 100_000  # characters of a recipe: they are read in seconds
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
 )
@@ -275,7 +276,7 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
     preset = values.pop("preset", None)
     if preset is not None:
         if preset not in tuple(PRESETS):  # a tuple: what stands there may be a list, which has no hash
-            raise UsageError(f"{where}: unknown preset {preset!r}: known are {', '.join(PRESETS)}")
+            raise UsageError(f"{where}: unknown preset {_short(preset)}: known are {', '.join(PRESETS)}")
         values = merge(PRESETS[preset], values)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -301,8 +302,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    if len(text) > _LONGEST:
+        raise UsageError(f"{where}: {len(text)} characters are no recipe: expected at most {_LONGEST}")
     try:
-        return yaml.safe_load(text)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UsageError(f"{where}: aliases (*name) may stand for gigabytes: write what they stand for")
+        value = yaml.safe_load(text)
+        repr(value)  # a number of too many digits to be shown raises here, once for all messages
+        return value
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `a: 2001-99-99`
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
@@ -361,7 +368,7 @@ def _dotted(name: str, key: object) -> str:
 
 
 def _short(value: object) -> str:
-    shortener = reprlib.Repr()  # aliases can make a value of gigabytes out of a file of a few lines
+    shortener = reprlib.Repr()
     shortener.maxlevel, shortener.maxstring, shortener.maxother = 2, 80, 80
     return shortener.repr(value)
 

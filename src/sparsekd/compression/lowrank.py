@@ -111,7 +111,7 @@ def _directions(weighted: Float[Tensor, "O I"]) -> Projection:
 def _regularised(curvature: Tensor) -> Tensor:
     """A matrix or a diagonal, mixed with a multiple of the identity that has the same mean diagonal."""
     diagonal = curvature.diagonal() if curvature.ndim == 2 else curvature
-    mean = diagonal.mean().clamp_min(1e-300)
+    mean = diagonal.mean().clamp_min(1e-30)  # of outputs that the loss ignores; its root has an inverse in float32
     identity = torch.eye(len(diagonal), dtype=curvature.dtype, device=curvature.device)
     isotropic = mean * (identity if curvature.ndim == 2 else torch.ones_like(curvature))
     return (1 - _ISOTROPIC_SHARE) * curvature + _ISOTROPIC_SHARE * isotropic
