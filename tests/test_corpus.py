@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -324,7 +326,7 @@ def test_too_little_text_is_named(tmp_path: Path, tokenizer: Any) -> None:
         ("torn.jsonl", b'{"text": "a"}\n{"text": "b', r"torn\.jsonl:2: not a JSON object"),
         ("latin.jsonl", b'{"text": "caf\xe9"}', r"latin\.jsonl:1: not a JSON object"),
         ("list.jsonl", b'\n["a"]\n', r"list\.jsonl:2: no text column 'text' \(found: list\)"),
-        ("number.jsonl", b'{"text": 3}', r"number\.jsonl:1: no text column 'text' \(found: text\)"),
+        ("number.jsonl", b'{"text": 3}', r"number\.jsonl:1: 'text' is int: expected text"),
         ("not.parquet", b"PAR1 or not", r"not\.parquet: not readable as Parquet"),
         ("empty.parquet", b"", r"empty\.parquet: not readable as Parquet"),
     ],
@@ -373,6 +375,53 @@ def test_txt_is_split_at_a_regular_expression(tmp_path: Path) -> None:
     split = "\n(?= = [^=])"
     found = listed(tmp_path, Source(path="wiki.txt", split=split))
     assert found == [("wiki.txt:1", " = A = \n x \n = = B = = \n y "), ("wiki.txt:2", " = C = \n z \n")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_txt_is_split_at_empty_lines_whatever_ends_them(end: str, tmp_path: Path, tokenizer: Any) -> None:
+    texts = [f"{paragraph[:30]}{end}{paragraph[30:]}" for paragraph in paragraphs(60, seed=1)]
+    (tmp_path / "learn.txt").write_bytes(f"{end}{end}".join(texts).encode())
+    assert [text for _, text in listed(tmp_path, Source(path="learn.txt"))] == texts
+    build(recipe(tmp_path), {}, tokenizer, seed=1)
+
+
+def test_one_document_of_megabytes_is_a_corpus(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "learn.txt").write_text(" ".join(paragraphs(7000, seed=1)))
+    assert (tmp_path / "learn.txt").stat().st_size > 1.8e6
+    built = build(recipe(tmp_path), {}, tokenizer, seed=1)
+    assert (len(built.train_ids), len(built.validation_ids)) == (12, 3)
+
+
+def test_a_parquet_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
+    rows = pa.array([text.encode() for text in paragraphs(300, seed=1)] + [b"caf\xe9"], pa.binary())
+    texts = pa.StringArray.from_buffers(len(rows), *rows.buffers()[1:])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 300: not UTF-8 at byte 3"):
+        listed(tmp_path, Source(path="a.parquet"))
+
+
+def test_a_parquet_value_that_is_no_text_is_named_by_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 1: 'text' is NoneType: expected text"):
+        listed(tmp_path, Source(path="a.parquet"))
+
+
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_parquet_rows_are_unpacked_few_at_a_time(use_dictionary: bool, tmp_path: Path) -> None:
+    """A file of a few kilobytes, which would be 8 GB of text at once."""
+    big = pa.array(["a" * 40_000_000, "b" * 40_000_000, "c" * 40_000_000])
+    indices = pa.array(np.arange(200 if use_dictionary else 40) % 3, pa.int32())
+    text = pa.DictionaryArray.from_arrays(indices, big)
+    options: Any = {"compression": "zstd", "use_dictionary": use_dictionary, "write_batch_size": 1}
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", **options)
+    assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)\n"
+        "from sparsekd import sources; from sparsekd.recipe import Source\n"
+        "print(sum(len(text) for _, text in sources.read(Source(path=sys.argv[1]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.parquet"], capture_output=True, text=True)
+    assert done.stdout == f"{len(indices) * 40_000_000}\n", done.stderr
 
 
 def test_jsonl_by_column_and_by_template(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.recipe import Source
 
 _WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_EMPTY_LINE = re.compile(r"(?>\r\n|\r|\n)\s*[\r\n]")  # the default split, whatever ends the lines
+_BATCH_BYTES = 2**25  # of a Parquet file's rows that are unpacked at a time
 
 
 def read(source: Source, root: str | None = None) -> Iterator[tuple[str, str]]:
@@ -59,7 +61,7 @@ def resolve(path: str, root: str | None) -> Path:
 def _file(path: Path, source: Source) -> Iterator[tuple[str, str]]:
     if path.suffix == ".txt":
         try:
-            split = re.compile(source.split)
+            split = _EMPTY_LINE if source.split == Source.split else re.compile(source.split)
         except re.error as error:
             raise UsageError(f"{path}: split {source.split!r} is not a regular expression: {error}") from None
         rows: Iterator[str] = (piece for piece in split.split(read_txt(path)) if piece is not None)
@@ -95,25 +97,53 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path, template: str) -> Iterator[str]:
+    names = _names(template)
+    number = 0
     try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                yield _column(row, template, str(path))
+        columns = pq.read_schema(path).names
+        absent = set(names) - set(columns)
+        if absent:
+            raise _no_column(str(path), min(absent), columns)
+        file = pq.ParquetFile(path, read_dictionary=names)  # a text of megabytes that repeats is held once
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group)
+            batch_size = max(1, min(256, _BATCH_BYTES * size.num_rows // max(1, size.total_byte_size)))
+            for batch in file.iter_batches(batch_size, row_groups=[group], columns=names):
+                for index in range(batch.num_rows):
+                    where = f"{path} row {number}"
+                    yield _column({name: _text(batch.column(name)[index], where) for name in names}, template, where)
+                    number += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from None
 
 
+def _text(value: pa.Scalar, where: str) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}: convert it first") from None
+
+
+def _names(template: str) -> list[str]:
+    """The columns of a template, in which {name} stands for one; without any, it is the name of a column."""
+    return re.findall(r"\{(\w+)\}", template) or [template]
+
+
 def _column(row: Any, template: str, where: str) -> str:
-    """The text of a row: one column, or a template in which {name} stands for a column."""
-    names = re.findall(r"\{(\w+)\}", template) or [template]
+    """The text of a row: one column, or a template of several."""
+    names = _names(template)
     for name in names:
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{where}: no text column {name!r} (found: {found}); set `text` of the source")
+        if not isinstance(row, dict) or name not in row:
+            raise _no_column(where, name, row if isinstance(row, dict) else [type(row).__name__])
+        if not isinstance(row[name], str):
+            raise DataError(f"{where}: {name!r} is {type(row[name]).__name__}: expected text; set `text` of the source")
     if names == [template]:
         return row[template]
     return re.sub(r"\{(\w+)\}", lambda match: row[match[1]], template)
+
+
+def _no_column(where: str, name: str, found: Iterable[str]) -> DataError:
+    return DataError(f"{where}: no text column {name!r} (found: {', '.join(found)}); set `text` of the source")
 
 
 def _hub(source: Source) -> Iterator[tuple[str, str]]:
