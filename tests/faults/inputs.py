@@ -359,7 +359,6 @@ def _arguments(base: Path, place: Path, chance: random.Random) -> list[str]:
         words.append(chance.choice(["--nonsense", "--", "-v", "--help", *_WORDS]))
     if is_planned:
         words.insert(0, "--dry-run")
-        words += chance.choice([[], [], [], ["demo"], ["paper"]])  # a plan of them, not hours of work
     out = [] if verb in ("eval", "report", "inspect") else ["--out", str(place / "out")]
     return [verb, *out, *words]
 
