@@ -195,8 +195,10 @@ def _verified(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """The folder's state; raises `DataError` naming the file that is missing, not what was written, or of another
     step."""
     path = folder / "state.json"
-    state = records.read(path, ("sha256", *needed))
-    if "step" in state and not folder.name.endswith(f"-{state['step']:08d}"):  # best weights had none at first
+    state = records.read(path, needed)
+    if not isinstance(state.get("sha256"), dict):
+        raise DataError(f"{path} is damaged: no hashes in it")
+    if "step" in state and not folder.name.endswith(f"-{state['step']:08}"):  # best weights of before have none
         raise DataError(f"{path} is of step {state['step']}")
     for name, expected in state["sha256"].items():
         path = folder / f"{name}.safetensors"

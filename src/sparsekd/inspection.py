@@ -60,15 +60,15 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_reproduction(path: Path) -> dict[str, Any]:
     stages = sorted(place.parent for place in (path / ARMS).rglob("inputs.json"))
-    states = {str(stage.relative_to(path)): _state(stage) for stage in [path / CORPUS, *stages]}
+    states = {str(stage.relative_to(path)): _state(stage, needs_model=False) for stage in [path / CORPUS, *stages]}
     written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
     return {"kind": "reproduction", **states, "experiments": ", ".join(written) or "none finished"}
 
 
-def _state(stage: Path) -> str:
+def _state(stage: Path, needs_model: bool = True) -> str:
     said: list[str] = []
     try:
-        summary = _checked(stage, said.append)
+        summary = _checked(stage, needs_model, said.append)
     except DataError as error:
         return f"damaged: {error}"
     if summary is None:
@@ -76,10 +76,10 @@ def _state(stage: Path) -> str:
     return "finished, not checked: an earlier version kept no hashes" if said else "finished"
 
 
-def _checked(stage: Path, warn: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+def _checked(stage: Path, needs_model: bool, warn: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
     """A finished stage's summary; raises `DataError` when what the stage made is damaged: of a cache's shards, which
     take long to read, only the sizes tell here."""
-    summary = read_summary(stage, warn=warn)
+    summary = read_summary(stage, warn=warn, needs_model=needs_model)
     if summary is not None and "identity" in summary:
         Cache(stage, summary["identity"])
     elif summary is not None and "fingerprint" in summary:
@@ -88,6 +88,7 @@ def _checked(stage: Path, warn: Callable[[str], None] = lambda text: None) -> di
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
+    models.require_whole(path)
     skeleton = models.skeleton(str(path))
     mlps = anatomy.find_mlps(skeleton)
     facts: dict[str, Any] = {
@@ -127,7 +128,6 @@ def verify(path: Path) -> dict[str, Any]:
     damaged, or there is no cache where one should be.
     """
     if (path / "config.json").exists() or (path / "blocks.parquet").exists():
-        models.require_whole(path)
         return describe(path)
     folder = _cache_of(path)
     damaged_stages = {} if folder == path else _damaged_stages(path)
@@ -187,11 +187,12 @@ def _damaged_stages(path: Path) -> dict[str, str]:
     found = {}
     for stage in sorted(finished.parent for finished in path.rglob("stage.json")):
         try:
-            summary = _checked(stage) or {}
-            for message in Cache(stage).damaged_shards().values() if "identity" in summary else ():
-                raise DataError(message)
+            summary = _checked(stage, needs_model=not (path / ARMS).is_dir()) or {}
+            wrong = list(Cache(stage).damaged_shards().values()) if "identity" in summary else []
         except DataError as error:
-            found[str(stage.relative_to(path))] = str(error)
+            wrong = [str(error)]
+        if wrong:
+            found[str(stage.relative_to(path))] = wrong[0]
     return found
 
 

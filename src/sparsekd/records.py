@@ -56,13 +56,16 @@ def listing(folder: Path, paths: Iterable[Path]) -> Listing:
     }
 
 
-def require(record: Path, listed: Any, way_out: str) -> None:
-    """Raises `DataError` naming the first file beside the record that is not as it is `listed` there."""
+def require(record: Path, listed: Any, way_out: str, spared: str | None = None) -> None:
+    """Raises `DataError` naming the first file beside the record that is not as it is `listed` there; those of the
+    folder `spared` may be missing."""
     if not _is_listing(listed):
         raise DataError(f"{record} is damaged: expected files with their sizes and hashes; {way_out}")
     for name, facts in listed.items():
         path = record.parent / name
         if not path.is_file():
+            if spared is not None and name.startswith(f"{spared}/"):
+                continue
             raise DataError(f"{path} is missing; {way_out}")
         size = path.stat().st_size
         if size != facts["bytes"]:

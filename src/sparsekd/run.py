@@ -30,6 +30,7 @@ from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
 from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
 from sparsekd.processes import Processes
 from sparsekd.recipe import Recipe, as_yaml, load_recipe
+from sparsekd.rounds import ARMS
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
@@ -55,7 +56,8 @@ class Stage:
         found = read_inputs(self.folder)
         difference = None if found is None else difference_of(found, inputs)
         if found is not None and difference is None:
-            self.summary = read_summary(self.folder, warn=run.console.warn)
+            is_arm = name.startswith(f"{ARMS}/")  # of which only the figures are asked for, unless it is opened
+            self.summary = read_summary(self.folder, warn=run.console.warn, needs_model=not is_arm)
             self._warn_of_versions()
         elif difference is not None and not replaces:
             raise _other_run(self.folder, difference)
@@ -274,19 +276,24 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
 
 
 def read_summary(
-    folder: Path, needed: Iterable[str] = (), warn: Callable[[str], None] = lambda text: None
+    folder: Path,
+    needed: Iterable[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
+    *,
+    needs_model: bool = True,
 ) -> dict[str, Any] | None:
     """What the stage in `folder` was finished with; None where none is.
 
     Raises `DataError` naming the first of its files that is missing or not what was written, or the key of those
-    `needed` that the summary lacks; a stage of an earlier version has no hashes, which `warn` hears of.
+    `needed` that the summary lacks; a stage of an earlier version has no hashes, which `warn` hears of. Without
+    `needs_model` its model, which is large, may have been removed.
     """
     path = folder / "stage.json"
     if not path.exists():
         return None
     summary = records.read(path, needed, _again(folder))
     if _FILES in summary:
-        records.require(path, summary.pop(_FILES), _again(folder))
+        records.require(path, summary.pop(_FILES), _again(folder), None if needs_model else "model")
     else:
         warn(f"{folder} was finished by an earlier version, which kept no hashes: its files are not checked")
     return summary
