@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test fuzz
 
 demo: .venv/installed
 	$(BIN)/sparsekd run smollm2-135m --reduction 0.15 --out runs/demo
@@ -12,6 +12,10 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest
+
+# about an hour: what gets through damage, hostile inputs and too little memory, then 120 kills
+fuzz: .venv/installed
+	$(BIN)/python benchmarks/faults.py; faults=$$?; $(BIN)/python benchmarks/crash.py && exit $$faults
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"

@@ -145,7 +145,8 @@ def train(
     """
     order = np.concatenate([data.order(epoch) for epoch in range(options.epochs)]).tolist()
     num_steps = math.ceil(len(order) / options.batch_size)
-    validation_steps = {round(num_steps * (i + 1) / options.validations) for i in range(options.validations)}
+    num_validations = min(options.validations, num_steps)
+    validation_steps = {round(num_steps * (i + 1) / num_validations) for i in range(num_validations)}
     _require_covered(data, order)
     with (
         in_float32(student),  # a step of bfloat16 weights is lost where it is less than half of their last digit
