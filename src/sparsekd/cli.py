@@ -501,7 +501,10 @@ def main() -> None:
         sys.exit(4)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of a library written in Rust; no Exception
+            print(f"sparsekd: a library gave up: {' '.join(str(error).split())[:500]}", file=sys.stderr)
+            sys.exit(3)
         from sparsekd.device import out_of_memory
 
         if not out_of_memory(error):

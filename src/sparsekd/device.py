@@ -74,9 +74,13 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
+_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "can't start new thread")  # of torch, system, Python
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; of the host's, torch says it in the text only."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether an exception says that memory ran out; of the host's, most say it in the text only."""
+    is_named = any(text in str(error) for text in _NO_MEMORY)
+    return is_named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 class Batches:

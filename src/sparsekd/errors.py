@@ -3,7 +3,7 @@
 Messages are one line: what is wrong, where, what was expected, how to fix it.
 """
 
-_LONGEST = 2000  # characters of a line: names and values in it may be of any length
+_LONGEST = 1000  # characters of a line: names and values in it may be of any length
 
 
 class SparseKDError(Exception):

@@ -44,6 +44,8 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "corpus", **facts, "fingerprint": loaded.fingerprint, "texts": ", ".join(loaded.texts)}
     if next(path.glob("part-*.parquet"), None) is not None:
         return _describe_cache(path)
+    if (path / "run.lock").exists() or (path / CORPUS).is_dir():
+        raise DataError(f"{path / 'recipe.yaml'} is missing: give sparsekd run with this --out and the recipe again")
     raise UsageError(f"{path}: expected a run, a model, a corpus or a cache made by sparsekd")
 
 

@@ -38,6 +38,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from sparsekd import admission, files, records
 from sparsekd.anatomy import find_mlps, linear_weight, shape
+from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
@@ -237,7 +238,7 @@ def _raw_config(place: _Place, revision: str | None) -> dict[str, Any]:
 
 def _explain(name: str, error: Exception) -> DataError | UsageError | ResourceError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if out_of_memory(error):
         return ResourceError(f"model {name} does not fit into memory: {reason}")
     if isinstance(error, ImportError):
         extra = ': pip install "sparsekd[gguf]"' if "gguf" in str(error).lower() else ""
@@ -282,7 +283,10 @@ def _is_finite(parameter: Tensor) -> bool:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises `DataError` when the tokenizer makes ids that the model has no embedding for."""
+    """Raises `DataError` when the tokenizer makes ids that the model has no embedding for, or its config is damaged."""
+    longest: Any = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise DataError(f"model {name}: model_max_length in tokenizer_config.json is {longest!r}: expected a number")
     embedding: Any = model.get_input_embeddings()
     embeddings = embedding.weight.shape[0]
     largest = _largest_id(tokenizer)

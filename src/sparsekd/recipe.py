@@ -26,6 +26,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 # of a key that changes no result beyond rounding, or names what is known by its content: no input of any stage
 PASSING = {"passing": True}
 _LONGEST = 100_000  # characters of a recipe: they are read in seconds
+_TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
 )
@@ -378,6 +379,8 @@ def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
         if kind is bool and isinstance(value, bool):
             return value
         if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            if abs(float(value)) >= _TOO_MANY:
+                raise UsageError(f"{where}: {name} is {_short(value)}: expected less than 2^53 either way")
             return int(float(value))
         if kind is float and not isinstance(value, bool):
             return float(value)
@@ -393,7 +396,6 @@ def check(recipe: Recipe) -> None:
     corpus, evaluate = recipe.corpus, recipe.evaluate
     num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     ranges = [
-        ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < 2**53),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),

@@ -157,7 +157,9 @@ class Run:
             return
         exists = _is_run(folder)
         if not exists and folder.exists() and not _is_free(folder):
-            raise UsageError(f"{folder} is not empty and holds no run: choose another --out")
+            raise UsageError(
+                f"{folder} is not empty and holds no run, or its manifest.json is damaged: choose another --out"
+            )
         if resume and not exists:
             raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
         folder.mkdir(parents=True, exist_ok=True)

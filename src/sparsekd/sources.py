@@ -113,7 +113,7 @@ def _parquet(path: Path, template: str) -> Iterator[str]:
                     where = f"{path} row {number}"
                     yield _column({name: _text(batch.column(name)[index], where) for name in names}, template, where)
                     number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: a column that only the Arrow schema has
         raise DataError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from None
 
 
