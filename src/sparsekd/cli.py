@@ -497,20 +497,27 @@ def main() -> None:
         print(f"sparsekd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"sparsekd: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        _say_why(f"{error.strerror or error}: {error.filename or ''}")
         sys.exit(4)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit:  # typer has answered
+        raise
     except BaseException as error:
-        if type(error).__name__ == "PanicException":  # of a library written in Rust; no Exception
-            print(f"sparsekd: a library gave up: {' '.join(str(error).split())[:500]}", file=sys.stderr)
+        if type(error).__name__ == "PanicException":  # of a library written in Rust; it is no Exception
+            _say_why(f"a library gave up: {error}")
             sys.exit(3)
         from sparsekd.device import out_of_memory
 
         if not out_of_memory(error):
             raise
-        print("sparsekd: out of memory: smaller batches, a shorter context or another dtype need less", file=sys.stderr)
+        _say_why("out of memory: smaller batches, a shorter context or another dtype need less")
         sys.exit(4)
+
+
+def _say_why(message: str) -> None:
+    """As an error of ours says it: on one line of bounded length."""
+    print(f"sparsekd: {SparseKDError(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,14 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "corpus", **facts, "fingerprint": loaded.fingerprint, "texts": ", ".join(loaded.texts)}
     if next(path.glob("part-*.parquet"), None) is not None:
         return _describe_cache(path)
-    if (path / "run.lock").exists() or (path / CORPUS).is_dir():
-        raise DataError(f"{path / 'recipe.yaml'} is missing: give sparsekd run with this --out and the recipe again")
+    _require_recipe(path)
     raise UsageError(f"{path}: expected a run, a model, a corpus or a cache made by sparsekd")
+
+
+def _require_recipe(path: Path) -> None:
+    """Raises `DataError` for what was a run, without its recipe."""
+    if (path / CORPUS).is_dir() and not (path / "recipe.yaml").exists():
+        raise DataError(f"{path / 'recipe.yaml'} is missing: give sparsekd run with the recipe and this --out again")
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
@@ -133,6 +138,7 @@ def verify(path: Path) -> dict[str, Any]:
     """
     if (path / "config.json").exists() or (path / "blocks.parquet").exists():
         return describe(path)
+    _require_recipe(path)
     folder = _cache_of(path)
     damaged_stages = {} if folder == path else _damaged_stages(path)
     if folder != path and not (folder / "manifest.json").exists():  # not made yet, or the teacher answers online

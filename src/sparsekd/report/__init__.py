@@ -30,7 +30,10 @@ def gather(folder: Path) -> dict[str, Any]:
     """Everything the report shows, from the finished stages of a run, of the last round in full; raises `DataError` if
     a stage is missing."""
     if not (folder / "recipe.yaml").exists():
-        raise DataError(f"{folder} holds no run, so no stage is finished: start one with sparsekd run --out {folder}")
+        raise DataError(
+            f"{folder} holds no run, for there is no recipe.yaml in it, so no stage is finished: start one with "
+            f"sparsekd run --out {folder}"
+        )
     recipe = read_recipe(folder)
     rounds, manifest = planned(recipe), read_manifest(folder, _MADE_BY)
     corpus = _summary(folder, "corpus", CORPUS)
