@@ -396,6 +396,7 @@ def check(recipe: Recipe) -> None:
     corpus, evaluate = recipe.corpus, recipe.evaluate
     num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     ranges = [
+        ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < _TOO_MANY),
         ("corpus.seq_len", corpus.seq_len, ">= 8", corpus.seq_len >= 8),
         ("corpus.num_blocks", corpus.num_blocks, ">= 1", corpus.num_blocks >= 1),
         ("corpus.num_validation_blocks", corpus.num_validation_blocks, ">= 1", corpus.num_validation_blocks >= 1),

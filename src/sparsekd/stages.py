@@ -422,6 +422,7 @@ def training_inputs(work: Work, round_: Round) -> dict[str, Any]:
 
 
 def training_data(work: Work, round_: Round, order: Callable[[int], np.ndarray]) -> distillation.Data:
+    """What a round trains on, in the order that is given, and who teaches it."""
     blocks = work.blocks
     return distillation.Data(
         [block.tokens for block in blocks.blocks],
