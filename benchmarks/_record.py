@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsekd.run import versions
+from sparsekd.run.directory import versions
 
 RESULTS = Path(__file__).parent / "results"
 

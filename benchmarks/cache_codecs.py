@@ -22,9 +22,9 @@ from _record import record, summary
 
 import sparsekd
 from sparsekd import corpus, teacher
-from sparsekd.cache import Cache, Targets
-from sparsekd.codecs import CODECS, codec_for
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.teacher.cache import Cache, Targets
+from sparsekd.teacher.codecs import CODECS, codec_for
 
 BLOCKS, ROUNDS = 16, 20
 ROOT = Path(__file__).parents[1]

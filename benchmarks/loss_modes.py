@@ -32,7 +32,7 @@ from _record import RESULTS, record
 from torch import Tensor
 from truncation_ablation import TEST_TOKENS, Setup, prepare, train, truncated
 
-from sparsekd import losses
+from sparsekd.distillation import losses
 from sparsekd.evaluate import measure, ratio
 
 NAME, REDUCTION, BLOCKS = "loss_modes", 0.35, 235

@@ -43,10 +43,10 @@ from _record import record, summary
 
 import sparsekd
 from sparsekd import corpus, distillation, teacher
-from sparsekd.cache import Cache, Targets
 from sparsekd.compression import compress
-from sparsekd.recipe import Distill, load_recipe
-from sparsekd.run import peak_memory_bytes
+from sparsekd.recipe.sections import Distill, load_recipe
+from sparsekd.run.directory import peak_memory_bytes
+from sparsekd.teacher.cache import Cache, Targets
 
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
 OURS = {"ours": BATCH, "ours in parts": 2, "ours block by block": 1}  # blocks in a micro batch

@@ -35,14 +35,14 @@ from _record import RESULTS, record
 
 import sparsekd
 from sparsekd import compression, corpus, distillation, teacher
-from sparsekd.anatomy import find_mlps, linear_weight
 from sparsekd.compression import lowrank, statistics
 from sparsekd.compression.allocate import Curve, allocate
 from sparsekd.compression.formats import put
 from sparsekd.evaluate import ratio
-from sparsekd.layers import LowRankLinear
-from sparsekd.models import mark_compressed, replace_module
-from sparsekd.recipe import Compress, Recipe, load_recipe
+from sparsekd.models.anatomy import find_mlps, linear_weight
+from sparsekd.models.forms.lowrank import LowRankLinear
+from sparsekd.models.loading import mark_compressed, replace_module
+from sparsekd.recipe.sections import Compress, Recipe, load_recipe
 
 NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096
 ARMS: dict[str, dict[str, Any]] = {

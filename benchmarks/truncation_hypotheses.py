@@ -35,11 +35,11 @@ from torch import nn
 from truncation_ablation import Setup, prepare, ratios, train, truncated
 
 from sparsekd import compression, distillation
-from sparsekd.anatomy import find_mlps
 from sparsekd.compression.statistics import Gram
-from sparsekd.layers import CompressedLinear, rank_for
-from sparsekd.layerwise import Layers
-from sparsekd.objective import Objective
+from sparsekd.distillation.objective import Objective
+from sparsekd.models.anatomy import find_mlps
+from sparsekd.models.forms.lowrank import CompressedLinear, rank_for
+from sparsekd.models.layerwise import Layers
 
 NAME, REDUCTION, NEXT, BLOCKS = "truncation_hypotheses", 0.35, 0.51, 100
 REFINE_BLOCKS, REFINE_EPOCHS, REFINE_RATE, PENALTY = 32, 2, 3e-4, 1.0

@@ -196,7 +196,7 @@ def blocks() -> torch.Tensor:
 
 def sharpened(model: PreTrainedModel) -> PreTrainedModel:
     """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
-    from sparsekd.anatomy import find_mlps
+    from sparsekd.models.anatomy import find_mlps
 
     with torch.no_grad():
         for mlp in find_mlps(model):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparsekd.checkpoint import Checkpoints
+from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.errors import DataError
 
 dist.init_process_group("gloo")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sparsekd.checkpoint import Checkpoints, on_host, trained
+from sparsekd.distillation.checkpoint import Checkpoints, on_host, trained
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

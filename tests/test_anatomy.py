@@ -16,9 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from sparsekd import anatomy, compression, models
-from sparsekd.anatomy import MLP
+from sparsekd import compression, models
 from sparsekd.errors import UsageError
+from sparsekd.models import anatomy
+from sparsekd.models.anatomy import MLP
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 GATED = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekd import files, records
-from sparsekd.cache import Cache, Part, Samples, Targets, Writer, merge
-from sparsekd.codecs import codec_for
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
-from sparsekd.teacher import cache_teacher, distributions, fill, identity, top_k_distribution
+from sparsekd.teacher.cache import Cache, Part, Samples, Targets, Writer, merge
+from sparsekd.teacher.codecs import codec_for
+from sparsekd.teacher.filling import cache_teacher, distributions, fill, identity, top_k_distribution
 
 TOP_K = 8
 LENGTHS = [24, 24, 9, 24, 17, 9, 24, 17, 2, 24]

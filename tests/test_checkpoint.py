@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_distillation import OPTIONS, data, equal, state
 
 from sparsekd import distillation
-from sparsekd.cache import Cache
-from sparsekd.checkpoint import Checkpoints
+from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.errors import DataError, Stopped
+from sparsekd.teacher.cache import Cache
 
 EVERY_STEP = replace(OPTIONS, checkpoint_minutes=0.0)
 

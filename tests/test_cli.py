@@ -15,8 +15,8 @@ import torch
 import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
-from sparsekd import cli, compression, errors, files, models, records, run
-from sparsekd.recipe import PAPER
+from sparsekd import cli, compression, errors, files, models, records
+from sparsekd.recipe.sections import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
     vocab_size=151936,
@@ -120,9 +120,7 @@ def test_help_comes_within_a_second() -> None:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "sparsekd.cli", "--help"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-m", "sparsekd", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     for verb in ("run", "corpus", "cache", "compress", "distill", "eval", "report", "inspect", "doctor"):
         assert verb in done.stdout
@@ -203,7 +201,7 @@ def test_dry_run_of_the_papers_models(
 
 
 def test_dry_run_of_an_experiment(sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sparsekd.plan.measured_flops", lambda placement: 1e9)  # the same speed each time
+    monkeypatch.setattr("sparsekd.run.estimate.measured_flops", lambda placement: 1e9)  # the same speed each time
     before = snapshot(tmp_path)
 
     def seconds(experiment: str, seeds: str, rates: str) -> dict[str, float]:
@@ -509,7 +507,7 @@ def test_the_memory_of_a_device_is_beside_the_host_s(
     sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(run, "peak_device_memory_bytes", lambda device: 3_000_000_000)
+    monkeypatch.setattr("sparsekd.run.directory.peak_device_memory_bytes", lambda device: 3_000_000_000)
     printed = sparsekd("run", tiny_recipe, "--out", out)
     assert printed.code == 0, printed.err
     assert re.search(r"^peak memory \d+\.\d GB host, 3\.0 GB device$", printed.out, re.M)

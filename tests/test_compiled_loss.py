@@ -11,8 +11,8 @@ import torch
 from test_losses import MODES, N, V, case, targets_for
 from torch._dynamo.testing import CompileCounter
 
-from sparsekd import losses
-from sparsekd.losses import Mode
+from sparsekd.distillation import losses
+from sparsekd.distillation.losses import Mode
 
 
 @pytest.fixture

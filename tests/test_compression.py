@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
 from sparsekd import files, teacher
-from sparsekd.anatomy import find_mlps, linear_weight
-from sparsekd.cache import Targets
 from sparsekd.compression import convert, lowrank, plan, statistics, truncate
 from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear
-from sparsekd.recipe import Compress
+from sparsekd.models.anatomy import find_mlps, linear_weight
+from sparsekd.models.forms.lowrank import FORMATS, CompressedLinear
+from sparsekd.recipe.sections import Compress
+from sparsekd.teacher.cache import Targets
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 MakeModel = Callable[..., PreTrainedModel]

@@ -17,8 +17,9 @@ from conftest import WORDS, paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekd import corpus, files, records, sources
-from sparsekd.corpus import (
+from sparsekd import corpus, files, records
+from sparsekd.corpus import sources
+from sparsekd.corpus.blocks import (
     Corpus,
     Guard,
     Overlap,
@@ -32,8 +33,8 @@ from sparsekd.corpus import (
     text_path,
 )
 from sparsekd.errors import DataError, SparseKDError, UsageError
-from sparsekd.recipe import Corpus as CorpusRecipe
-from sparsekd.recipe import Source, Text
+from sparsekd.recipe.sections import Corpus as CorpusRecipe
+from sparsekd.recipe.sections import Source, Text
 
 SENTENCE = [f"step{number}" for number in range(1, 14)]  # thirteen words
 
@@ -417,7 +418,7 @@ def test_parquet_rows_are_unpacked_few_at_a_time(use_dictionary: bool, tmp_path:
     assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)\n"
-        "from sparsekd import sources; from sparsekd.recipe import Source\n"
+        "from sparsekd.corpus import sources; from sparsekd.recipe import Source\n"
         "print(sum(len(text) for _, text in sources.read(Source(path=sys.argv[1]))))"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.parquet"], capture_output=True, text=True)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 import sparsekd
 from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
-from sparsekd.cache import Cache
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
-from sparsekd.recipe import Distill
-from sparsekd.teacher import Online
+from sparsekd.recipe.sections import Distill
+from sparsekd.teacher.cache import Cache
+from sparsekd.teacher.filling import Online
 
 OPTIONS = Distill(batch_size=4, micro_batch_size=2, learning_rate=3e-3, epochs=2, validations=3, warmup_ratio=0.2)
 

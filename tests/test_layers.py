@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from sparsekd import compression
-from sparsekd.layers import (
+from sparsekd.models.forms.lowrank import (
     FORMATS,
     ColumnPivotLinear,
     LowRankLinear,

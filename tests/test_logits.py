@@ -9,16 +9,16 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_distillation import data
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
-from sparsekd import objective
 from sparsekd import teacher as teacher_stage
 from sparsekd.compression import statistics
 from sparsekd.compression.probe import Probe
+from sparsekd.distillation import objective
+from sparsekd.distillation.objective import make_batch
 from sparsekd.evaluate.windows import predictions, split
-from sparsekd.layerwise import Layers
-from sparsekd.logits import logits_of, project
-from sparsekd.objective import make_batch
-from sparsekd.recipe import Distill
-from sparsekd.teacher import Online
+from sparsekd.models.layerwise import Layers
+from sparsekd.models.logits import logits_of, project
+from sparsekd.recipe.sections import Distill
+from sparsekd.teacher.filling import Online
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # bfloat16's logits are wrong by 1e-2
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from sparsekd.cache import Samples, Targets
+from sparsekd.distillation.losses import Mode, kd_loss, linear_kd_loss
 from sparsekd.errors import DataError, UsageError
-from sparsekd.losses import Mode, kd_loss, linear_kd_loss
-from sparsekd.teacher import top_k_distribution
+from sparsekd.teacher.cache import Samples, Targets
+from sparsekd.teacher.filling import top_k_distribution
 
 N, D, V, K = 40, 16, 97, 8
 MODES = get_args(Mode)

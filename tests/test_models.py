@@ -17,10 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sparsekd import anatomy, compression, models
+from sparsekd import compression, models
 from sparsekd.errors import DataError, ResourceError, UsageError
-from sparsekd.layers import FORMATS, CompressedLinear, layer_class
-from sparsekd.recipe import Compress
+from sparsekd.models import anatomy
+from sparsekd.models.forms.lowrank import FORMATS, CompressedLinear, layer_class
+from sparsekd.recipe.sections import Compress
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])

@@ -11,12 +11,13 @@ from test_distillation import OPTIONS, data
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 import sparsekd
-from sparsekd import distillation, objective
+from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
-from sparsekd.cache import Cache
+from sparsekd.distillation import objective
 from sparsekd.errors import DataError, MismatchError, UsageError
-from sparsekd.models import document_positions
-from sparsekd.teacher import Online, distributions
+from sparsekd.models.loading import document_positions
+from sparsekd.teacher.cache import Cache
+from sparsekd.teacher.filling import Online, distributions
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 END = 0  # the token that ends a document here

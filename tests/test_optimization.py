@@ -10,11 +10,12 @@ from conftest import sharpened
 from test_distillation import OPTIONS, data, equal, state
 
 import sparsekd
-from sparsekd import distillation, optimization
-from sparsekd.cache import Cache
+from sparsekd import distillation
+from sparsekd.distillation import optimizer as optimization
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.layers import CompressedLinear
-from sparsekd.recipe import RateScale
+from sparsekd.models.forms.lowrank import CompressedLinear
+from sparsekd.recipe.sections import RateScale
+from sparsekd.teacher.cache import Cache
 
 
 def changed(student: Any, before: dict[str, torch.Tensor]) -> set[str]:
@@ -49,7 +50,7 @@ def test_state_made_first_changes_no_byte(
     options = replace(OPTIONS, batch_size=4, micro_batch_size=micro_batch_size)
     first, lazy = new_student(), new_student()
     distillation.train(first, data(blocks, cache), options)
-    monkeypatch.setattr(distillation, "allocate", lambda optimizer, gradients: None)
+    monkeypatch.setattr("sparsekd.distillation.loop.allocate", lambda optimizer, gradients: None)
     distillation.train(lazy, data(blocks, cache), options)
     assert equal(state(first), state(lazy))
     assert all(parameter.grad is None for parameter in first.parameters())

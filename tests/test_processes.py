@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from conftest import run_processes
 
-from sparsekd import processes
+from sparsekd.run import processes
 
 
 def test_only_waiting_for_the_main_process_is_patient() -> None:

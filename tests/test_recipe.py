@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekd.corpus import Corpus
+from sparsekd.corpus.blocks import Corpus
 from sparsekd.errors import UsageError
-from sparsekd.recipe import PRESETS, Recipe, Source, as_dict, as_yaml, load_recipe, merge
+from sparsekd.recipe.sections import PRESETS, Recipe, Source, as_dict, as_yaml, load_recipe, merge
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

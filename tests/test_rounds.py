@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsekd.corpus import ALL
+from sparsekd.corpus.blocks import ALL
 from sparsekd.errors import UsageError
-from sparsekd.recipe import load_recipe
-from sparsekd.rounds import Round, planned
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.run.rounds import Round, planned
 
 
 def rounds(*overrides: str) -> list[Round]:

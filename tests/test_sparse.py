@@ -18,13 +18,16 @@ from test_distillation import OPTIONS, data, equal, state
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsekd
-from sparsekd import anatomy, distillation, inspection, models, optimization
-from sparsekd.anatomy import find_mlps, linear_weight
-from sparsekd.cache import Cache
+from sparsekd import distillation, models
 from sparsekd.compression import plan, sparse
 from sparsekd.compression.spectrum import spectrum
+from sparsekd.distillation import optimizer as optimization
 from sparsekd.errors import DataError, Stopped, UsageError
-from sparsekd.recipe import Compress, load_recipe
+from sparsekd.models import anatomy
+from sparsekd.models.anatomy import find_mlps, linear_weight
+from sparsekd.recipe.sections import Compress, load_recipe
+from sparsekd.run import inspection
+from sparsekd.teacher.cache import Cache
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2"]
 MASK: dict[str, Any] = {"method": "wanda", "format": "mask"}

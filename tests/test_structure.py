@@ -10,13 +10,41 @@ import sparsekd
 
 PACKAGE = Path(sparsekd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "files", "records", "recipe", "device", "console"}
-WITHOUT_TRANSFORMERS = {"errors", "files", "records", "recipe", "cache", "codecs", "losses", "layers", "sources"}
-WITHOUT_TORCH = {"errors", "files", "records", "recipe", "console", "cli", "__init__", "sources"}
+
+# Each folder, or file beside the folders, may import what stands before it in this list, and nothing after it.
+ORDER = [
+    "errors",
+    "files",
+    "records",
+    "console",
+    "device",
+    "recipe",
+    "corpus",
+    "models",
+    "teacher",
+    "distillation",
+    "compression",
+    "evaluate",
+    "run",
+    "report",
+    "pipeline",
+    "reproduce",
+    "cli",
+]
+WITHOUT_TRANSFORMERS = {
+    "errors",
+    "files",
+    "records",
+    "recipe",
+    "teacher.cache",
+    "teacher.codecs",
+    "distillation.losses",
+}
+WITHOUT_TORCH = {"__init__", "errors", "files", "records", "recipe", "console", "cli", "corpus.sources"}
 
 
 def module(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
@@ -31,20 +59,41 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     return names
 
 
+def folder(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def without(name: str, names: set[str]) -> bool:
+    """Whether a module, or the folder that it is in, is among the names."""
+    return name in names or folder(name) in names
+
+
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_dependencies_point_down(path: Path) -> None:
     name, names = module(path), imported(path)
-    tops = {other.split(".")[1] for other in names if other.startswith("sparsekd.")}
-    if name not in {"cli", "__main__"}:
-        assert "cli" not in tops
-    if name in FLOOR:
-        assert tops <= FLOOR
-    if name not in {"cli", "pipeline"} and not name.startswith("reproduce"):
-        assert "pipeline" not in tops or name == "__init__"
-    if name in WITHOUT_TRANSFORMERS:
-        assert not any(other.split(".")[0] == "transformers" for other in names)
-    if name in WITHOUT_TORCH:
-        assert not any(other.split(".")[0] == "torch" for other in imported(path, top_level_only=True))
+    if name in {"__init__", "__main__"}:
+        return
+    own = [other.removeprefix("sparsekd.") for other in names if other.startswith("sparsekd.")]
+    for other in {folder(other) for other in own} - {folder(name)}:
+        assert ORDER.index(other) < ORDER.index(folder(name)), f"{name} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_light_modules_stay_light(path: Path) -> None:
+    name = module(path)
+    if without(name, WITHOUT_TRANSFORMERS):
+        assert not any(folder(other) == "transformers" for other in imported(path))
+    if without(name, WITHOUT_TORCH):
+        assert not any(folder(other) == "torch" for other in imported(path, top_level_only=True))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_a_folder_is_used_through_what_it_exports(path: Path) -> None:
+    """`from sparsekd.models import load`, never `from sparsekd.models.loading import load`, outside of its folder."""
+    for other in imported(path):
+        parts = other.split(".")
+        if parts[0] == "sparsekd" and len(parts) > 3:
+            assert parts[1] == folder(module(path)) or module(path) == f"{parts[1]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

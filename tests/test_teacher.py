@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd import distillation
-from sparsekd.cache import Cache, Samples, Targets
-from sparsekd.codecs import codec_for
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
-from sparsekd.models import document_positions
-from sparsekd.teacher import Mixture, Online, distributions, fill, identity
+from sparsekd.models.loading import document_positions
+from sparsekd.teacher.cache import Cache, Samples, Targets
+from sparsekd.teacher.codecs import codec_for
+from sparsekd.teacher.filling import Mixture, Online, distributions, fill, identity
 
 VOCAB = 400
 MADE_FROM: dict[str, Any] = {"tokenizer": "t", "corpus_fingerprint": "c"}

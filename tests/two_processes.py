@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 import sparsekd
 from sparsekd import distillation
-from sparsekd.cache import Cache
 from sparsekd.errors import Stopped
-from sparsekd.recipe import Distill
+from sparsekd.recipe.sections import Distill
+from sparsekd.teacher.cache import Cache
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 blocks = np.load(folder / "blocks.npy")

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sparsekd import processes
+from sparsekd.run import processes
 
 processes._TIMEOUT = timedelta(seconds=1)
 both = processes.Processes(torch.device("cpu"))

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsekd.cache import Cache as Cache
     from sparsekd.compression import compress as compress
     from sparsekd.compression import convert as convert
     from sparsekd.corpus import blocks_from_texts as blocks_from_texts
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
     from sparsekd.models import load as load
     from sparsekd.models import save as save
     from sparsekd.recipe import load_recipe as load_recipe
+    from sparsekd.teacher import Cache as Cache
     from sparsekd.teacher import cache_teacher as cache_teacher
 
 _PUBLIC = {
-    "Cache": "cache",
+    "Cache": "teacher",
     "SparseKDError": "errors",
     "blocks_from_texts": "corpus",
     "cache_teacher": "teacher",

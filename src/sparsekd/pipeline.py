@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 
-from sparsekd import anatomy, corpus, models, report, stages
-from sparsekd import cache as caches
-from sparsekd.cache import Part
+from sparsekd import corpus, models, report
 from sparsekd.compression import spectrum as spectra
 from sparsekd.console import Console
 from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
+from sparsekd.models import anatomy
 from sparsekd.recipe import Recipe
-from sparsekd.rounds import CORPUS, Round, planned
-from sparsekd.run import Run
-from sparsekd.stages import Work
+from sparsekd.run import CORPUS, Round, Run, Work, planned, stages
+from sparsekd.teacher import Part
+from sparsekd.teacher import cache as caches
 
 STAGES = ("corpus", "cache", "compress", "distill", "evaluate", "report")
 

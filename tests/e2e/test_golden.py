@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sparsekd import corpus, pipeline
-from sparsekd.cache import Cache
-from sparsekd.codecs import Targets
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.teacher.cache import Cache
+from sparsekd.teacher.codecs import Targets
 
 BLOCKS = "e987e3aececcee82"  # sha256 of the blocks' tokens and of the order of the first epoch, first 16 digits
 KEPT = "58b0d60cf80afd88"  # of the token ids that the cache keeps, likeliest first

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsekd import files, models, pipeline, stages
+from sparsekd import files, models, pipeline
 from sparsekd.console import Console
 from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
-from sparsekd.recipe import load_recipe
-from sparsekd.run import Run
-from sparsekd.stages import Work
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.run import stages
+from sparsekd.run.directory import Run
+from sparsekd.run.stages import Work
 
 TRAINING = ("corpus", "round-01/cache", "round-01/compressed", "round-01/distilled")
 
@@ -137,7 +138,7 @@ def test_a_model_is_known_by_its_content_not_its_place(done: Path, tiny_recipe: 
 def test_versions_are_recorded_and_a_change_warns(done: Path, tiny_recipe: Path, capsys: Any, monkeypatch: Any) -> None:
     then = json.loads((done / "round-01/cache/inputs.json").read_text())["versions"]
     assert {"sparsekd", "torch", "transformers", "python"} <= then.keys()
-    monkeypatch.setattr("sparsekd.run.versions", lambda: then | {"torch": "99.0"})
+    monkeypatch.setattr("sparsekd.run.directory.versions", lambda: then | {"torch": "99.0"})
     before = finished(done)
     run(tiny_recipe, done)
     assert finished(done) == before
@@ -157,10 +158,10 @@ def test_with_an_online_teacher_top_k_and_corpus_decide_the_training(tiny_recipe
 
 
 def test_a_smaller_micro_batch_is_obeyed_when_a_training_goes_on(tiny_recipe: Path, tmp_path: Path) -> None:
-    from sparsekd import distillation
+    from sparsekd.distillation import loop
 
     sizes: list[int] = []
-    original = distillation._Worker.gradients
+    original = loop._Worker.gradients
 
     def watched(self: Any, ids: Any) -> Any:
         sizes.append(self.micro_batch_size)
@@ -169,7 +170,7 @@ def test_a_smaller_micro_batch_is_obeyed_when_a_training_goes_on(tiny_recipe: Pa
         return original(self, ids)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation._Worker, "gradients", watched)
+        patch.setattr(loop._Worker, "gradients", watched)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_recipe, tmp_path / "run", "distill.checkpoint_minutes=0")
         run(tiny_recipe, tmp_path / "run", "distill.micro_batch_size=1", until="distill")

@@ -8,9 +8,10 @@ import torch
 from test_run import pipeline_run
 from transformers import AutoModelForCausalLM
 
-from sparsekd import models, plan
-from sparsekd.anatomy import find_mlps, linear_weight
-from sparsekd.recipe import load_recipe
+from sparsekd import models
+from sparsekd.models.anatomy import find_mlps, linear_weight
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.run import estimate as plan
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from sparsekd import errors, inspection
-from sparsekd.recipe import load_recipe
+from sparsekd import errors
+from sparsekd.recipe.sections import load_recipe
 from sparsekd.report import experiments
 from sparsekd.reproduce import reproduce
+from sparsekd.run import inspection
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = "rounds=[0.3,0.5]"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsekd
 from sparsekd import cli, pipeline
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe.sections import load_recipe
 
 
 def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:
@@ -121,7 +121,7 @@ def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_rec
     recipe = load_recipe(str(tiny_recipe), changes)
     pipeline_run(load_recipe(str(tiny_recipe), changes[:2]), tmp_path / "straight", until="distill")
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "sparsekd.cli", "distill", str(tiny_recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "sparsekd", "distill", str(tiny_recipe), "--out", str(out)]
     command += [word for change in changes for word in ("--set", change)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     trained = out / "round-01/distilled"
@@ -175,7 +175,7 @@ def test_masked_documents_go_the_whole_path(tiny_recipe: Path, tmp_path: Path) -
 
 def test_two_processes_cannot_share_a_run(tiny_recipe: Path, tmp_path: Path) -> None:
     from sparsekd.console import Console
-    from sparsekd.run import Run
+    from sparsekd.run.directory import Run
 
     recipe = load_recipe(str(tiny_recipe))
     with (

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sparsekd
-from sparsekd import corpus, errors, inspection, models, pipeline
-from sparsekd.recipe import load_recipe
+from sparsekd import corpus, errors, models, pipeline
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.run import inspection
 
 
 def run(recipe: Path, folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:

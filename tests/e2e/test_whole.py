@@ -12,9 +12,10 @@ import torch
 from test_run import run_cli
 
 import sparsekd
-from sparsekd import files, inspection, pipeline, records, report
+from sparsekd import files, pipeline, records, report
 from sparsekd.errors import DataError, QualityError
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe.sections import load_recipe
+from sparsekd.run import inspection
 
 TASKS = "evaluate.tasks=[local_piqa]"
 SKIPPED = "evaluate.skip_missing_tasks=true"  # a score is that there is none

@@ -19,8 +19,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import linear_weight
-from sparsekd.cache import Targets
 from sparsekd.compression import ranks, sparse
 from sparsekd.compression.directions import directions_of
 from sparsekd.compression.formats import convert as convert
@@ -28,8 +26,9 @@ from sparsekd.compression.formats import put
 from sparsekd.compression.probe import Probe
 from sparsekd.compression.ranks import Plan as Plan
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import in_float32, mark_compressed
+from sparsekd.models import in_float32, linear_weight, mark_compressed
 from sparsekd.recipe import Compress, check_compress
+from sparsekd.teacher import Targets
 
 
 def compress(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import MLP, find_mlps, linear_weight
 from sparsekd.compression import statistics
 from sparsekd.compression.lowrank import Projection, from_input_gram, from_output_gram
 from sparsekd.device import solver_device
 from sparsekd.errors import UsageError
+from sparsekd.models import MLP, find_mlps, linear_weight
 
 
 def directions_of(

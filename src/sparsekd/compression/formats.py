@@ -14,10 +14,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import MLP, find_mlps, is_linear, linear_weight, shape
 from sparsekd.errors import UsageError
-from sparsekd.layers import FORMATS, CompressedLinear, common_pivots, layer_class
-from sparsekd.models import is_compressed, replace_module
+from sparsekd.models import (
+    FORMATS,
+    MLP,
+    CompressedLinear,
+    common_pivots,
+    find_mlps,
+    is_compressed,
+    is_linear,
+    layer_class,
+    linear_weight,
+    replace_module,
+    shape,
+)
 
 Factors = tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]  # up, down
 

@@ -15,14 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.cache import Targets
 from sparsekd.compression.formats import Factors
-from sparsekd.layers import LowRankLinear
-from sparsekd.layerwise import Layers
-from sparsekd.logits import logits_of
-from sparsekd.losses import kd_loss
-from sparsekd.models import document_inputs, replace_module
-from sparsekd.teacher import distributions
+from sparsekd.distillation import kd_loss
+from sparsekd.models import Layers, LowRankLinear, document_inputs, logits_of, replace_module
+from sparsekd.teacher import Targets, distributions
 
 
 class Probe:

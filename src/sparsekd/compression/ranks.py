@@ -16,13 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekd import files
-from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.compression.allocate import Curve, allocate, allocate_energy
 from sparsekd.compression.lowrank import Projection
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
-from sparsekd.layers import CompressedLinear, num_weights, rank_for
-from sparsekd.models import num_parameters
+from sparsekd.models import CompressedLinear, find_mlps, linear_weight, num_parameters, num_weights, rank_for, shape
 from sparsekd.recipe import Compress
 
 

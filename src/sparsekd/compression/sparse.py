@@ -17,12 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.compression import statistics
 from sparsekd.compression.ranks import MatrixPlan, Plan
 from sparsekd.errors import UsageError
-from sparsekd.layers import CompressedLinear
-from sparsekd.models import num_parameters, pruned_zeros
+from sparsekd.models import CompressedLinear, find_mlps, linear_weight, num_parameters, pruned_zeros, shape
 from sparsekd.recipe import Compress
 
 

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import linear_weight
 from sparsekd.compression import ranks
 from sparsekd.compression.directions import directions_of
 from sparsekd.device import in_float64, solver_device
 from sparsekd.errors import UsageError
+from sparsekd.models import linear_weight
 from sparsekd.recipe import Compress
 
 

@@ -28,12 +28,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import MLP, find_mlps, shape
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
-from sparsekd.layerwise import Layers
-from sparsekd.logits import logits_of
-from sparsekd.models import document_inputs
+from sparsekd.models import MLP, Layers, document_inputs, find_mlps, logits_of, shape
 
 # Some models give the first position an activation hundreds of times larger than all others; in a sum of squares it
 # alone would decide the top directions. A token counts with at most this multiple of the median norm. Gradients are

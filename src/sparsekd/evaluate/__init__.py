@@ -4,3 +4,4 @@ from sparsekd.evaluate.measure import Measurement, measure
 from sparsekd.evaluate.perplexity import Perplexity, perplexity, ratio
 
 __all__ = ["Measurement", "Perplexity", "measure", "perplexity", "ratio"]
+from sparsekd.evaluate.windows import mean_and_error as mean_and_error

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekd import sources
+from sparsekd.corpus import sources
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
 
 _FOLDER = Path(__file__).parent / "tasks"

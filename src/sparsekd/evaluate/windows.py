@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from sparsekd.corpus import encode
 from sparsekd.device import Batches
 from sparsekd.errors import DataError
-from sparsekd.logits import logits_of
+from sparsekd.models import logits_of
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 

@@ -11,8 +11,7 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import Perplexity, ratio
 from sparsekd.recipe import Recipe, as_dict
 from sparsekd.report import html
-from sparsekd.rounds import CORPUS, Round, planned, tasks_folder
-from sparsekd.run import read_manifest, read_recipe, read_summary
+from sparsekd.run import CORPUS, Round, planned, read_manifest, read_recipe, read_summary, tasks_folder
 
 _MADE_BY = ("versions", "machine")  # in the run's manifest
 _COSTS = ("seconds", "peak_memory_bytes")

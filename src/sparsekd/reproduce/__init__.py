@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd import files, pipeline, stages
+from sparsekd import files, pipeline
 from sparsekd.console import Console
 from sparsekd.errors import UsageError
-from sparsekd.plan import plan
 from sparsekd.recipe import Recipe, Teacher, as_dict, check
 from sparsekd.report import html
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
@@ -37,9 +36,7 @@ from sparsekd.reproduce.patterns import (
 )
 from sparsekd.reproduce.rates import search_rate
 from sparsekd.reproduce.spread import fit_recovery
-from sparsekd.rounds import Round
-from sparsekd.run import Run
-from sparsekd.stages import Work
+from sparsekd.run import Round, Run, Work, plan, stages
 
 Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for

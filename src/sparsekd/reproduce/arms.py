@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.recipe import WANDA, Recipe
-from sparsekd.rounds import ARMS, SHARED_CACHE, Place, Round, split
+from sparsekd.run import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
 EQUAL_TOKENS = "Dense+KD equal tokens"  # as many as all rounds together

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from sparsekd import distillation, stages
+from sparsekd import distillation
 from sparsekd.errors import Diverged
-from sparsekd.rounds import Round
-from sparsekd.stages import Work
+from sparsekd.run import Round, Work, stages
 
 
 def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, Any]:

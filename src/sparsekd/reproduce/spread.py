@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd.evaluate.windows import mean_and_error
+from sparsekd.evaluate import mean_and_error
 
 _NORMAL = 1.959964  # the standard normal distribution's 97.5 % quantile
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, by degrees of freedom

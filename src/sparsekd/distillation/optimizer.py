@@ -19,10 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsekd.anatomy import find_layers, is_attention, is_linear
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.layers import CompressedLinear
-from sparsekd.models import pruned_zeros, replace_module
+from sparsekd.models import CompressedLinear, find_layers, is_attention, is_linear, pruned_zeros, replace_module
 from sparsekd.recipe import LORA_FILLS_ZEROS, Distill, RateScale
 
 

@@ -40,9 +40,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.cache import Samples, Targets
 from sparsekd.errors import DataError, UsageError
-from sparsekd.logits import product
+from sparsekd.models import product
+from sparsekd.teacher import Samples, Targets
 
 Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
 

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd import files
-from sparsekd.cache import Cache
-from sparsekd.checkpoint import Checkpoints
 from sparsekd.corpus import shuffled
 from sparsekd.device import out_of_memory, trains_in_bfloat16
+from sparsekd.distillation.checkpoint import Checkpoints
+from sparsekd.distillation.objective import Data, Objective, make_batch, require_document_mask
+from sparsekd.distillation.optimizer import PrunedWeights, allocate, make_optimizer, prepared, schedule
 from sparsekd.errors import DataError, Diverged, ResourceError, Stopped, UsageError
 from sparsekd.models import in_float32
-from sparsekd.objective import Data, Objective, make_batch, require_document_mask
-from sparsekd.optimization import PrunedWeights, allocate, make_optimizer, prepared, schedule
 from sparsekd.recipe import Distill, distill_section
+from sparsekd.teacher import Cache
 
 METRICS = "metrics.jsonl"  # in the stage's folder: a line for every step and every validation
 

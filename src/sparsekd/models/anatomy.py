@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import UsageError
-from sparsekd.layers import CompressedLinear
+from sparsekd.models.forms.lowrank import CompressedLinear
 
 # what attention modules know and MLPs do not
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads", "n_head", "n_heads")

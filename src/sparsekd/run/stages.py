@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekd import cache as caches
-from sparsekd import compression, corpus, distillation, files, models, records, sources, teacher
-from sparsekd.cache import WHOLE, Cache, Part, Targets
-from sparsekd.corpus import Corpus
+from sparsekd import compression, corpus, distillation, files, models, records, teacher
+from sparsekd.corpus import Corpus, sources
+from sparsekd.distillation import Teacher, require_document_mask
 from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
-from sparsekd.objective import Teacher, require_document_mask
 from sparsekd.recipe import Compress, Recipe, inputs_of
-from sparsekd.rounds import CORPUS, Place, Round, planned, tasks_folder
-from sparsekd.run import Run, Stage, read_inputs, read_summary, stop_signals
-from sparsekd.teacher import TeacherModel
+from sparsekd.run.directory import Run, Stage, read_inputs, read_summary, stop_signals
+from sparsekd.run.rounds import CORPUS, Place, Round, planned, tasks_folder
+from sparsekd.teacher import WHOLE, Cache, Part, Targets, TeacherModel
+from sparsekd.teacher import cache as caches
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 _GUARDED = "guarded.json"  # in the corpus' folder: what the leak guard has seen, by its place in the recipe

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.anatomy import find_layers
+from sparsekd.models.anatomy import find_layers
 
 Result = TypeVar("Result")
 

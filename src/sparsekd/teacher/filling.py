@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
-from sparsekd.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
-from sparsekd.codecs import Codec, codec_for
 from sparsekd.device import Batches, in_float64
 from sparsekd.errors import DataError, UsageError
-from sparsekd.logits import logits_of
 from sparsekd.models import (
     config_hash,
     document_inputs,
+    logits_of,
     real_vocab_size,
     shared_vocab_size,
     tokenizer_hash,
     weights_hash,
 )
+from sparsekd.teacher.cache import ALIGNMENT, WHOLE, Cache, Part, Samples, Targets, Writer
+from sparsekd.teacher.codecs import Codec, codec_for
 
 _CHUNK = 1024  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
 _CHUNK_ON_CPU = 16  # their logits, which are read several times, stay in the processor's cache

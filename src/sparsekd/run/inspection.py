@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd import anatomy, corpus, models, records
-from sparsekd.cache import Cache, Targets, tokens_hash
+from sparsekd import corpus, models, records
 from sparsekd.device import place
 from sparsekd.errors import DataError, UsageError
-from sparsekd.rounds import ARMS, CORPUS, SHARED_CACHE, planned
-from sparsekd.run import machine, read_recipe, read_summary, versions, way_out
+from sparsekd.models import anatomy
+from sparsekd.run.directory import machine, read_recipe, read_summary, versions, way_out
+from sparsekd.run.rounds import ARMS, CORPUS, SHARED_CACHE, planned
+from sparsekd.teacher import Cache, Targets, tokens_hash
 
 _EXTRAS = {
     "datasets": "data",

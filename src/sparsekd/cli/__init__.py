@@ -103,7 +103,7 @@ def cache(
 
 
 def _part(shard: str) -> Any:
-    from sparsekd.cache import Part
+    from sparsekd.teacher import Part
 
     number, slash, count = shard.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -281,7 +281,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What is this folder, is it whole, and what made it? Reads only."""
-    from sparsekd import inspection
+    from sparsekd.run import inspection
 
     _quiet()
     if not verify:
@@ -295,7 +295,7 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Versions, device, free disk, and which optional packages are here."""
-    from sparsekd.inspection import diagnose
+    from sparsekd.run import diagnose
 
     _print_facts(diagnose(), as_json)
 
@@ -348,7 +348,7 @@ def _run_stages(
     if resume and fresh:
         raise UsageError("--resume continues a run and --fresh removes it: give one of them")
     if dry_run:
-        from sparsekd.plan import plan
+        from sparsekd.run import plan
 
         _quiet()
         _show_plan(plan(recipe), as_json)
@@ -518,7 +518,3 @@ def main() -> None:
 def _say_why(message: str) -> None:
     """As an error of ours says it: on one line of bounded length."""
     print(f"sparsekd: {SparseKDError(message)}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsekd import files, records, sources
+from sparsekd import files, records
+from sparsekd.corpus import sources
 from sparsekd.errors import DataError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text, check_text_name

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd import compression, models
-from sparsekd.codecs import CODECS, codec_for
 from sparsekd.corpus import Share
 from sparsekd.device import measured_flops, place
 from sparsekd.recipe import Compress, Recipe, as_dict
-from sparsekd.rounds import Round, planned
+from sparsekd.run.rounds import Round, planned
+from sparsekd.teacher import CODECS, codec_for
 
 # Shares of the speed of a large matrix product, from SmolLM2-135M on 2 cores; elsewhere the estimate is coarser.
 _FORWARD_EFFICIENCY = 0.75

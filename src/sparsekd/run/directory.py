@@ -28,9 +28,9 @@ from sparsekd import files, models, records
 from sparsekd.console import Console
 from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
 from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
-from sparsekd.processes import Processes
 from sparsekd.recipe import Recipe, as_yaml, load_recipe
-from sparsekd.rounds import ARMS
+from sparsekd.run.processes import Processes
+from sparsekd.run.rounds import ARMS
 
 _KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest

@@ -36,11 +36,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from sparsekd import admission, files, records
-from sparsekd.anatomy import find_mlps, linear_weight, shape
+from sparsekd import files, records
 from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
-from sparsekd.layers import FORMATS, layer_class
+from sparsekd.models import admission
+from sparsekd.models.anatomy import find_mlps, linear_weight, shape
+from sparsekd.models.forms.lowrank import FORMATS, layer_class
 from sparsekd.recipe import EMBEDDED_MODEL
 
 _PREFIX = "sparsekd_"

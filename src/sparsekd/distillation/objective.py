@@ -19,12 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.cache import Samples, Targets
+from sparsekd.distillation.losses import Loss, kd_loss, linear_kd_loss
 from sparsekd.errors import DataError, UsageError
-from sparsekd.logits import logits_of, project
-from sparsekd.losses import Loss, kd_loss, linear_kd_loss
-from sparsekd.models import document_positions, output_weight, shared_vocab_size
+from sparsekd.models import document_positions, logits_of, output_weight, project, shared_vocab_size
 from sparsekd.recipe import Distill
+from sparsekd.teacher import Samples, Targets
 
 _CHUNK = 256  # positions whose logits are held at once when only the likeliest token is wanted
 

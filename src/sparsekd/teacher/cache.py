@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 import torch
 
 from sparsekd import files, records
-from sparsekd.codecs import Codec, Samples, Targets, codec_for
 from sparsekd.errors import DataError, MismatchError, UsageError
+from sparsekd.teacher.codecs import Codec, Samples, Targets, codec_for
 
 __all__ = ["ALIGNMENT", "Cache", "Part", "Row", "Samples", "Targets", "Writer", "merge", "tokens_hash"]
 

@@ -1,0 +1,1 @@
+"""What a compressed model consists of; one file for each form."""

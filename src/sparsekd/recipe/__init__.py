@@ -1,0 +1,22 @@
+"""What a recipe may say. In: a YAML file, a preset or a model's name; out: a checked `Recipe`. No torch here."""
+
+from sparsekd.recipe.sections import EMBEDDED_MODEL as EMBEDDED_MODEL
+from sparsekd.recipe.sections import LORA_FILLS_ZEROS as LORA_FILLS_ZEROS
+from sparsekd.recipe.sections import PRESETS as PRESETS
+from sparsekd.recipe.sections import WANDA as WANDA
+from sparsekd.recipe.sections import Compress as Compress
+from sparsekd.recipe.sections import Corpus as Corpus
+from sparsekd.recipe.sections import Distill as Distill
+from sparsekd.recipe.sections import RateScale as RateScale
+from sparsekd.recipe.sections import Recipe as Recipe
+from sparsekd.recipe.sections import Source as Source
+from sparsekd.recipe.sections import Teacher as Teacher
+from sparsekd.recipe.sections import Text as Text
+from sparsekd.recipe.sections import as_dict as as_dict
+from sparsekd.recipe.sections import as_yaml as as_yaml
+from sparsekd.recipe.sections import check as check
+from sparsekd.recipe.sections import check_compress as check_compress
+from sparsekd.recipe.sections import check_text_name as check_text_name
+from sparsekd.recipe.sections import distill_section as distill_section
+from sparsekd.recipe.sections import inputs_of as inputs_of
+from sparsekd.recipe.sections import load_recipe as load_recipe

@@ -1,0 +1,17 @@
+"""A run on disk. In: a recipe and a folder; out: finished stages, reused when nothing they are made of has changed."""
+
+from sparsekd.run.directory import Run as Run
+from sparsekd.run.directory import read_manifest as read_manifest
+from sparsekd.run.directory import read_recipe as read_recipe
+from sparsekd.run.directory import read_summary as read_summary
+from sparsekd.run.estimate import plan as plan
+from sparsekd.run.inspection import diagnose as diagnose
+from sparsekd.run.rounds import ARMS as ARMS
+from sparsekd.run.rounds import CORPUS as CORPUS
+from sparsekd.run.rounds import SHARED_CACHE as SHARED_CACHE
+from sparsekd.run.rounds import Place as Place
+from sparsekd.run.rounds import Round as Round
+from sparsekd.run.rounds import planned as planned
+from sparsekd.run.rounds import split as split
+from sparsekd.run.rounds import tasks_folder as tasks_folder
+from sparsekd.run.stages import Work as Work
