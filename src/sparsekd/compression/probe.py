@@ -8,17 +8,25 @@ Shape letters: B blocks, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.compression.formats import Factors
 from sparsekd.distillation import kd_loss
-from sparsekd.models import Layers, LowRankLinear, document_inputs, logits_of, replace_module
-from sparsekd.teacher import Targets, distributions
+from sparsekd.models import Layers, document_inputs, logits_of, replace_module
+from sparsekd.models.forms import lowrank
+from sparsekd.teacher import Samples, Targets, distributions
+
+
+class Teacher(Protocol):
+    """Whoever knows the distributions of a block, such as a `Cache`."""
+
+    def read(self, block_id: int, tokens: np.ndarray) -> Targets | Samples: ...
 
 
 class Probe:
@@ -28,30 +36,32 @@ class Probe:
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: Sequence[Int[Tensor, "_ _"]],
-        teacher: Callable[[Int[Tensor, " L"]], Targets] | None = None,
+        batches: Sequence[tuple[Sequence[int], Int[Tensor, "_ _"]]],
+        teacher: Teacher | None = None,
         separator: int | None = None,
     ):
-        """`teacher` gives a block's targets, row t for token t + 1; None: the model's own distributions as it is. With
-        a `separator`, the token that ends a document, packed documents do not see each other."""
+        """`batches` are block ids with their tokens. `teacher` gives a block's targets, row t for token t + 1; None:
+        the model's own distributions as it is. With a `separator`, the token that ends a document, packed documents do
+        not see each other."""
         self._model, self._layers = model, Layers(model)
         self._batches = []
-        for batch in batches:
+        for ids, batch in batches:
             inputs = document_inputs(batch.to(model.device), separator)
             hidden = self._layers.record(lambda inputs=inputs: model.get_decoder()(**inputs, use_cache=False))
             if teacher is None:
                 rows = distributions(model, batch, top_k=32, separator=separator)
             else:
-                rows = [teacher(block) for block in batch]
+                rows = [teacher.read(i, block.numpy().astype(np.int32)) for i, block in zip(ids, batch, strict=True)]
             self._batches.append((inputs, hidden, [Targets(*(c.to(model.device) for c in row)) for row in rows]))
         self._numbers = {
             id(module): number for number, layer in enumerate(self._layers.modules) for module in layer.modules()
         }
 
-    def of_one(self, name: str, factors: Factors) -> float:
+    def of_one(self, name: str, factors: lowrank.Factors) -> float:
         """The KL with the matrix `name` replaced by `up @ down`; it is put back afterwards."""
         module = self._model.get_submodule(name)
-        replace_module(self._model, name, LowRankLinear.from_factors(*factors, getattr(module, "bias", None)))
+        layer = lowrank.make_layer("two-factors", *factors, getattr(module, "bias", None))
+        replace_module(self._model, name, layer)
         try:
             return self._kl(self._numbers[id(module)])
         finally:

@@ -1,4 +1,4 @@
-"""Which rank each matrix gets, and what that is predicted to cost: the plan of the structural step.
+"""Which rank each matrix gets, and what that is predicted to cost: the plan of the low-rank methods.
 
 Uniform ranks need the shapes alone, so a plan can be printed before a weight is read. The others weigh matrices by
 their energy (the paper's tiers), by curvature, or by the KL that the probe measured.
@@ -7,118 +7,55 @@ their energy (the paper's tiers), by curvature, or by the KL that the probe meas
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekd import files
-from sparsekd.compression.allocate import Curve, allocate, allocate_energy
-from sparsekd.compression.lowrank import Projection
+from sparsekd.compression.allocation import Curve, allocate, allocate_energy
+from sparsekd.compression.directions import Projection
+from sparsekd.compression.methods._lowrank import Options
+from sparsekd.compression.plan import MatrixPlan, Plan
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import CompressedLinear, find_mlps, linear_weight, num_parameters, num_weights, rank_for, shape
-from sparsekd.recipe import Compress
+from sparsekd.models import find_mlps, linear_weight, num_parameters, shape
+from sparsekd.models.forms import lowrank
 
 
-@dataclass(frozen=True)
-class MatrixPlan:
-    """What happens to one matrix: parameters are counted with its bias. A rank of None leaves it dense.
-
-    Losses are KL to the model as it was, in nats a token, of a truncation of this matrix alone. Pruned weights are not
-    counted as parameters, though `zeros` of them stay in the dense matrix.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    rank: int | None
-    max_rank: int  # of the model as it is: lower than full where it is compressed already
-    parameters_before: int  # of the dense matrix
-    parameters_after: int
-    relative_error: float | None = None  # share of the output energy lost; None before the statistics are known
-    predicted_kl: float | None = None  # from curvature, times what the probe found; None where there is neither
-    probed_rank: int | None = None
-    probed_kl: float | None = None  # measured at the probed rank
-    predicted_at_probed_rank: float | None = None  # without the probe
-    zeros: int = 0  # pruned weights
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The structural step in numbers: a line a matrix, and the reduction of the MLPs and of the whole model."""
-
-    matrices: list[MatrixPlan]
-    model_parameters_before: int  # of the dense model
-    predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
-    measured_kl: float | None = None  # of all matrices together, on the probe's tokens
-
-    @property
-    def mlp_parameters_before(self) -> int:
-        return sum(matrix.parameters_before for matrix in self.matrices)
-
-    @property
-    def mlp_parameters_after(self) -> int:
-        return sum(matrix.parameters_after for matrix in self.matrices)
-
-    @property
-    def model_parameters_after(self) -> int:
-        return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
-
-    @property
-    def model_parameters_stored(self) -> int:
-        """Numbers that a file, memory and every product still have: pruned weights too."""
-        return self.model_parameters_after + sum(matrix.zeros for matrix in self.matrices)
-
-    @property
-    def mlp_reduction(self) -> float:
-        return 1 - self.mlp_parameters_after / self.mlp_parameters_before
-
-    @property
-    def model_reduction(self) -> float:
-        return 1 - self.model_parameters_after / self.model_parameters_before
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("parameters_before", "parameters_after", "reduction")
-        totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
-        totals["model_parameters_stored"] = self.model_parameters_stored
-        found = {"predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl}
-        return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
-
-
-def plan(model: PreTrainedModel, options: Compress) -> Plan:
+def uniform(model: PreTrainedModel, reduction: float, options: Options) -> Plan:
     """Uniform ranks: every matrix loses the same fraction of its weights. Works on a model without weights too."""
-    matrices = []
+    matrices, compressed = [], lowrank.compressed_layers(model)
     for mlp in find_mlps(model):
         for name in mlp.matrices:
             module = model.get_submodule(name)
             inputs, outputs = shape(module)
             bias = _num_bias(module)
             before = inputs * outputs + bias
-            max_rank = module.rank if isinstance(module, CompressedLinear) else min(inputs, outputs)
-            rank = rank_for(inputs, outputs, (1 - options.reduction) * before - bias, options.format)
+            max_rank = compressed[name].rank if name in compressed else min(inputs, outputs)
+            rank = lowrank.rank_for(inputs, outputs, (1 - reduction) * before - bias, options.format)
             rank = min(max_rank, max(options.rank_multiple, rank // options.rank_multiple * options.rank_multiple))
             dense = MatrixPlan(name, inputs, outputs, None, max_rank, before, before)
             matrices.append(_with_rank(dense, rank, options.format))
     now = sum(num_parameters(model.get_submodule(matrix.name)) for matrix in matrices)
-    made = Plan(matrices, num_parameters(model) - now + sum(matrix.parameters_before for matrix in matrices))
+    dense_mlps = sum(matrix.parameters_before for matrix in matrices)
+    made = Plan(matrices, num_parameters(model) - now + dense_mlps, reduction)
     _check_reachable(made, now, options)
     return made
 
 
-def _check_reachable(uniform: Plan, parameters_now: int, options: Compress) -> None:
+def _check_reachable(uniform: Plan, parameters_now: int, options: Options) -> None:
     removed = 1 - parameters_now / uniform.mlp_parameters_before
-    if options.reduction <= removed:
+    if uniform.reduction <= removed:
         raise UsageError(
-            f"reduction is {options.reduction:g}, but {removed:.1%} of the dense MLP parameters are removed already: "
+            f"reduction is {uniform.reduction:g}, but {removed:.1%} of the dense MLP parameters are removed already: "
             "expected more"
         )
-    if uniform.mlp_reduction < options.reduction - 1e-9:
+    if uniform.mlp_reduction < uniform.reduction - 1e-9:
         raise UsageError(
-            f"reduction is {options.reduction:g}: with ranks in multiples of {options.rank_multiple} at most "
+            f"reduction is {uniform.reduction:g}: with ranks in multiples of {options.rank_multiple} at most "
             f"{uniform.mlp_reduction:.1%} of the MLP parameters can be removed"
         )
 
@@ -130,7 +67,9 @@ def _num_bias(module: nn.Module) -> int:
 
 def _with_rank(matrix: MatrixPlan, rank: int | None, layer_format: str) -> MatrixPlan:
     dense = matrix.in_features * matrix.out_features
-    weights = dense if rank is None else num_weights(matrix.in_features, matrix.out_features, rank, layer_format)
+    weights = (
+        dense if rank is None else lowrank.num_weights(matrix.in_features, matrix.out_features, rank, layer_format)
+    )
     return replace(matrix, rank=rank, parameters_after=matrix.parameters_before - dense + weights)
 
 
@@ -138,11 +77,12 @@ def choose(
     model: PreTrainedModel,
     uniform: Plan,
     projections: dict[str, Projection],
-    options: Compress,
+    options: Options,
     probe: Probe | None,
+    curvature: bool,
 ) -> Plan:
-    """The plan with the ranks that the options ask for and the damage predicted."""
-    curvature = options.method == "two-sided"
+    """The plan with the ranks that the options ask for and the damage predicted; with `curvature` the projections'
+    energies are KL, times two."""
     losses = {name: (found.lost() / 2).cpu().numpy() for name, found in projections.items()}  # KL = g^2/2
     chosen = uniform
     if options.ranks_from is not None:
@@ -162,60 +102,60 @@ def choose(
     return _with_damage(chosen, projections, losses if known else None, options)
 
 
-def _allocate_global(planned: Plan, losses: dict[str, np.ndarray], options: Compress) -> Plan:
+def _allocate_global(planned: Plan, losses: dict[str, np.ndarray], options: Options) -> Plan:
     """Ranks that minimise the predicted loss of all matrices together; where full rank is best it stays dense."""
-    curves = [_curve(matrix, losses[matrix.name], options, options.rank_floor) for matrix in planned.matrices]
-    return _with_ranks(planned, allocate(curves, _budget(planned, options)), options)
+    curves = [_curve(planned, matrix, losses[matrix.name], options, options.rank_floor) for matrix in planned.matrices]
+    return _with_ranks(planned, allocate(curves, _budget(planned)), options)
 
 
-def _allocate_energy(planned: Plan, losses: dict[str, np.ndarray], options: Compress) -> Plan:
-    curves = [_curve(matrix, losses[matrix.name], options, 0.0) for matrix in planned.matrices]
+def _allocate_energy(planned: Plan, losses: dict[str, np.ndarray], options: Options) -> Plan:
+    curves = [_curve(planned, matrix, losses[matrix.name], options, 0.0) for matrix in planned.matrices]
     mlps = list(dict.fromkeys(_mlp_name(matrix) for matrix in planned.matrices))
     depths = [mlps.index(_mlp_name(matrix)) for matrix in planned.matrices]
-    return _with_ranks(planned, allocate_energy(curves, depths, _budget(planned, options)), options)
+    return _with_ranks(planned, allocate_energy(curves, depths, _budget(planned)), options)
 
 
 def _mlp_name(matrix: MatrixPlan) -> str:
     return matrix.name.rpartition(".")[0]
 
 
-def _curve(matrix: MatrixPlan, lost: np.ndarray, options: Compress, floor: float) -> Curve:
+def _curve(planned: Plan, matrix: MatrixPlan, lost: np.ndarray, options: Options, floor: float) -> Curve:
     """Cost and loss of the ranks that the options allow, from `floor` of the uniform rank on; the last one is the
     matrix as it is, where that is allowed."""
     inputs, outputs = matrix.in_features, matrix.out_features
-    uniform = rank_for(inputs, outputs, (1 - options.reduction) * inputs * outputs, options.format)
+    uniform = lowrank.rank_for(inputs, outputs, (1 - planned.reduction) * inputs * outputs, options.format)
     top = max(1, int(options.rank_cap * matrix.max_rank))
     multiple = options.rank_multiple
     ranks = np.arange(min(top, max(1, round(floor * uniform))), top + 1)
     ranks = ranks[ranks % multiple == 0] if top >= multiple else np.array([top])
     padded = np.zeros(matrix.max_rank + 1)  # a matrix may have fewer directions than its shape allows
     padded[: len(lost)] = lost[: matrix.max_rank + 1]
-    costs = np.array([num_weights(inputs, outputs, int(rank), options.format) for rank in ranks])
+    costs = np.array([lowrank.num_weights(inputs, outputs, int(rank), options.format) for rank in ranks])
     losses = padded[ranks]
     if options.rank_cap >= 1:
         is_dense = matrix.max_rank == min(inputs, outputs)
         kept = matrix.max_rank + 1 if is_dense else matrix.max_rank  # one above full rank stands for dense
-        cost = inputs * outputs if is_dense else num_weights(inputs, outputs, kept, options.format)
+        cost = inputs * outputs if is_dense else lowrank.num_weights(inputs, outputs, kept, options.format)
         cheaper = costs < cost
         ranks, costs = np.append(ranks[cheaper], kept), np.append(costs[cheaper], cost)
         losses = np.append(losses[cheaper], 0.0)
     return Curve(ranks, costs, losses, float(padded[0]))
 
 
-def _budget(planned: Plan, options: Compress) -> float:
+def _budget(planned: Plan) -> float:
     biases = planned.mlp_parameters_before - sum(m.in_features * m.out_features for m in planned.matrices)
-    return (1 - options.reduction) * planned.mlp_parameters_before - biases
+    return (1 - planned.reduction) * planned.mlp_parameters_before - biases
 
 
-def _with_ranks(planned: Plan, ranks: Iterable[int], options: Compress) -> Plan:
+def _with_ranks(planned: Plan, ranks: Iterable[int], options: Options) -> Plan:
     matrices = [
         _with_rank(matrix, None if rank > min(matrix.in_features, matrix.out_features) else rank, options.format)
         for matrix, rank in zip(planned.matrices, ranks, strict=True)
     ]
     allocated = replace(planned, matrices=matrices)
-    if allocated.mlp_reduction < options.reduction - 1e-9:
+    if allocated.mlp_reduction < allocated.reduction - 1e-9:
         raise UsageError(
-            f"reduction is {options.reduction:g}: with these rank_floor and rank_multiple at most "
+            f"reduction is {allocated.reduction:g}: with these rank_floor and rank_multiple at most "
             f"{allocated.mlp_reduction:.1%} of the MLP parameters can be removed"
         )
     return allocated
@@ -241,7 +181,7 @@ def _measure(
 
 
 def _with_damage(
-    planned: Plan, projections: dict[str, Projection], losses: dict[str, np.ndarray] | None, options: Compress
+    planned: Plan, projections: dict[str, Projection], losses: dict[str, np.ndarray] | None, options: Options
 ) -> Plan:
     """The plan with the damage predicted; a rank is lower where the matrix itself has fewer directions."""
     matrices = []
@@ -259,7 +199,7 @@ def _with_damage(
     return replace(planned, matrices=matrices, predicted_kl=total)
 
 
-def _read_ranks(uniform: Plan, path: Path, options: Compress) -> Plan:
+def _read_ranks(uniform: Plan, path: Path, options: Options) -> Plan:
     """The ranks of an earlier plan's JSON; raises `DataError` when it is of another model."""
     found = files.read_json(path)
     try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import UsageError
-from sparsekd.models.forms.lowrank import CompressedLinear
 
 # what attention modules know and MLPs do not
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads", "n_head", "n_heads")
@@ -149,8 +149,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense or compressed linear layer."""
-    return isinstance(module, (nn.Linear, Conv1D, CompressedLinear))
+    """Whether a module is a linear layer: a dense one, or a compressed one, which has factors."""
+    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "factors")
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
@@ -162,8 +162,26 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 def linear_weight(module: nn.Module) -> Tensor:
     """The matrix of a linear layer as output x input: of a dense one without a copy, of a compressed one multiplied."""
-    if isinstance(module, CompressedLinear):
-        up, down = module.factors()
+    if hasattr(module, "factors"):
+        compressed: Any = module
+        up, down = compressed.factors()
         return up @ down
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """The vocab x hidden matrix that turns hidden states into logits."""
+    head: Any = model.get_output_embeddings()
+    return head.weight
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, tied ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `model.get_submodule(name)` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

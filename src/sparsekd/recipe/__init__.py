@@ -1,9 +1,17 @@
 """What a recipe may say. In: a YAML file, a preset or a model's name; out: a checked `Recipe`. No torch here."""
 
+from sparsekd.recipe.fields import PASSING as PASSING
+from sparsekd.recipe.fields import Range as Range
+from sparsekd.recipe.methods import method_named as method_named
+from sparsekd.recipe.methods import method_names as method_names
+from sparsekd.recipe.presets import PRESETS as PRESETS
+from sparsekd.recipe.reading import compress_section as compress_section
+from sparsekd.recipe.reading import distill_section as distill_section
+from sparsekd.recipe.reading import load_recipe as load_recipe
+from sparsekd.recipe.rules import LORA_FILLS_ZEROS as LORA_FILLS_ZEROS
+from sparsekd.recipe.rules import check as check
+from sparsekd.recipe.rules import check_text_name as check_text_name
 from sparsekd.recipe.sections import EMBEDDED_MODEL as EMBEDDED_MODEL
-from sparsekd.recipe.sections import LORA_FILLS_ZEROS as LORA_FILLS_ZEROS
-from sparsekd.recipe.sections import PRESETS as PRESETS
-from sparsekd.recipe.sections import WANDA as WANDA
 from sparsekd.recipe.sections import Compress as Compress
 from sparsekd.recipe.sections import Corpus as Corpus
 from sparsekd.recipe.sections import Distill as Distill
@@ -12,11 +20,6 @@ from sparsekd.recipe.sections import Recipe as Recipe
 from sparsekd.recipe.sections import Source as Source
 from sparsekd.recipe.sections import Teacher as Teacher
 from sparsekd.recipe.sections import Text as Text
-from sparsekd.recipe.sections import as_dict as as_dict
-from sparsekd.recipe.sections import as_yaml as as_yaml
-from sparsekd.recipe.sections import check as check
-from sparsekd.recipe.sections import check_compress as check_compress
-from sparsekd.recipe.sections import check_text_name as check_text_name
-from sparsekd.recipe.sections import distill_section as distill_section
-from sparsekd.recipe.sections import inputs_of as inputs_of
-from sparsekd.recipe.sections import load_recipe as load_recipe
+from sparsekd.recipe.writing import as_dict as as_dict
+from sparsekd.recipe.writing import as_yaml as as_yaml
+from sparsekd.recipe.writing import inputs_of as inputs_of

@@ -1,1 +1,174 @@
-"""What a compressed model consists of; one file for each form."""
+"""What a compressed model consists of: one file for each form, found by its name.
+
+A form says what config.json holds of each layer, makes the layers again before weights are read, checks what is
+promised, and keeps it through training. Whoever loads, saves, trains, inspects, exports or reports a compressed model
+asks the form; nobody asks the method.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from sparsekd.errors import DataError
+from sparsekd.models.anatomy import find_mlps, num_parameters
+from sparsekd.models.forms.description import VERSION, Dense, Description, description_of, read
+
+PREFIX = "sparsekd_"  # of the model_type of a class of ours, which plain transformers refuses
+_NO_FORMS = {"description", "layers", "pivots"}
+Layers = Mapping[str, Mapping[str, Any]]
+
+
+class Guard(Protocol):
+    """What training must not change."""
+
+    def drop_gradients(self) -> None:
+        """Before clipping."""
+
+    def restore(self) -> None:
+        """After the optimizer's step."""
+
+
+class Form(Protocol):
+    """A file of this folder."""
+
+    CLASS: type | None  # mixed into the class of the base model; None: the model stays of its own class
+
+    def layers(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """What config.json says of each layer, read off the model."""
+        ...
+
+    def is_described(self, layer: Mapping[str, Any]) -> bool:
+        """Whether config.json says of a layer what it has to."""
+        ...
+
+    def check(self, model: PreTrainedModel, layers: Layers) -> None:
+        """Raises `DataError` for what the model does not keep of what config.json says."""
+
+    def trained(self, model: PreTrainedModel) -> set[str]:
+        """The modules that `distill.train: compressed` means."""
+        ...
+
+    def guard(self, model: PreTrainedModel) -> Guard | None:
+        """What keeps the form during training; None where nothing has to."""
+
+    def describe(self, layers: Layers) -> dict[str, str]:
+        """Facts for `inspect`."""
+        ...
+
+    def from_earlier(self, model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The layers of a description that an earlier version wrote; `model` is the dense one."""
+        ...
+
+
+def names() -> list[str]:
+    """All forms."""
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _NO_FORMS)
+
+
+def form_named(name: str) -> Form:
+    """The form of that name, one of `names`."""
+    module: Any = importlib.import_module(f"{__name__}.{name}")
+    return module
+
+
+def form_of(model: PreTrainedModel) -> Form | None:
+    """The form that a model has; None for a dense one."""
+    description = description_of(model)
+    return None if description is None else form_named(description.form)
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raises `DataError` for what a compressed model does not keep of what its config says; all is well with a dense
+    one."""
+    description = description_of(model)
+    if description is not None:
+        form_named(description.form).check(model, description.layers)
+
+
+def trained(model: PreTrainedModel) -> set[str]:
+    """The modules that `distill.train: compressed` means; of a dense model none."""
+    form = form_of(model)
+    return set() if form is None else form.trained(model)
+
+
+def guard(model: PreTrainedModel) -> Guard | None:
+    """What keeps the model's form during training; None where nothing has to."""
+    form = form_of(model)
+    return None if form is None else form.guard(model)
+
+
+def describe(model: PreTrainedModel) -> dict[str, str]:
+    """Facts for `inspect`: method, reduction and what the form says; of a dense model nothing."""
+    description = description_of(model)
+    if description is None:
+        return {}
+    facts = {"compressed": f"{description.method}, {description.reduction:.0%} of the MLP parameters removed"}
+    return facts | {"form": description.form} | form_named(description.form).describe(description.layers)
+
+
+def dense_sizes(model: PreTrainedModel) -> Dense:
+    """Parameters of the model, and of its MLPs, before anything was removed from it."""
+    description = description_of(model)
+    if description is not None:
+        return description.dense
+    mlps = sum(num_parameters(model.get_submodule(name)) for mlp in find_mlps(model) for name in mlp.matrices)
+    return Dense(mlps, num_parameters(model))
+
+
+def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, dense: Dense) -> None:
+    """Writes in the config of `model`, which has the form's layers already, what it is, and makes it of the form's
+    class, in place."""
+    form, config = form_named(form_name), model.config
+    if form.CLASS is not None and not config.model_type.startswith(PREFIX):
+        rebuilt = rebuilt_class(type(model), form.CLASS)
+        config.__class__ = rebuilt.config_class
+        model.__class__ = rebuilt
+    marked: Any = config
+    marked.sparsekd = Description(form_name, method, reduction, dense, form.layers(model)).as_dict()
+
+
+@functools.cache
+def rebuilt_class(base: Any, mixin: type) -> Any:
+    """The class of `base` models in which `mixin` puts the layers that `config.sparsekd` describes."""
+    base_config = base.config_class
+    config_class = type(
+        f"SparseKD{base_config.__name__}",
+        (base_config,),
+        {"model_type": PREFIX + base_config.model_type, "__doc__": f"{base_config.__name__} with `sparsekd` layers."},
+    )
+    return type(f"SparseKD{base.__name__}", (mixin, base), {"config_class": config_class})
+
+
+def form_in(found: Any, source: str) -> Form:
+    """The form that a config describes; raises `DataError` when it does not say what each layer is."""
+    version = found.get("version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise DataError(
+            f"model {source}: `sparsekd` in config.json has version {version}, this sparsekd knows {VERSION}: "
+            "install a newer one"
+        )
+    description = read(found)
+    form = form_named(description.form) if description is not None and description.form in names() else None
+    if description is None or form is None or not all(map(form.is_described, description.layers.values())):
+        raise DataError(
+            f"model {source}: `sparsekd` in config.json is damaged: expected version, form ({' or '.join(names())}), "
+            "method, reduction, dense and layers"
+        )
+    return form
+
+
+def from_earlier(found: Any, dense: PreTrainedModel) -> Any:
+    """A description that version 1 wrote, as one of now; `dense` is the model that was compressed, without weights.
+    What it lacks is left for `form_in` to name."""
+    name = "mask" if found.get("format") == "mask" else "lowrank"
+    try:
+        layers = form_named(name).from_earlier(dense, found)
+        return Description(name, found["method"], found["reduction"], dense_sizes(dense), layers).as_dict()
+    except (KeyError, TypeError, AttributeError):
+        return found

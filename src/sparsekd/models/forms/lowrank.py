@@ -1,220 +1,94 @@
-"""The compressed formats: what replaces a dense linear layer. Knows no model code.
+"""Form `lowrank`: MLP matrices as two factors, or as pivots and combinations of them (`layers.py`).
 
-Every format writes the same matrices, W = up @ down of rank R. `lowrank` stores both factors. The pivot formats store
-R rows or R columns of W itself and the others as combinations of them, which saves R^2 numbers, so full rank costs
-exactly the dense layer (PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: inside an
-MLP the neurons can be put in any order, so an order that suits all its matrices (`common_pivots`) is written into the
-weights and costs nothing when the model runs.
+The neurons of an MLP can be renumbered: rows of gate and up (of both halves, where the two are one matrix), columns of
+down. The pivot format uses this freedom once, when it is made, so that the pivots of all three matrices come first.
 
-Shape letters: N tokens, I input features, O output features, R rank.
+Shape letters: I input features, O output features, R rank, N neurons.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparsekd.device import in_float64
+from sparsekd.errors import DataError, UsageError
+from sparsekd.models.anatomy import MLP, find_mlps, is_linear, linear_weight, replace_module, shape
+from sparsekd.models.forms.layers import (
+    KINDS,
+    ColumnPivotLinear,
+    CompressedLinear,
+    LowRankLinear,
+    Rebuilt,
+    RowPivotLinear,
+)
+from sparsekd.models.forms.pivots import combinations, common_pivots
 
-_NOTHING = 1e-7  # share of the largest singular value: what float32's rounding makes
-_LARGEST_COEFFICIENT = 1e3  # larger ones make rounding errors of float32 seen: such pivots are all but dependent
-
-
-class CompressedLinear(nn.Module):
-    """What the formats share; each says how it is made `from_factors` and gives its `factors` back."""
-
-    def __init__(self, in_features: int, out_features: int, rank: int):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-
-    @classmethod
-    def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
-    ) -> CompressedLinear:
-        """The layer of `up @ down`, exact up to rounding."""
-        raise NotImplementedError
-
-    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        """`up`, `down` whose product is the layer's matrix."""
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-class LowRankLinear(CompressedLinear):
-    """`y = up(down(x))`: `R (I + O)` weights. The bias, if any, belongs to `up`."""
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
-        super().__init__(in_features, out_features, rank)
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=bias)
-
-    @classmethod
-    def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
-    ) -> LowRankLinear:
-        with torch.device("meta"):
-            layer = cls(*_sizes(up, down), bias is not None)
-        layer.down.weight, layer.up.weight = _parameter(down), _parameter(up)
-        if bias is not None:
-            layer.up.bias = _parameter(bias)
-        return layer
-
-    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        return self.up.weight, self.down.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
-
-
-class RowPivotLinear(CompressedLinear):
-    """The first R outputs are computed, `z = pivots(x)`, the others are combinations of them: `y = [z, rest(z)]`.
-
-    `R (I + O) - R^2` weights. For the matrices that write an MLP's neurons (gate, up).
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
-        super().__init__(in_features, out_features, rank)
-        self.pivots = nn.Linear(in_features, rank, bias=False)
-        self.rest = nn.Linear(rank, out_features - rank, bias=False)
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    @classmethod
-    def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
-    ) -> RowPivotLinear:
-        rank, exact = down.shape[0], in_float64(up)
-        pivots = exact[:rank]
-        rest = _combinations(pivots, exact[rank:])
-        with torch.device("meta"):
-            layer = cls(*_sizes(up, down), bias is not None)
-        layer.pivots.weight = _parameter((pivots @ in_float64(down)).to(down))
-        layer.rest.weight = _parameter(rest.to(up))
-        if bias is not None:
-            layer.bias = _parameter(bias)
-        return layer
-
-    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        return torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight]), self.pivots.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._writes_in_place(x):
-            y = x.new_empty(*x.shape[:-1], self.out_features)
-            flat = y.view(-1, self.out_features)
-            z, others = flat[:, : self.rank], flat[:, self.rank :]
-            torch.mm(x.reshape(-1, self.in_features), self.pivots.weight.T, out=z)
-            torch.mm(z, self.rest.weight.T, out=others)
-        else:
-            z = self.pivots(x)
-            y = torch.cat([z, self.rest(z)], dim=-1)
-        return y if self.bias is None else y + self.bias
-
-    def _writes_in_place(self, x: Tensor) -> bool:
-        """Whether both products may be written straight to their place: no autograd, no tracer, no adapter around, and
-        no hook that would have to see the inner layers called, as off-loading's, which fetches their weights."""
-        plain = _is_plain(self.pivots) and _is_plain(self.rest)
-        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        return plain and not traced and not torch.is_grad_enabled()
-
-
-class ColumnPivotLinear(CompressedLinear):
-    """The first R inputs are taken as they are, the others only add to them: `y = pivots(x[:R] + rest(x[R:]))`.
-
-    `R (I + O) - R^2` weights. For the matrix that reads an MLP's neurons (down).
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
-        super().__init__(in_features, out_features, rank)
-        self.rest = nn.Linear(in_features - rank, rank, bias=False)
-        self.pivots = nn.Linear(rank, out_features, bias=bias)
-
-    @classmethod
-    def from_factors(
-        cls, up: Float[Tensor, "O R"], down: Float[Tensor, "R I"], bias: Float[Tensor, " O"] | None = None
-    ) -> ColumnPivotLinear:
-        rank, exact = down.shape[0], in_float64(down)
-        pivots = exact[:, :rank]
-        rest = _combinations(pivots.T, exact[:, rank:].T).T
-        with torch.device("meta"):
-            layer = cls(*_sizes(up, down), bias is not None)
-        layer.pivots.weight = _parameter((in_float64(up) @ pivots).to(up))
-        layer.rest.weight = _parameter(rest.to(down))
-        if bias is not None:
-            layer.pivots.bias = _parameter(bias)
-        return layer
-
-    def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        return self.pivots.weight, torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight], dim=1)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.pivots.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        # not two slices: each would have a gradient of the whole width, zeros but for its part
-        pivots, others = x.split([self.rank, self.in_features - self.rank], dim=-1)
-        return self.pivots(pivots + self.rest(others))
-
-
+Factors = tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]  # up, down
 FORMATS = ("pivot", "lowrank")
+CLASS = Rebuilt  # mixed into the base's class
 
 
-def layer_class(layer_format: str, reads_neurons: bool) -> type[CompressedLinear]:
-    """The class of a format for a matrix that reads an MLP's neurons, or for one that writes them."""
-    return {"lowrank": LowRankLinear, "pivot": ColumnPivotLinear if reads_neurons else RowPivotLinear}[layer_format]
+# ---- the form
 
 
-def common_pivots(matrices: Sequence[Float[Tensor, "O _"]]) -> Int[Tensor, " O"]:
-    """An order of the rows whose first R_k rows are a well-conditioned basis of matrix k, for all matrices at once.
-
-    Greedy: the next row is the one with the largest product, over the matrices that still need one, of what is left
-    of it outside the rows taken before (pivoted Cholesky of each `Q Q^T`, Q an orthonormal basis of the columns).
-    """
-    bases = [_basis(in_float64(matrix)).float() for matrix in matrices]
-    left = [basis.square().sum(1) for basis in bases]
-    cholesky = [torch.zeros_like(basis).T.contiguous() for basis in bases]
-    free = torch.zeros(len(bases[0]), device=bases[0].device)  # 0, or -inf for a row that is taken
-    order = []
-    for position in range(max(basis.shape[1] for basis in bases)):
-        needing = [k for k, basis in enumerate(bases) if position < basis.shape[1]]
-        chosen = int((free + sum(left[k].clamp_min(1e-12).log() for k in needing)).argmax())
-        order.append(chosen)
-        free[chosen] = -torch.inf
-        for k in needing:
-            known = cholesky[k][:position]
-            column = bases[k] @ bases[k][chosen] - known.T @ known[:, chosen]
-            cholesky[k][position] = column / left[k][chosen].clamp_min(1e-12).sqrt()
-            left[k] = (left[k] - cholesky[k][position].square()).clamp_min(0)
-    others = (free == 0).nonzero()[:, 0]
-    return torch.cat([torch.tensor(order, dtype=torch.long, device=others.device), others]).to(matrices[0].device)
+def layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What config.json says of each layer that is compressed: its rank and kind."""
+    return {name: {"rank": layer.rank, "kind": layer.kind} for name, layer in compressed_layers(model).items()}
 
 
-def _basis(matrix: Float[Tensor, "O R"]) -> Float[Tensor, "O _"]:
-    """An orthonormal basis of what the columns span: of fewer directions than columns where these are dependent, as in
-    a matrix of zeros, for which any rows will do."""
-    basis, upper = torch.linalg.qr(matrix)
-    diagonal = upper.diagonal().abs()
-    if diagonal.min() > _NOTHING * diagonal.max():
-        return basis
-    basis, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return basis[:, values > _NOTHING * values[0]]
+def is_described(layer: Mapping[str, Any]) -> bool:
+    """Whether config.json says of a layer what it has to."""
+    return type(layer.get("rank")) is int and layer["rank"] > 0 and layer.get("kind") in KINDS
 
 
-def _combinations(pivots: Float[Tensor, "R R"], rows: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
-    """X with `X @ pivots = rows`, of the smallest numbers where the pivots are dependent."""
-    found, failed = torch.linalg.solve_ex(pivots, rows, left=False)
-    if not failed and found.abs().lt(_LARGEST_COEFFICIENT).all():
-        return found
-    return rows @ torch.linalg.pinv(pivots, rtol=_NOTHING)
+def check(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `DataError` for a rank that config.json gives to what is no matrix of an MLP."""
+    matrices = {name for mlp in find_mlps(model) for name in mlp.matrices}
+    for name in layers:
+        if name not in matrices:
+            raise DataError(f"config.json gives a rank to {name}, which is no matrix of an MLP")
+
+
+def trained(model: PreTrainedModel) -> set[str]:
+    """The layers that `distill.train: compressed` means."""
+    return set(compressed_layers(model))
+
+
+def guard(model: PreTrainedModel) -> None:
+    """Training keeps the form by itself."""
+
+
+def describe(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Facts for `inspect`."""
+    ranks = [layer["rank"] for layer in layers.values()]
+    kinds = {"lowrank" if layer["kind"] == LowRankLinear.kind else "pivot" for layer in layers.values()}
+    return {"format": " and ".join(sorted(kinds)), "ranks": f"{min(ranks)} to {max(ranks)}"}
+
+
+def compressed_layers(model: PreTrainedModel) -> dict[str, CompressedLinear]:
+    """The low-rank layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The layers of a description that version 1 wrote, which had one format for all; `model` is the dense one."""
+    reading = {mlp.output for mlp in find_mlps(model)}
+    ranks = description["ranks"]
+    return {
+        name: {"rank": rank, "kind": kind_of(description["format"], reads_neurons=name in reading)}
+        for name, rank in ranks.items()
+    }
+
+
+# ---- sizes
 
 
 def num_weights(in_features: int, out_features: int, rank: int, layer_format: str) -> int:
@@ -234,19 +108,147 @@ def rank_for(in_features: int, out_features: int, budget: float, layer_format: s
     return max(1, int(rank + 1e-9))
 
 
-def _sizes(up: Tensor, down: Tensor) -> tuple[int, int, int]:
-    return down.shape[1], up.shape[0], down.shape[0]
+# ---- making the layers
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is nothing but its product; accelerate puts its hooks in place of `forward`."""
-    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
+def kind_of(layer_format: str, reads_neurons: bool) -> str:
+    """The kind of layer of a format for a matrix that reads an MLP's neurons, or for one that writes them."""
+    if layer_format == "lowrank":
+        return LowRankLinear.kind
+    return ColumnPivotLinear.kind if reads_neurons else RowPivotLinear.kind
 
 
-def _identity(like: Tensor, size: int) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
+def make_layer(
+    kind: str,
+    up: Float[Tensor, "O R"],
+    down: Float[Tensor, "R I"],
+    bias: Float[Tensor, " O"] | None = None,
+) -> CompressedLinear:
+    """The layer of `up @ down`, exact up to rounding."""
+    with torch.device("meta"):
+        cls: Any = KINDS[kind]
+        layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None)
+    rank = layer.rank
+    if kind == RowPivotLinear.kind:
+        exact = in_float64(up)
+        layer.pivots.weight = _parameter((exact[:rank] @ in_float64(down)).to(down))
+        layer.rest.weight = _parameter(combinations(exact[:rank], exact[rank:]).to(up))
+        owner = layer
+    elif kind == ColumnPivotLinear.kind:
+        exact = in_float64(down)
+        pivots = exact[:, :rank]
+        layer.pivots.weight = _parameter((in_float64(up) @ pivots).to(up))
+        layer.rest.weight = _parameter(combinations(pivots.T, exact[:, rank:].T).T.to(down))
+        owner = layer.pivots
+    else:
+        layer.down.weight, layer.up.weight, owner = _parameter(down), _parameter(up), layer.up
+    if bias is not None:
+        owner.bias = _parameter(bias)
+    return layer
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().contiguous())
+
+
+def convert(model: PreTrainedModel, layer_format: str) -> PreTrainedModel:
+    """Rewrites a compressed model, in place, in another format without loss; the ranks stay.
+
+    `lowrank` to `pivot` saves R^2 numbers a matrix. Raises `UsageError` for an unknown format or a dense model.
+    """
+    if layer_format not in FORMATS:
+        raise UsageError(f"format is {layer_format!r}: expected one of {', '.join(FORMATS)}")
+    compressed = compressed_layers(model)
+    if not compressed:
+        raise UsageError("the model is not compressed: there is no format to convert")
+    put(model, {name: layer.factors() for name, layer in compressed.items()}, layer_format)
+    config: Any = model.config
+    config.sparsekd = {**config.sparsekd, "layers": layers(model)}
+    return model
+
+
+@torch.no_grad()
+def put(model: PreTrainedModel, factors: dict[str, Factors], layer_format: str) -> None:
+    """Replaces each linear layer named in `factors` by a layer of that format, after all of them are made: an error
+    leaves the model as it was. The names must contain all layers that are compressed already. Empties `factors`."""
+    if layer_format == "pivot":
+        _check_renumbering(model)
+    made: dict[str, nn.Module] = {}
+    moved: list[tuple[Tensor, Tensor]] = []
+    for mlp in find_mlps(model):
+        names = [name for name in mlp.matrices if name in factors]
+        neurons = shape(model.get_submodule(mlp.output))[0]
+        order = (
+            _order(mlp, {name: factors[name] for name in names}, neurons) if layer_format == "pivot" and names else None
+        )
+        for name in mlp.matrices:
+            module, reads = model.get_submodule(name), name == mlp.output
+            bias: Tensor | None = getattr(module, "bias", None)
+            rows = None if order is None or reads else _rows(order, shape(module)[1])
+            if bias is not None and rows is not None:
+                bias = bias[rows]
+            if name in factors:
+                up, down = factors.pop(name)
+                up, down = (up if rows is None else up[rows]), (down[:, order] if order is not None and reads else down)
+                made[name] = make_layer(kind_of(layer_format, reads), up, down, bias)
+            elif order is not None:
+                weight = linear_weight(module)
+                moved.append((weight, weight[:, order] if reads else weight[rows]))
+                if bias is not None:
+                    moved.append((module.bias, bias))  # type: ignore[arg-type]
+    for old, new in moved:
+        old.copy_(new)
+    for name, layer in made.items():
+        replace_module(model, name, layer.to(model.dtype))
+
+
+def _order(mlp: MLP, factors: Mapping[str, Factors], neurons: int) -> Int[Tensor, " N"]:
+    """The order of the neurons that puts pivots of every matrix first; of a fused gate and up, pivots of the gate."""
+    return common_pivots([down.T if name == mlp.output else up[:neurons] for name, (up, down) in factors.items()])
+
+
+def _rows(order: Int[Tensor, " N"], out_features: int) -> Int[Tensor, " O"]:
+    return torch.cat([order + start for start in range(0, out_features, len(order))])
+
+
+def _check_renumbering(model: PreTrainedModel) -> None:
+    """Raises `UsageError` where something beside the linear layers tells the neurons of an MLP apart."""
+    mlps = find_mlps(model)
+    for mlp in mlps:
+        parent, neurons = _parent(model, mlp), shape(model.get_submodule(mlp.output))[0]
+        others = [p for child in parent.children() if not is_linear(child) for p in child.parameters()]
+        if neurons != shape(model.get_submodule(mlp.output))[1] and any(p.shape == (neurons,) for p in others):
+            raise _not_renumbered(mlp, "has a parameter for each neuron")
+    if compressed_layers(model):
+        return  # it was found before
+    fused = next((mlp for mlp in mlps if _is_fused(model, mlp)), None)
+    if fused is not None and not _halves_are_gate_and_up(model, fused):
+        raise _not_renumbered(fused, "does not read its fused matrix as two halves")
+
+
+def _not_renumbered(mlp: MLP, why: str) -> UsageError:
+    return UsageError(f"{mlp.output.rpartition('.')[0]} {why}: format pivot cannot be used, lowrank can")
+
+
+def _parent(model: PreTrainedModel, mlp: MLP) -> nn.Module:
+    return model.get_submodule(mlp.output.rpartition(".")[0])
+
+
+def _is_fused(model: PreTrainedModel, mlp: MLP) -> bool:
+    return shape(model.get_submodule(mlp.inputs[0]))[1] == 2 * shape(model.get_submodule(mlp.output))[0]
+
+
+def _halves_are_gate_and_up(model: PreTrainedModel, mlp: MLP) -> bool:
+    """Whether a copy of the MLP whose neurons are all moved by one computes the same."""
+    parent = _parent(model, mlp)
+    moved = copy.deepcopy(parent)
+    fused, output = (moved.get_submodule(name.rpartition(".")[2]) for name in mlp.matrices)
+    order = torch.arange(shape(output)[0], device=model.device).roll(1)
+    rows = _rows(order, shape(fused)[1])
+    linear_weight(fused).copy_(linear_weight(fused)[rows])
+    linear_weight(output).copy_(linear_weight(output)[:, order])
+    if isinstance(fused.bias, Tensor):
+        fused.bias.copy_(fused.bias[rows])
+    x = torch.randn(16, shape(fused)[0], generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    expected = parent(x)
+    return bool(torch.allclose(moved(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())))

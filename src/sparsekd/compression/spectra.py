@@ -6,18 +6,17 @@ directions that never carry anything look like any other; the spectrum of the ou
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.compression import ranks
-from sparsekd.compression.directions import directions_of
+from sparsekd.compression.calibration import Calibration
+from sparsekd.compression.methods import method_named
+from sparsekd.compression.methods._lowrank import LowRank
 from sparsekd.device import in_float64, solver_device
 from sparsekd.errors import UsageError
 from sparsekd.models import linear_weight
@@ -40,20 +39,11 @@ class Spectrum:
     predicted_kl: float | None  # nats a token, by curvature; None for the methods without
 
 
-def spectrum(
-    model: PreTrainedModel,
-    blocks: Iterable[Int[Tensor, "_ _"]],
-    options: Compress,
-    *,
-    seed: int = 42,
-    separator: int | None = None,
-    warn: Callable[[str], None] = warnings.warn,
-) -> list[Spectrum]:
-    """The spectrum of every MLP matrix in depth order, on `blocks`, by `options.method` and for `options.reduction`."""
-    if options.method == "wanda":
-        raise UsageError("compress.method is wanda, which has no directions: a spectrum is of another method")
-    planned = ranks.plan(model, options)
-    found = directions_of(model, list(blocks), options.method, seed=seed, separator=separator, warn=warn)
+def spectra_of(model: PreTrainedModel, calibration: Calibration, section: Compress) -> list[Spectrum]:
+    """The spectrum of every MLP matrix in depth order, by the section's method and for its reduction."""
+    method = low_rank_method(section)
+    planned = method.plan(model, section.reduction, section.options)
+    found = method.directions_of(model, calibration)
     result = []
     for matrix in planned.matrices:
         projection = found[matrix.name]
@@ -72,10 +62,20 @@ def spectrum(
                 effective_rank(projection.energy),
                 rank,
                 projection.relative_error(rank),
-                lost / 2 if options.method == "two-sided" else None,
+                lost / 2 if method.curvature else None,
             )
         )
     return result
+
+
+def low_rank_method(section: Compress) -> LowRank:
+    """The section's method; raises `UsageError` for one without directions."""
+    method = method_named(section.method)
+    if not isinstance(method, LowRank):
+        raise UsageError(
+            f"compress.method is {section.method}, which has no directions: a spectrum is of another method"
+        )
+    return method
 
 
 def effective_rank(energy: Float[Tensor, " K"]) -> float:
@@ -85,11 +85,11 @@ def effective_rank(energy: Float[Tensor, " K"]) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def as_dict(spectra: list[Spectrum], options: Compress) -> dict[str, Any]:
+def as_dict(spectra: list[Spectrum], section: Compress) -> dict[str, Any]:
     """Plain values for JSON."""
     return {
-        "method": options.method,
-        "reduction": options.reduction,
-        "num_tokens": options.num_tokens,
+        "method": section.method,
+        "reduction": section.reduction,
+        "num_tokens": section.num_tokens,
         "matrices": [asdict(one) for one in spectra],
     }

@@ -1,0 +1,34 @@
+"""`whitened`: the truncation that changes a matrix's outputs on the calibration text least, `min E|Wx - W'x|^2`.
+
+The optimum of SVD-LLM (Wang et al., arXiv 2403.07378), in an inverse-free form. One forward pass over the text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsekd.compression.methods._lowrank import LowRank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparsekd.compression.directions import Projection
+    from sparsekd.compression.statistics import Moments
+    from sparsekd.models import MLP
+
+
+def directions(model: PreTrainedModel, mlp: MLP, name: str, moments: Moments | None) -> Projection:
+    """The principal directions of the matrix's outputs."""
+    from sparsekd.compression.directions import from_input_gram, from_output_gram
+    from sparsekd.device import solver_device
+    from sparsekd.models import linear_weight
+
+    assert moments is not None
+    weight = linear_weight(model.get_submodule(name)).detach()
+    where = solver_device(weight.device)
+    if name == mlp.output:
+        return from_output_gram(moments.output.mean().to(where))
+    return from_input_gram(weight, moments.input.mean().to(where))
+
+
+METHOD = LowRank("whitened", directions, passes=1)

@@ -1,0 +1,72 @@
+"""The plan of the structural step: what happens to each matrix, in numbers that every method fills in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """What happens to one matrix: parameters are counted with its bias. A rank of None leaves it dense.
+
+    Losses are KL to the model as it was, in nats per token, of a truncation of this matrix alone. Pruned weights are
+    not counted as parameters, though `zeros` of them stay in the dense matrix.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    max_rank: int  # of the model as it is: lower than full where it is compressed already
+    parameters_before: int  # of the dense matrix
+    parameters_after: int
+    relative_error: float | None = None  # share of the output energy lost; None before the statistics are known
+    predicted_kl: float | None = None  # from curvature, times what the probe found; None where there is neither
+    probed_rank: int | None = None
+    probed_kl: float | None = None  # measured at the probed rank
+    predicted_at_probed_rank: float | None = None  # without the probe
+    zeros: int = 0  # pruned weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structural step in numbers: a line for each matrix, and the reduction of the MLPs and of the whole model."""
+
+    matrices: list[MatrixPlan]
+    model_parameters_before: int  # of the dense model
+    reduction: float  # that was asked for
+    predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
+    measured_kl: float | None = None  # of all matrices together, on the probe's tokens
+
+    @property
+    def mlp_parameters_before(self) -> int:
+        return sum(matrix.parameters_before for matrix in self.matrices)
+
+    @property
+    def mlp_parameters_after(self) -> int:
+        return sum(matrix.parameters_after for matrix in self.matrices)
+
+    @property
+    def model_parameters_after(self) -> int:
+        return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
+
+    @property
+    def model_parameters_stored(self) -> int:
+        """Numbers that a file, memory and every product still have: pruned weights too."""
+        return self.model_parameters_after + sum(matrix.zeros for matrix in self.matrices)
+
+    @property
+    def mlp_reduction(self) -> float:
+        return 1 - self.mlp_parameters_after / self.mlp_parameters_before
+
+    @property
+    def model_reduction(self) -> float:
+        return 1 - self.model_parameters_after / self.model_parameters_before
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("parameters_before", "parameters_after", "reduction")
+        totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
+        totals["model_parameters_stored"] = self.model_parameters_stored
+        found = {"predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl}
+        return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}

@@ -1,0 +1,157 @@
+"""The layers of form `lowrank`: what stands in place of a dense linear layer. Knows torch and nothing else, so that an
+export can hand this file out as it is.
+
+Every kind writes the same matrices, W = up @ down of rank R. `two-factors` stores both factors. The pivot kinds store
+R rows or R columns of W itself and the others as combinations of them, which saves R^2 numbers, so full rank costs
+exactly the dense layer (PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: the neurons
+of an MLP can be put in any order, so one that suits all its matrices is written into the weights and costs nothing
+when the model runs.
+
+Shape letters: I input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CompressedLinear(nn.Module):
+    """What the kinds share: the sizes, and the factors whose product is the matrix."""
+
+    kind: str
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`up`, `down` whose product is the layer's matrix."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(CompressedLinear):
+    """`y = up(down(x))`: `R (I + O)` weights. The bias, if any, belongs to `up`."""
+
+    kind = "two-factors"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__(in_features, out_features, rank)
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up.weight, self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class RowPivotLinear(CompressedLinear):
+    """The first R outputs are computed, `z = pivots(x)`, the others are combinations of them: `y = [z, rest(z)]`.
+
+    `R (I + O) - R^2` weights. For the matrices that write an MLP's neurons (gate, up).
+    """
+
+    kind = "row-pivot"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__(in_features, out_features, rank)
+        self.pivots = nn.Linear(in_features, rank, bias=False)
+        self.rest = nn.Linear(rank, out_features - rank, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight]), self.pivots.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._writes_in_place(x):
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            flat = y.view(-1, self.out_features)
+            z, others = flat[:, : self.rank], flat[:, self.rank :]
+            torch.mm(x.reshape(-1, self.in_features), self.pivots.weight.T, out=z)
+            torch.mm(z, self.rest.weight.T, out=others)
+        else:
+            z = self.pivots(x)
+            y = torch.cat([z, self.rest(z)], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def _writes_in_place(self, x: Tensor) -> bool:
+        """Whether both products may be written straight to their place: no autograd, no tracer, no adapter around, and
+        no hook that would have to see the inner layers called, as off-loading's, which fetches their weights."""
+        plain = _is_plain(self.pivots) and _is_plain(self.rest)
+        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        return plain and not traced and not torch.is_grad_enabled()
+
+
+class ColumnPivotLinear(CompressedLinear):
+    """The first R inputs are taken as they are, the others only add to them: `y = pivots(x[:R] + rest(x[R:]))`.
+
+    `R (I + O) - R^2` weights. For the matrix that reads an MLP's neurons (down).
+    """
+
+    kind = "column-pivot"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__(in_features, out_features, rank)
+        self.rest = nn.Linear(in_features - rank, rank, bias=False)
+        self.pivots = nn.Linear(rank, out_features, bias=bias)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.pivots.weight, torch.cat([_identity(self.rest.weight, self.rank), self.rest.weight], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.pivots.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        # not two slices: each would have a gradient of the whole width, zeros but for its part
+        pivots, others = x.split([self.rank, self.in_features - self.rank], dim=-1)
+        return self.pivots(pivots + self.rest(others))
+
+
+KINDS: dict[str, type[CompressedLinear]] = {
+    layer.kind: layer for layer in (LowRankLinear, RowPivotLinear, ColumnPivotLinear)
+}
+
+
+class Rebuilt:
+    """Mixed into the class of a base model: after the base's own `__init__`, puts in the layers that `config.sparsekd`
+    describes."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        base: Any = super()
+        base.__init__(config, *args, **kwargs)
+        rebuild(self, config.sparsekd["layers"])
+
+
+def rebuild(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replaces the linear layers named in `layers` by ones of their kind and rank, whose weights are not set yet."""
+    for name, described in layers.items():
+        parent, _, child = name.rpartition(".")
+        dense = model.get_submodule(name)
+        # transformers' Conv1D keeps its matrix the other way round
+        outputs, inputs = dense.weight.shape if isinstance(dense, nn.Linear) else reversed(dense.weight.shape)
+        layer: Any = KINDS[described["kind"]]
+        replaced = layer(inputs, outputs, described["rank"], dense.bias is not None)
+        setattr(model.get_submodule(parent), child, replaced)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is nothing but its product; accelerate puts its hooks in place of `forward`."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
+
+
+def _identity(like: Tensor, size: int) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
