@@ -57,7 +57,7 @@ class Reader:
             for function, call in module.calls:
                 said = set(map(_plain, self._said(module, function, call)))
                 if any(_letters(text.removeprefix("warning: ")) for text in said):  # else it is all values
-                    yield f"{module.path.name}:{call.lineno}", said
+                    yield f"{module.path}:{call.lineno}", said
 
     def messages(self) -> dict[str, str]:
         """The place of each message by its text; of what stands there, not what another text there includes."""
@@ -72,7 +72,7 @@ class Reader:
     def unread(self) -> list[str]:
         """Where an error of ours is made of which no text is found."""
         return [
-            f"{module.path.name}:{call.lineno}"
+            f"{module.path}:{call.lineno}"
             for module in self.modules
             for function, call in module.calls
             if _name(call.func) in ERRORS and not any(map(_letters, self._said(module, function, call)))
@@ -207,7 +207,9 @@ def quoted(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    return Reader({path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))})
+    return Reader(
+        {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    )
 
 
 @pytest.fixture(scope="module")
