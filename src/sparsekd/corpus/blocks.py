@@ -160,7 +160,7 @@ def blocks_from_texts(texts: Iterable[str], tokenizer: Any, seq_len: int = 256) 
     """
     packed = [block.tokens for block in _pack("texts", ((str(i), t) for i, t in enumerate(texts)), tokenizer, seq_len)]
     if not packed:
-        raise DataError(f"the texts are shorter than one block of {seq_len} tokens")
+        raise DataError(f"the texts are shorter than one block of {seq_len} tokens: give more, or a smaller seq_len")
     return np.stack(packed).astype(np.int64)
 
 
@@ -286,7 +286,8 @@ def _documents(name: str, source: Source, recipe: CorpusRecipe, held_out: bool =
         cut = len(listed) - round(len(listed) * source.holdout)
         if cut == len(listed) or cut == 0:
             raise DataError(
-                f"corpus.sources.{name}: {len(listed)} documents are too few for a holdout of {source.holdout}"
+                f"corpus.sources.{name}: {len(listed)} documents are too few for a holdout of {source.holdout}: "
+                "give it more; in a .txt, `split` says what stands between two"
             )
         documents = iter(listed[cut:] if held_out else listed[:cut])
     return documents

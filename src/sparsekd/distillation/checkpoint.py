@@ -199,7 +199,7 @@ def _verified(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(state.get("sha256"), dict):
         raise DataError(f"{path} is damaged: no hashes in it")
     if "step" in state and not folder.name.endswith(f"-{state['step']:08}"):  # best weights of before have none
-        raise DataError(f"{path} is of step {state['step']}")
+        raise DataError(f"{path} is of step {state['step']}, not of its folder's")
     for name, expected in state["sha256"].items():
         path = folder / f"{name}.safetensors"
         if not path.exists() or files.file_sha256(path) != expected:

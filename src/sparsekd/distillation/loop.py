@@ -370,7 +370,7 @@ class _Worker:
         }
         overall = _losses(sums.sum(0) / counts.sum())
         if not math.isfinite(overall["loss"]):
-            raise Diverged(f"the validation loss after step {step} is not finite")
+            raise Diverged(f"the validation loss after step {step} is not finite: try a lower distill.learning_rate")
         return Validation(step, **overall, domains=domains)
 
     def summed(self, sums: Float[Tensor, " 3"]) -> list[float]:

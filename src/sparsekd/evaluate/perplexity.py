@@ -66,7 +66,10 @@ class Losses:
         left out."""
         nll = token_nll(prediction.logits, prediction.labels)
         if not bool(torch.isfinite(nll).all()):
-            raise DataError("the model's loss on the evaluation text is not finite")
+            raise DataError(
+                "the model's loss on the evaluation text is not finite: its weights are damaged, or its number "
+                "format is too narrow: try model.dtype=float32, or sparsekd eval --dtype float32"
+            )
         self._windows.append(prediction.window)
         self._nll.append(nll.numpy())
 

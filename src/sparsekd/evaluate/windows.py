@@ -57,7 +57,7 @@ def token_ids(tokenizer: Any, text: str) -> Int[Tensor, " T"]:
     """The text's tokens; raises `DataError` for fewer than two."""
     ids = torch.tensor(encode(tokenizer, text))
     if len(ids) < 2:
-        raise DataError("the evaluation text has fewer than two tokens")
+        raise DataError("an evaluation text has fewer than two tokens: give a longer one")
     return ids
 
 

@@ -213,7 +213,9 @@ class Cache:
     def row(self, block_id: int) -> Row:
         """What is stored under an id, whatever its block is."""
         if block_id not in self._place:
-            raise DataError(f"the cache {self.folder} has no block {block_id}: it was made for another corpus")
+            raise DataError(
+                f"the cache {self.folder} has no block {block_id}: it was made for another corpus; use --fresh"
+            )
         name, number = self._place[block_id]
         with _damage(self.folder / name):
             values = self._file(name).read_row_group(number, use_threads=False).to_pylist()[0]
