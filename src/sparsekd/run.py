@@ -26,8 +26,8 @@ from typing import Any
 
 from sparsekd import files, models, records
 from sparsekd.console import Console
-from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
-from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
+from sparsekd.device import memory_named, peak_device_memory_bytes, place
+from sparsekd.errors import DataError, MismatchError, UsageError
 from sparsekd.processes import Processes
 from sparsekd.recipe import Recipe, as_yaml, load_recipe
 from sparsekd.rounds import ARMS
@@ -152,7 +152,7 @@ class Run:
         run = cls(folder, recipe, console, shared)
         if not run.processes.is_main:
             run.processes.wait()
-            with run._memory():
+            with memory_named(run._out_of_memory):
                 yield run
             return
         exists = _is_run(folder)
@@ -167,21 +167,14 @@ class Run:
             if not shared:
                 run._settle(exists, fresh)
             run.processes.wait()
-            with run._memory():
+            with memory_named(run._out_of_memory):
                 yield run
 
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Makes running out of memory one line that says where, unless a stage knew what to do about it."""
-        try:
-            yield
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
-                "distill.gradient_checkpointing need less as well"
-            ) from error
+    def _out_of_memory(self) -> str:
+        return (
+            f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
+            "distill.gradient_checkpointing need less as well"
+        )
 
     def _settle(self, exists: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
