@@ -245,11 +245,14 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe that a run was last called with; raises `DataError` when its file is not what was written."""
-    path, written = folder / "recipe.yaml", read_manifest(folder).get(_RECIPE)
+    """The recipe that a run was last called with; raises `DataError` when its file is not what was written, or the
+    manifest, which says so, is another run's."""
+    path, manifest = folder / "recipe.yaml", folder / "manifest.json"
+    written = read_manifest(folder).get(_RECIPE)
     if written is not None and written != files.file_sha256(path):
         raise DataError(
-            f"{path} is damaged: its content is not what was written; run the same command again, which writes it"
+            f"{path} is damaged: its content is not what was written, or {manifest} is another run's; run the same "
+            "command again, which writes both"
         )
     return load_recipe(str(path))
 

@@ -160,6 +160,18 @@ def test_an_edited_recipe_is_not_reported(done: tuple[Path, Path]) -> None:
     assert report.write(folder)["recipe"]["evaluate"]["context"] == 64
 
 
+def test_another_run_s_manifest_is_named(done: tuple[Path, Path]) -> None:
+    folder, recipe = done
+    swap(folder / "manifest.json")
+    for look in (inspection.describe, inspection.verify, report.write):
+        with pytest.raises(
+            DataError, match=rf"recipe\.yaml is damaged: .*or {folder}/manifest\.json is another run's; "
+        ):
+            look(folder)
+    run(recipe, folder)
+    assert inspection.verify(folder)["damaged stages"] == {}
+
+
 def test_a_run_of_an_earlier_version_is_kept_with_a_warning(done: tuple[Path, Path], capsys: Any) -> None:
     """It has no hashes: one line a stage says that nothing is checked."""
     folder, recipe = done
