@@ -27,7 +27,6 @@ from sparsekd.run import Run, Stage, read_inputs, read_summary, stop_signals
 from sparsekd.teacher import TeacherModel
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-_GUARDED = "guarded.json"  # in the corpus' folder: what the leak guard has seen, by its place in the recipe
 
 
 class Work:
@@ -152,7 +151,7 @@ def make_corpus(work: Work) -> dict[str, Any]:
     tasks = _texts_of_tasks(work, recipe.evaluate.tasks)
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed, tasks)
     corpus.save(built, stage.folder)
-    records.write(stage.folder / _GUARDED, _guarded(work, tasks))
+    records.write(stage.folder / corpus.GUARDED, _guarded(work, tasks))
     for name, source in built.reports.items():
         if source.dropped_documents:
             run.console.say(
@@ -175,7 +174,10 @@ def make_corpus(work: Work) -> dict[str, Any]:
 def _add_texts(work: Work, folder: Path) -> None:
     """Takes in what the recipe evaluates on now and did not when the leak guard last looked, if the blocks have none
     of it."""
-    recipe, seen = work.recipe, records.read(folder / _GUARDED, way_out=f"remove {folder} to make the corpus again")
+    recipe, seen = (
+        work.recipe,
+        records.read(folder / corpus.GUARDED, way_out=f"remove {folder} to make the corpus again"),
+    )
     changed = [name for name, made_from in _guarded(work, recipe.evaluate.tasks).items() if seen.get(name) != made_from]
     if not changed:
         return
@@ -185,7 +187,7 @@ def _add_texts(work: Work, folder: Path) -> None:
     if not found and not tasks:  # a task that is missing still
         return
     corpus.add_texts(folder, recipe.corpus, found, tasks)
-    records.write(folder / _GUARDED, seen | _guarded(work, tasks))
+    records.write(folder / corpus.GUARDED, seen | _guarded(work, tasks))
 
 
 def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
