@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsekd.compression import compress as compress
-    from sparsekd.compression import convert as convert
     from sparsekd.corpus import blocks_from_texts as blocks_from_texts
     from sparsekd.distillation import distill as distill
     from sparsekd.errors import SparseKDError as SparseKDError
     from sparsekd.evaluate import perplexity as perplexity
+    from sparsekd.models import convert as convert
     from sparsekd.models import load as load
     from sparsekd.models import save as save
     from sparsekd.recipe import load_recipe as load_recipe
@@ -27,7 +27,7 @@ _PUBLIC = {
     "blocks_from_texts": "corpus",
     "cache_teacher": "teacher",
     "compress": "compression",
-    "convert": "compression",
+    "convert": "models",
     "distill": "distillation",
     "load": "models",
     "load_recipe": "recipe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -75,12 +76,27 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 _NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "can't start new thread")  # of torch, system, Python
+# of Python, which forgets the MemoryError where there is no room for one more call on its stack
+_NO_STACK = "error return without exception set"
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; of the host's, most say it in the text only."""
+    if isinstance(error, SystemError):
+        return str(error) == _NO_STACK
     is_named = any(text in str(error) for text in _NO_MEMORY)
     return is_named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+@contextmanager
+def memory_named(message: Callable[[], str]) -> Iterator[None]:
+    """Makes running out of memory a `ResourceError` of this one line, unless what ran out knew what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(message()) from error
 
 
 class Batches:

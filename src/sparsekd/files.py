@@ -159,17 +159,22 @@ def remove(path: Path) -> None:
     A folder loses its name first: a process killed here leaves a temporary, not half a folder that looks whole.
     """
     if path.is_dir() and not path.is_symlink():
-        if not _TEMPORARY.search(path.name):
+        if not is_temporary(path):
             path = path.rename(path.with_name(f"{path.name}.old.tmp-{os.getpid()}"))
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a name is of what is on its way in, or out."""
+    return bool(_TEMPORARY.search(path.name))
+
+
 def remove_temporaries(folder: Path, owned: Callable[[str], bool] = lambda name: True) -> None:
     """Removes what a killed process left half written directly in `folder`, of the final names that are `owned`."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _TEMPORARY.search(path.name) and owned(_TEMPORARY.sub("", path.name)):
+        if is_temporary(path) and owned(_TEMPORARY.sub("", path.name)):
             remove(path)
 
 

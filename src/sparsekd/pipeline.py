@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from sparsekd import corpus, models, report
-from sparsekd.compression import spectrum as spectra
+from sparsekd import compression, corpus, models, report
+from sparsekd.compression import spectra
 from sparsekd.console import Console
 from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.models import anatomy
-from sparsekd.recipe import Recipe
+from sparsekd.recipe import Recipe, method_named
 from sparsekd.run import CORPUS, Round, Run, Work, planned, stages
 from sparsekd.teacher import Part
 from sparsekd.teacher import cache as caches
@@ -66,7 +66,7 @@ def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, A
     processes = work.run.processes
     steps: dict[str, Callable[[], dict[str, Any]]] = {"cache": lambda: stages.fill_cache(work, round_)}
     if round_.compress is not None:
-        steps["compress"] = lambda: stages.truncate(work, round_)
+        steps["compress"] = lambda: stages.compress(work, round_)
     steps["distill"] = lambda: stages.train(work, round_)
     steps["evaluate"] = lambda: processes.main_first(lambda: evaluate(work, round_))
     summaries = {}
@@ -130,15 +130,12 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
         device=placement.device,
         trust_remote_code=options.trust_remote_code,
     )
-    batches: list[torch.Tensor] = []
-    separator = None
-    if recipe.compress.method != "svd":
+    batches, separator = [], None
+    if method_named(recipe.compress.method).needs(recipe.compress.options).passes:
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
         batches, separator = stages.statistics_batches(blocks, recipe.compress, recipe.seed), blocks.separator
-    found = spectra.spectrum(
-        model, batches, recipe.compress, seed=recipe.seed, separator=separator, warn=Console().warn
-    )
-    return spectra.as_dict(found, recipe.compress)
+    calibration = compression.Calibration(model, batches, seed=recipe.seed, separator=separator, warn=Console().warn)
+    return spectra.as_dict(compression.spectra_of(model, calibration, recipe.compress), recipe.compress)
 
 
 def _quality_gate(written: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from sparsekd import files, models, pipeline
 from sparsekd.console import Console
+from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
 from sparsekd.recipe.sections import load_recipe
 from sparsekd.run import stages
@@ -299,3 +300,16 @@ def test_out_of_memory_in_any_stage_is_one_line(
     with pytest.raises(ResourceError, match=f"out of memory in {stage}: lower its batch_size") as caught:
         run(tiny_recipe, tmp_path / "run")
     assert caught.value.exit_code == 4
+
+
+def test_out_of_memory_in_the_pictures_is_one_line(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise SystemError("error return without exception set")  # Python's own, in matplotlib's deep calls
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(ResourceError, match=r"out of memory while drawing the report: .*call the same command again"):
+        run(tiny_recipe, tmp_path / "run")
+    assert not out_of_memory(SystemError("returned NULL without setting an exception"))  # a library's bug
+    monkeypatch.undo()
+    run(tiny_recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()

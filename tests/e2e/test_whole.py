@@ -12,7 +12,7 @@ import torch
 from test_run import run_cli
 
 import sparsekd
-from sparsekd import files, pipeline, records, report
+from sparsekd import distillation, files, pipeline, records, report
 from sparsekd.errors import DataError, QualityError
 from sparsekd.recipe.sections import load_recipe
 from sparsekd.run import inspection
@@ -159,6 +159,116 @@ def test_an_edited_recipe_is_not_reported(done: tuple[Path, Path]) -> None:
         report.write(folder)
     run(recipe, folder)
     assert report.write(folder)["recipe"]["evaluate"]["context"] == 64
+
+
+def test_another_run_s_manifest_is_named(done: tuple[Path, Path]) -> None:
+    folder, recipe = done
+    swap(folder / "manifest.json")
+    for look in (inspection.describe, inspection.verify, report.write):
+        with pytest.raises(
+            DataError, match=rf"recipe\.yaml is damaged: .*or {folder}/manifest\.json is another run's; "
+        ):
+            look(folder)
+    run(recipe, folder)
+    assert inspection.verify(folder)["damaged stages"] == {}
+
+
+STAGES = ["corpus", "round-01/cache", "round-01/compressed", "round-01/distilled", "round-01/eval", "dense/tasks"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_stage_json_is_not_taken_for_a_stage_that_was_only_begun(
+    stage: str, done: tuple[Path, Path], capsys: Any, monkeypatch: Any
+) -> None:
+    folder, recipe = done
+    path = folder / stage / "stage.json"
+    path.unlink()
+    says = f"{path} is missing: run the same command again, which makes it, and the stage with it"
+    states = inspection.describe(folder).values()
+    assert (f"damaged: {says}" in states) == (stage != "dense/tasks")  # which is no stage of a round
+    code, _, error = run_cli(capsys, monkeypatch, "inspect", "--verify", str(folder))
+    assert (code, error.splitlines()[-1]) == (3, f"sparsekd: {folder}: 1 damaged stages: {says}")
+    with pytest.raises(DataError, match=f"^{path} is missing, so stage .* is not finished: continue it with"):
+        report.write(folder)
+    run(recipe, folder)
+    assert inspection.verify(folder)["damaged stages"] == {}
+
+
+def test_a_stage_that_is_made_again_and_was_killed_is_no_damage(
+    done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = done
+    shutil.rmtree(folder / "round-01/compressed")
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("sparsekd.stages.Work.save", dies)
+        run(recipe, folder)
+    assert inspection.describe(folder)["compress"] == "started, not finished"
+    assert inspection.verify(folder)["damaged stages"] == {}
+
+
+def test_what_the_leak_guard_has_seen_is_part_of_the_corpus(done: tuple[Path, Path]) -> None:
+    corpus = done[0] / "corpus"
+    (corpus / "guarded.json").unlink()
+    wrong = f"{corpus}/guarded.json does not exist; remove {corpus} to make the stage again"
+    assert inspection.verify(done[0])["damaged stages"] == {"corpus": wrong}
+    assert inspection.describe(done[0])["corpus"] == f"damaged: {wrong}"
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1])
+def test_output_of_which_nobody_knows_what_it_is_from_is_not_gone_on_with(
+    stage: str, done: tuple[Path, Path], capsys: Any, monkeypatch: Any
+) -> None:
+    folder, recipe = done
+    for name in ("inputs.json", "stage.json"):
+        (folder / stage / name).unlink()
+    left = list((folder / stage).iterdir())
+    arguments = ("run", str(recipe), "--resume", "--out", str(folder), "--set", TASKS, "--set", SKIPPED)
+    code, _, error = run_cli(capsys, monkeypatch, *arguments)
+    missing = f"{folder}/{stage}/inputs.json is missing; remove {folder}/{stage} to make the stage again"
+    assert (code, error.splitlines()[-1]) == (3, f"sparsekd: {missing}")
+    assert list((folder / stage).iterdir()) == left
+
+
+def stopped_training(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stage's folder, with two checkpoints and their best weights."""
+
+    def dies(step: Any, num_steps: int) -> None:
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    train = distillation.train
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(distillation, "train", lambda *given, **options: train(*given, **options | {"on_step": dies}))
+        run(recipe, folder, "distill.checkpoint_minutes=0")
+    return folder / "round-01/distilled"
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
+def test_damage_to_a_stopped_training_is_named(
+    harm: Callable[[Path], None], tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "run"
+    stage = stopped_training(tiny_recipe, folder, monkeypatch)
+    assert inspection.describe(folder)["distill"] == "started, not finished"
+    assert inspection.verify(folder)["damaged stages"] == {}
+    needed = [path for path in sorted(stage.rglob("*")) if path.is_file() and path.name != distillation.METRICS]
+    assert len(needed) >= 1 + 2 * 3 + 2
+    for path in needed:
+        content = path.read_bytes()
+        harm(path)
+        code, _, error = run_cli(capsys, monkeypatch, "inspect", "--verify", str(folder))
+        message = error.splitlines()[-1]
+        assert (code, str(path) in message) == (DataError.exit_code, True), message
+        path.write_bytes(content)
+    (stage / "inputs.json").unlink()
+    missing = f"{stage}/inputs.json is missing; remove {stage} to make the stage again"
+    assert inspection.describe(folder)["distill"] == f"damaged: {missing}"
+    with pytest.raises(DataError, match=missing):
+        run(tiny_recipe, folder)
 
 
 def test_a_run_of_an_earlier_version_is_kept_with_a_warning(done: tuple[Path, Path], capsys: Any) -> None:

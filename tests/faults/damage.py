@@ -195,7 +195,8 @@ def _verdict(found: Call, expected: str, places: list[str], was_remade: bool) ->
     if found.out == expected:
         return verdicts.HARMLESS, ""
     one, other = json.loads(found.out), json.loads(expected)
-    told = [name for name, state in other.items() if state == "finished" != one.get(name)]
+    changed = [name for name, state in other.items() if one.get(name) != state]
+    told = [name for name in changed if other[name] == "finished" or str(one.get(name)).startswith("damaged: ")]
     if told:  # what `inspect` is there to say
         return verdicts.NAMED, ", ".join(f"{name}: {one.get(name)}" for name in told)
     if was_remade and _without(one, _MEASURED) == _without(other, _MEASURED):

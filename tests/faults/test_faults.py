@@ -58,6 +58,9 @@ assert verdict(Call(0, whole % (3, 2, "finished"), ""), was_remade=True) == verd
 assert verdict(Call(0, whole % (1, 9, "finished"), ""), was_remade=False) == verdicts.SILENT
 assert verdict(Call(0, whole % (1, 9, "finished"), ""), was_remade=True) == verdicts.REMADE
 assert verdict(Call(0, whole % (1, 2, "damaged"), ""), was_remade=False) == verdicts.NAMED
+begun = '{"train": "started, not finished"}'
+assert damage._verdict(Call(0, '{"train": "damaged: x"}', ""), begun, [], True)[0] == verdicts.NAMED
+assert damage._verdict(Call(0, '{"train": "not started"}', ""), begun, [], True)[0] == verdicts.SILENT
 assert verdict(Call(1, "", "", crash="KeyError"), was_remade=False) == verdicts.TRACEBACK
 assert verdict(Call(0, whole % (1, 2, "finished"), "", seconds=11), was_remade=False) == verdicts.SLOW
 assert verdict(Call(0, whole % (1, 2, "finished"), "", memory_bytes=2 * 10**9), was_remade=False) == verdicts.LARGE

@@ -137,14 +137,14 @@ def reproduce(
     """One of the paper's experiments on a model of yours, with controls: its claims, our ratios beside the paper's."""
     from sparsekd.device import rank_and_count
     from sparsekd.report import experiments, tables
-    from sparsekd.reproduce import estimate
+    from sparsekd.reproduce import estimate_of
     from sparsekd.reproduce import reproduce as run_experiment
 
     _quiet()
     recipe = _recipe(target, None, set_, revision, device)
     each_seed, each_rate = _numbers("--seeds", seeds, int), _numbers("--rates", rates, float)
     if dry_run:
-        planned = estimate(experiment, recipe, each_seed, each_rate)
+        planned = estimate_of(experiment, recipe, each_seed, each_rate)
         if as_json:
             _print_json(planned)
             return
@@ -348,10 +348,10 @@ def _run_stages(
     if resume and fresh:
         raise UsageError("--resume continues a run and --fresh removes it: give one of them")
     if dry_run:
-        from sparsekd.run import plan
+        from sparsekd.run import estimate
 
         _quiet()
-        _show_plan(plan(recipe), as_json)
+        _show_plan(estimate(recipe), as_json)
         return
     from sparsekd import pipeline
     from sparsekd.device import rank_and_count

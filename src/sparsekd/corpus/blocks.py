@@ -29,6 +29,7 @@ from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text, check_text_name
 
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
+GUARDED = "guarded.json"  # beside a saved corpus: what the leak guard has seen, by its place in the recipe
 _SHOWN_WORDS, _SHOWN_DOCUMENTS = 20, 3  # of evaluation text found in a source: what the error shows
 _SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
 _VALIDATION_EVERY = 10  # one document in ten is for validation; of a source with fewer, the last tenth of each

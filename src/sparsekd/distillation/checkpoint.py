@@ -150,6 +150,17 @@ class Checkpoints:
                 files.remove(path)
 
 
+def verify(folder: Path) -> None:
+    """Raises `DataError` naming the first file of the checkpoints there that is missing or not what was written."""
+    try:
+        for path in sorted(folder.glob("step-????????")):
+            _verified(folder / _best(_verified(path, ("step", "best_step"))["best_step"]))
+        for path in sorted(folder.glob("best-????????")):
+            _verified(path)
+    except DataError as error:
+        raise DataError(f"{error}; the next call goes on from a whole checkpoint, or says that none is left") from None
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes, by name, tied parameters once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

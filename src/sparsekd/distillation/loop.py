@@ -34,9 +34,9 @@ from sparsekd.corpus import shuffled
 from sparsekd.device import out_of_memory, trains_in_bfloat16
 from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.objective import Data, Objective, make_batch, require_document_mask
-from sparsekd.distillation.optimizer import PrunedWeights, allocate, make_optimizer, prepared, schedule
+from sparsekd.distillation.optimizer import allocate, make_optimizer, prepared, schedule
 from sparsekd.errors import DataError, Diverged, ResourceError, Stopped, UsageError
-from sparsekd.models import in_float32
+from sparsekd.models import forms, in_float32
 from sparsekd.recipe import Distill, distill_section
 from sparsekd.teacher import Cache
 
@@ -158,7 +158,7 @@ def train(
         # several micro batches add to gradients that are there in any case; one is spared them during its forward pass
         accumulates = options.micro_batch_size * accelerator.num_processes < options.batch_size
         allocate(optimizer, gradients=accumulates)
-        pruned = PrunedWeights(student)
+        guard = forms.guard(student)
         checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
         state = checkpoints.restore(student, optimizer, say)
         if state is None:
@@ -181,13 +181,15 @@ def train(
             while (sums := worker.gradients(ids)) is None:  # memory ran out
                 optimizer.zero_grad()
                 worker.halve(say)
-            pruned.drop_gradients()
+            if guard is not None:
+                guard.drop_gradients()
             clipped: Any = accelerator.clip_grad_norm_(worker.objective.parameters(), options.max_grad_norm)
             loss, kd, ce = worker.summed(sums)
             grad_norm = float(clipped)
             _require_finite(step + 1, loss, grad_norm)
             optimizer.step()
-            pruned.restore()
+            if guard is not None:
+                guard.restore()
             optimizer.zero_grad(set_to_none=not accumulates)
             num_tokens += sum(len(data.blocks[i]) for i in ids)
             seconds = time.monotonic() - start

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.models import CompressedLinear, find_layers, is_attention, is_linear, pruned_zeros, replace_module
+from sparsekd.models import find_layers, forms, is_attention, is_linear, replace_module
 from sparsekd.recipe import LORA_FILLS_ZEROS, Distill, RateScale
 
 
@@ -31,7 +31,7 @@ def prepared(student: PreTrainedModel, options: Distill) -> Iterator[None]:
     Undone at the end: adapters are merged into the weights, the rest is as it was. Raises `UsageError` when nothing is
     left to train or adapters would fill a masked model's zeros, `ResourceError` when peft is missing.
     """
-    if options.train == "lora" and pruned_zeros(student):
+    if options.train == "lora" and forms.guard(student) is not None:
         raise UsageError(LORA_FILLS_ZEROS)
     layers = find_layers(student) if options.gradient_checkpointing else []  # adapters would hide the MLPs' shapes
     was_trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
@@ -67,12 +67,8 @@ def _activation_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _freeze(student: PreTrainedModel, options: Distill) -> None:
-    masked = pruned_zeros(student)
     compressed = {
-        id(parameter)
-        for name, module in student.named_modules()
-        if isinstance(module, CompressedLinear) or name in masked
-        for parameter in module.parameters()
+        id(parameter) for name in forms.trained(student) for parameter in student.get_submodule(name).parameters()
     }
     scales = rate_scales(student, options.lr_scale)
     for name, parameter in student.named_parameters():
@@ -89,7 +85,7 @@ def rate_scales(student: PreTrainedModel, scale: RateScale) -> dict[str, float]:
         owner, is_vector = owners[-1], student.get_parameter(name).ndim == 1
         if id(owner) in ends or isinstance(owner, nn.Embedding):
             scales[name] = scale.embeddings
-        elif is_vector and not is_linear(owner) and not isinstance(owner, CompressedLinear):
+        elif is_vector and not is_linear(owner):
             scales[name] = scale.norms
         else:
             scales[name] = scale.attention if any(is_attention(module) for module in owners) else 1.0
@@ -125,30 +121,6 @@ def allocate(optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
         optimizer.state[parameter] = {"step": step, **moments}
         if gradients:
             parameter.grad = torch.zeros_like(parameter)
-
-
-class PrunedWeights:
-    """The zeros of a masked model's matrices, taken now and kept through training; of any other model none.
-
-    Without a gradient from the first step on, they have no part in clipping and Adam's moments stay zero; setting them
-    back after a step is for moments that are not. Made after accelerate has put the parameters where they train.
-    """
-
-    @torch.no_grad()
-    def __init__(self, student: PreTrainedModel):
-        weights: list[Any] = [student.get_submodule(name).weight for name in pruned_zeros(student)]
-        self._masks = [(weight, weight == 0) for weight in weights]
-
-    def drop_gradients(self) -> None:
-        """Before clipping."""
-        for weight, mask in self._masks:
-            weight.grad.masked_fill_(mask, 0)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """After the optimizer's step."""
-        for weight, mask in self._masks:
-            weight.masked_fill_(mask, 0)
 
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:

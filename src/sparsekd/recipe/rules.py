@@ -68,14 +68,16 @@ def check_distill(section: Distill) -> None:
     """Raises `UsageError` for a value of this section outside its range, or for options that do not go together."""
     check_fields(section, "distill")
     batch, micro = section.batch_size, section.micro_batch_size
-    ranges = [("micro_batch_size", micro, f"a divisor of distill.batch_size ({batch})", batch % micro == 0)]
+    ranges: list[tuple[str, Any, str, bool]] = [
+        ("micro_batch_size", micro, f"a divisor of distill.batch_size ({batch})", batch % micro == 0)
+    ]
     temperature = {
         "sampled": ("1 for loss sampled", section.temperature == 1),
         "exact_t": (">= 1 for loss exact_t", section.temperature >= 1),
     }
     if section.loss in temperature:
         ranges.append(("temperature", section.temperature, *temperature[section.loss]))
-    _check_ranges([(f"distill.{name}", *rest) for name, *rest in ranges])
+    _check_ranges([(f"distill.{name}", value, expected, holds) for name, value, expected, holds in ranges])
 
 
 def check_fields(section: Any, name: str) -> None:

@@ -64,7 +64,8 @@ def gather(folder: Path) -> dict[str, Any]:
 def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
     summary = read_summary(folder / place, _NEEDED[stage])
     if summary is None:
-        raise DataError(f"{folder}: stage {stage} ({place}) is not finished: continue it with sparsekd run")
+        path = folder / place / "stage.json"
+        raise DataError(f"{path} is missing, so stage {stage} is not finished: continue it with sparsekd run")
     return summary
 
 

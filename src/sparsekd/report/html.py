@@ -7,9 +7,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sparsekd.device import memory_named
 from sparsekd.report import experiments, figures, plots, tables
 
+_NO_MEMORY = "out of memory while drawing the report: all that it shows is finished, so call the same command again"
 
+
+@memory_named(lambda: _NO_MEMORY)
 def render(report: dict[str, Any]) -> str:
     """The page for `report.gather`'s data; every text in it is escaped, since model names and paths are not ours."""
     pictures = {"loss": plots.loss_curve(report["distillation"])}
@@ -18,11 +22,13 @@ def render(report: dict[str, Any]) -> str:
         pictures["calibration"] = plots.calibration(report["evaluation"])
         if len(report["rounds"]) > 1:
             pictures["rounds"] = plots.rounds(report["rounds"])
-    if report["recipe"]["compress"]["format"] != "mask":
+    masked = any(matrix["zeros"] for matrix in report["compression"]["matrices"])
+    if not masked:
         pictures["ranks"] = plots.ranks(report["compression"])
     seconds = [[name, tables.duration(value)] for name, value in report["seconds"].items()]
     return _template("report.html").render(
         report=report,
+        masked=masked,
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
         sizes=tables.sizes(report["compression"]),
@@ -37,6 +43,7 @@ def render(report: dict[str, Any]) -> str:
     )
 
 
+@memory_named(lambda: _NO_MEMORY)
 def render_experiment(found: dict[str, Any]) -> str:
     """The page for what `reproduce` found."""
     return _template("experiment.html").render(

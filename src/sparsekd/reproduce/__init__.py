@@ -36,7 +36,7 @@ from sparsekd.reproduce.patterns import (
 )
 from sparsekd.reproduce.rates import search_rate
 from sparsekd.reproduce.spread import fit_recovery
-from sparsekd.run import Round, Run, Work, plan, stages
+from sparsekd.run import Round, Run, Work, estimate, stages
 
 Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
@@ -101,13 +101,13 @@ def plan_arms(
     return planned
 
 
-def estimate(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
-    """What `reproduce` would do, and nothing done: the arms, and as `plan` says it the cache, memory and seconds."""
+def estimate_of(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
+    """What `reproduce` would do, and nothing done: the arms, and the cache, memory and seconds of them all."""
     planned = plan_arms(experiment, recipe, seeds, rates)
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
-    return {"experiment": experiment, "arms": list(arms), "seeds": list(seeds)} | plan(recipe, rounds, num_trials)
+    return {"experiment": experiment, "arms": list(arms), "seeds": list(seeds)} | estimate(recipe, rounds, num_trials)
 
 
 def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, dict[str, Any]]:

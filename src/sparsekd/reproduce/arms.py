@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsekd.recipe import WANDA, Recipe
+from sparsekd.recipe import Compress, Recipe
 from sparsekd.run import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
@@ -42,9 +42,17 @@ class Seed:
         teachers: dict[Place, float] = {model: 1.0}
         return Round(self._folder(name), self._seed, model, None, None, options, teachers, SHARED_CACHE)
 
-    def pruned(self, name: str, reduction: float, start: Place | None = None, **compress: Any) -> Round:
-        """The dense model, or what an earlier round left, pruned and distilled; some of `compress` changed."""
-        options = replace(self._recipe.compress, reduction=reduction, **compress)
+    @property
+    def compress(self) -> Compress:
+        """The recipe's structural step."""
+        return self._recipe.compress
+
+    def pruned(
+        self, name: str, reduction: float, start: Place | None = None, compress: Compress | None = None
+    ) -> Round:
+        """The dense model, or what an earlier round left, pruned by the recipe's method or that of `compress`, and
+        distilled."""
+        options = replace(compress or self.compress, reduction=reduction)
         folder = Path(self._folder(name)) / "compressed"
         round_ = replace(self.dense(name), compress=options, compressed=folder)
         return round_ if start is None else replace(round_, start=start)
@@ -86,23 +94,27 @@ def better_teacher(seed: Seed) -> dict[str, Round]:
 
 def wanda(seed: Seed) -> dict[str, Round]:
     """Unstructured pruning by WANDA."""
-    return {name: seed.pruned(name, r, **WANDA) for r in ONE_SHOT for name in [f"WANDA {percent(r)}"]}
+    return {
+        name: seed.pruned(name, r, compress=seed.compress.by("wanda"))
+        for r in ONE_SHOT
+        for name in [f"WANDA {percent(r)}"]
+    }
 
 
 def tiered(seed: Seed) -> dict[str, Round]:
     """A mild cut by the paper's tiers, and the recipe's own method at the same reduction."""
-    tiers = {"method": "svd", "format": "lowrank", "allocation": "energy", "probe_tokens": 0}
+    tiers = seed.compress.by("svd", format="lowrank", allocation="energy", probe_tokens=0)
     return {
         DENSE_KD: seed.dense(DENSE_KD),
-        "tiered SVD 10.32%": seed.pruned("tiered SVD 10.32%", TIERED, **tiers),
+        "tiered SVD 10.32%": seed.pruned("tiered SVD 10.32%", TIERED, compress=tiers),
         "one shot 10.32%": seed.pruned("one shot 10.32%", TIERED),
     }
 
 
 def svd(seed: Seed) -> dict[str, Round]:
     """The paper's truncation, each weight by itself, at the same budget."""
-    plain = {"method": "svd", "format": "lowrank", "allocation": "uniform", "probe_tokens": 0}
-    return {name: seed.pruned(name, r, **plain) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
+    plain = seed.compress.by("svd", format="lowrank", allocation="uniform", probe_tokens=0)
+    return {name: seed.pruned(name, r, compress=plain) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
 
 
 def controls(seed: Seed) -> dict[str, Round]:

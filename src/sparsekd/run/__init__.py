@@ -4,7 +4,7 @@ from sparsekd.run.directory import Run as Run
 from sparsekd.run.directory import read_manifest as read_manifest
 from sparsekd.run.directory import read_recipe as read_recipe
 from sparsekd.run.directory import read_summary as read_summary
-from sparsekd.run.estimate import plan as plan
+from sparsekd.run.estimate import estimate as estimate
 from sparsekd.run.inspection import diagnose as diagnose
 from sparsekd.run.rounds import ARMS as ARMS
 from sparsekd.run.rounds import CORPUS as CORPUS

@@ -6,7 +6,8 @@
 Each stage folder has `inputs.json`, written first (what it is being made from), and `stage.json`, written last (what
 came out, and the hashes of the folder's files). A folder with equal inputs and a `stage.json` is reused if its files
 are what they were, one without is continued, and one with other inputs stops the run naming the field that differs,
-unless it is an evaluation, which is made again. Inputs are what may decide a result beyond rounding; the versions of
+unless it is an evaluation, which is made again. The run's manifest lists the finished stages, so that one whose
+`stage.json` was lost is not taken for one that was only begun. Inputs are what may decide a result beyond rounding; the versions of
 Python and packages stand beside them, and a change only warns.
 """
 
@@ -26,8 +27,8 @@ from typing import Any
 
 from sparsekd import files, models, records
 from sparsekd.console import Console
-from sparsekd.device import out_of_memory, peak_device_memory_bytes, place
-from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
+from sparsekd.device import memory_named, peak_device_memory_bytes, place
+from sparsekd.errors import DataError, MismatchError, UsageError
 from sparsekd.recipe import Recipe, as_yaml, load_recipe
 from sparsekd.run.processes import Processes
 from sparsekd.run.rounds import ARMS
@@ -39,6 +40,7 @@ _OWN = re.compile(
 )
 _VERSIONS = "versions"  # in inputs.json, beside the inputs
 _RECIPE = "recipe_sha256"  # in the run's manifest
+_FINISHED = "finished"  # in the run's manifest: names of stages, by which a lost stage.json is known from none yet
 _PART_OF = "part_of"  # in what a stage keeps until it is finished: which stage that is
 _FILES = "files"  # in stage.json, beside the summary: sizes and hashes
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
@@ -61,6 +63,7 @@ class Stage:
             self._warn_of_versions()
         elif difference is not None and not replaces:
             raise _other_run(self.folder, difference)
+        run.note(name, is_finished=self.summary is not None)
         if self.summary is not None:
             run.console.say(f"{name}: up to date")
             return
@@ -92,6 +95,7 @@ class Stage:
         if self._run.processes.is_main:
             listed = records.listing(self.folder, _answered_for(self.folder))
             records.write(self.folder / "stage.json", self.summary | {_FILES: listed})
+            self._run.note(self.name, is_finished=True)
             self._run.log("stage", name=self.name, seconds=seconds)
         return self.summary
 
@@ -152,7 +156,7 @@ class Run:
         run = cls(folder, recipe, console, shared)
         if not run.processes.is_main:
             run.processes.wait()
-            with run._memory():
+            with memory_named(run._out_of_memory):
                 yield run
             return
         exists = _is_run(folder)
@@ -167,21 +171,14 @@ class Run:
             if not shared:
                 run._settle(exists, fresh)
             run.processes.wait()
-            with run._memory():
+            with memory_named(run._out_of_memory):
                 yield run
 
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Makes running out of memory one line that says where, unless a stage knew what to do about it."""
-        try:
-            yield
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
-                "distill.gradient_checkpointing need less as well"
-            ) from error
+    def _out_of_memory(self) -> str:
+        return (
+            f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
+            "distill.gradient_checkpointing need less as well"
+        )
 
     def _settle(self, exists: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
@@ -216,6 +213,15 @@ class Run:
         """The stage of that folder; with `replaces` one that was made from other inputs is made again, else it raises
         `MismatchError`."""
         return Stage(self, name, inputs, replaces)
+
+    def note(self, name: str, *, is_finished: bool) -> None:
+        """Keeps in the manifest that a stage is finished, or is no longer."""
+        if self.shared or not self.processes.is_main:
+            return
+        manifest = read_manifest(self.folder)
+        known = set(manifest.get(_FINISHED, ()))
+        if (name in known) != is_finished:
+            records.write(self.folder / "manifest.json", manifest | {_FINISHED: sorted(known ^ {name})})
 
     def commit(self, name: str, revision: str | None) -> str | None:
         """The commit of a Hub model that this run began with; None for a local one. Recorded on first use, so that a
@@ -252,11 +258,14 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe that a run was last called with; raises `DataError` when its file is not what was written."""
-    path, written = folder / "recipe.yaml", read_manifest(folder).get(_RECIPE)
+    """The recipe that a run was last called with; raises `DataError` when its file is not what was written, or the
+    manifest, which says so, is another run's."""
+    path, manifest = folder / "recipe.yaml", folder / "manifest.json"
+    written = read_manifest(folder).get(_RECIPE)
     if written is not None and written != files.file_sha256(path):
         raise DataError(
-            f"{path} is damaged: its content is not what was written; run the same command again, which writes it"
+            f"{path} is damaged: its content is not what was written, or {manifest} is another run's; run the same "
+            "command again, which writes both"
         )
     return load_recipe(str(path))
 
@@ -270,11 +279,25 @@ def _is_free(folder: Path) -> bool:
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the stage in `folder` was made from; None where none was begun. Raises `DataError` when it is damaged."""
+    """What the stage in `folder` was made from; None where none was begun. Raises `DataError` when it is damaged, or
+    missing where something was made: of what, nobody knows then."""
     path = folder / "inputs.json"
     if not path.exists():
+        if _has_output(folder):
+            raise DataError(f"{path} is missing; {way_out(folder)}")
         return None
     return {key: value for key, value in records.read(path, (), way_out(folder)).items() if key != _VERSIONS}
+
+
+def _has_output(folder: Path) -> bool:
+    """Whether there is more than what a process left that was killed before it wrote anything whole."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return any(not files.is_temporary(path) and not (path / "inputs.json").exists() for path in inside)
+
+
+def finished_stages(folder: Path) -> list[str]:
+    """The stages of a run that were finished, by their names; a run of an earlier version knows of none."""
+    return read_manifest(folder).get(_FINISHED, [])
 
 
 def read_summary(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sparsekd import compression, models
 from sparsekd.corpus import Share
 from sparsekd.device import measured_flops, place
-from sparsekd.recipe import Compress, Recipe, as_dict
+from sparsekd.recipe import Compress, Recipe, as_dict, method_named
 from sparsekd.run.rounds import Round, planned
 from sparsekd.teacher import CODECS, codec_for
 
@@ -33,7 +33,7 @@ class _Sizes:
     widest: int
 
 
-def plan(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int = 0) -> dict[str, Any]:
+def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int = 0) -> dict[str, Any]:
     """Parameters of each matrix before and after the largest reduction, bytes of one cache, peak memory, and seconds a
     stage of all rounds together, as plain values.
 
@@ -45,7 +45,7 @@ def plan(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int 
     placement = place(recipe.device, recipe.model.dtype)
     rounds = planned(recipe) if rounds is None else rounds
     deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.reduction)
-    structure = compression.plan(skeleton, deepest)
+    structure = compression.plan_for(skeleton, deepest)
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len
@@ -110,7 +110,6 @@ def _seconds(
 ) -> dict[str, float]:
     forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
     smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
-    solver = sum(25 * min(m.in_features, m.out_features) ** 3 for m in structure.matrices if m.rank is not None)
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
@@ -121,11 +120,11 @@ def _seconds(
     validated = held_out * ((distill.validations + 1) * len(rounds) + 2 * num_trials)
 
     def truncation(options: Compress, share: Share) -> float:
-        # curvature: forward to record, then forward and backward; the probe starts in the model's middle on average
-        passes = {"svd": 0, "whitened": 1, "two-sided": 3.5, "wanda": 1}[options.method]
-        probed = len(structure.matrices) * 0.65 * options.probe_tokens
+        needs = method_named(options.method).needs(options.options)
+        probed = len(structure.matrices) * 0.65 * needs.probe_tokens  # from the model's middle on, on average
         seen = min(options.num_tokens, epoch / share.count)
-        return forward * (passes * seen + probed) + solver / (flops * _SOLVER_EFFICIENCY)
+        solver = needs.solver_flops * sum(min(m.in_features, m.out_features) ** 3 for m in structure.matrices)
+        return forward * (needs.passes * seen + probed) + solver / (flops * _SOLVER_EFFICIENCY)
 
     pruned = {one.compressed: (one.compress, one.share) for one in rounds if one.compress is not None}
     caches = 0 if distill.teacher == "online" else len({one.cache for one in rounds})

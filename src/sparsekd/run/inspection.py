@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd import corpus, models, records
+from sparsekd import corpus, files, models, records
 from sparsekd.device import place
+from sparsekd.distillation import checkpoint
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import anatomy
-from sparsekd.run.directory import machine, read_recipe, read_summary, versions, way_out
+from sparsekd.run.directory import finished_stages, machine, read_inputs, read_recipe, read_summary, versions, way_out
 from sparsekd.run.rounds import ARMS, CORPUS, SHARED_CACHE, planned
 from sparsekd.teacher import Cache, Targets, tokens_hash
 
@@ -62,64 +62,76 @@ def _describe_run(path: Path) -> dict[str, Any]:
     places = {"corpus": CORPUS}
     for one in rounds:
         places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
-    facts = {"kind": "run"} | {name: _state(path / folder) for name, folder in places.items()}
+    facts = {"kind": "run"} | {name: _state(path, folder) for name, folder in places.items()}
     return facts | {"report": "written" if (path / "report.html").exists() else "not written"}
 
 
 def _describe_reproduction(path: Path) -> dict[str, Any]:
-    stages = sorted(place.parent for place in (path / ARMS).rglob("inputs.json"))
-    states = {str(stage.relative_to(path)): _state(stage, needs_model=False) for stage in [path / CORPUS, *stages]}
+    names = [CORPUS, *(name for name in _stages(path) if name.startswith(f"{ARMS}/"))]
+    states = {name: _state(path, name, needs_model=False) for name in names}
     written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
     return {"kind": "reproduction", **states, "experiments": ", ".join(written) or "none finished"}
 
 
-def _state(stage: Path, needs_model: bool = True) -> str:
+def _stages(run: Path) -> list[str]:
+    """The names of all stages of a run that have a folder, whatever is left of what each of them wrote."""
+    places = {record.parent for name in ("inputs.json", "stage.json") for record in run.rglob(name)}
+    known = [
+        *finished_stages(run),
+        CORPUS,
+        *(name for one in planned(read_recipe(run)) for name in one.folders.values()),
+    ]
+    places |= {run / name for name in known if (run / name).is_dir()}
+    names = [place.relative_to(run) for place in places]
+    return sorted(str(name) for name in names if not any(files.is_temporary(one) for one in (name, *name.parents)))
+
+
+def _state(run: Path, name: str, needs_model: bool = True) -> str:
     said: list[str] = []
     try:
-        summary = _checked(stage, needs_model, said.append)
+        summary = _checked(run, name, needs_model, said.append)
     except DataError as error:
         return f"damaged: {error}"
     if summary is None:
-        return "started, not finished" if (stage / "inputs.json").exists() else "not started"
+        return "started, not finished" if (run / name / "inputs.json").exists() else "not started"
     return "finished, not checked: an earlier version kept no hashes" if said else "finished"
 
 
-def _checked(stage: Path, needs_model: bool, warn: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
-    """A finished stage's summary; raises `DataError` when what the stage made is damaged: of a cache's shards, which
-    take long to read, only the sizes tell here."""
+def _checked(
+    run: Path, name: str, needs_model: bool, warn: Callable[[str], None] = lambda text: None
+) -> dict[str, Any] | None:
+    """A stage's summary, None of one that is not finished; raises `DataError` when what the stage made is damaged: of a
+    cache's shards and of checkpoints, which take long to read, only the sizes tell here."""
+    stage = run / name
     summary = read_summary(stage, warn=warn, needs_model=needs_model)
-    for path in sorted(stage.glob("*.json")) if summary is not None else ():
+    if summary is None and stage.is_dir() and name in finished_stages(run):
+        path = stage / "stage.json"
+        raise DataError(f"{path} is missing: run the same command again, which makes it, and the stage with it")
+    read_inputs(stage)
+    for path in sorted(stage.glob("*.json")):
         records.read(path, way_out=way_out(stage))
     if summary is not None and "identity" in summary:
         Cache(stage, summary["identity"])
     elif summary is not None and "fingerprint" in summary:
         corpus.load(stage)
+        records.read(stage / corpus.GUARDED, way_out=way_out(stage))
     return summary
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
     models.require_whole(path)
     skeleton = models.skeleton(str(path))
-    mlps = anatomy.find_mlps(skeleton)
+    mlps = models.find_mlps(skeleton)
     facts: dict[str, Any] = {
         "kind": "model",
         "class": type(skeleton).__name__,
         "parameters": models.num_parameters(skeleton),
         "MLPs": len(mlps),
     }
-    description = getattr(skeleton.config, "sparsekd", None)
-    if description is None:
-        dense = sum(models.num_parameters(skeleton.get_submodule(name)) for mlp in mlps for name in mlp.matrices)
-        return facts | {"MLP parameters": dense, "compressed": "no"}
-    if description["format"] == "mask":
-        zeros = sum(description["zeros"].values())
-        return facts | {"compressed": f"{description['method']}, {zeros} zeros in dense matrices", "format": "mask"}
-    ranks = description["ranks"].values()
-    return facts | {
-        "compressed": f"{description['method']}, {description['reduction']:.0%} of the MLP parameters removed",
-        "format": description["format"],
-        "ranks": f"{min(ranks)} to {max(ranks)}",
-    }
+    described = models.forms.describe(skeleton)
+    if described:
+        return facts | described
+    return facts | {"MLP parameters": models.forms.dense_sizes(skeleton).mlp, "compressed": "no"}
 
 
 def _describe_cache(path: Path) -> dict[str, Any]:
@@ -194,16 +206,18 @@ def _cache_of(path: Path) -> Path:
 
 
 def _damaged_stages(path: Path) -> dict[str, str]:
-    """Reads all that the finished stages of a run have made; what is wrong, in one line, by the name of the stage."""
+    """Reads all that the stages of a run have made, checkpoints of a stopped training too; what is wrong, in one line,
+    by the name of the stage."""
     found = {}
-    for stage in sorted(finished.parent for finished in path.rglob("stage.json")):
+    for name in _stages(path):
         try:
-            summary = _checked(stage, needs_model=not (path / ARMS).is_dir()) or {}
-            wrong = list(Cache(stage).damaged_shards().values()) if "identity" in summary else []
+            summary = _checked(path, name, needs_model=not (path / ARMS).is_dir()) or {}
+            checkpoint.verify(path / name / "checkpoints")
+            wrong = list(Cache(path / name).damaged_shards().values()) if "identity" in summary else []
         except DataError as error:
             wrong = [str(error)]
         if wrong:
-            found[str(stage.relative_to(path))] = wrong[0]
+            found[name] = wrong[0]
     return found
 
 

@@ -19,14 +19,13 @@ from sparsekd.corpus import Corpus, sources
 from sparsekd.distillation import Teacher, require_document_mask
 from sparsekd.errors import MismatchError
 from sparsekd.evaluate import harness, measure
-from sparsekd.recipe import Compress, Recipe, inputs_of
+from sparsekd.recipe import Compress, Recipe, inputs_of, method_named
 from sparsekd.run.directory import Run, Stage, read_inputs, read_summary, stop_signals
 from sparsekd.run.rounds import CORPUS, Place, Round, planned, tasks_folder
-from sparsekd.teacher import WHOLE, Cache, Part, Targets, TeacherModel
+from sparsekd.teacher import WHOLE, Cache, Part, TeacherModel
 from sparsekd.teacher import cache as caches
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-_GUARDED = "guarded.json"  # in the corpus' folder: what the leak guard has seen, by its place in the recipe
 
 
 class Work:
@@ -151,7 +150,7 @@ def make_corpus(work: Work) -> dict[str, Any]:
     tasks = _texts_of_tasks(work, recipe.evaluate.tasks)
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed, tasks)
     corpus.save(built, stage.folder)
-    records.write(stage.folder / _GUARDED, _guarded(work, tasks))
+    records.write(stage.folder / corpus.GUARDED, _guarded(work, tasks))
     for name, source in built.reports.items():
         if source.dropped_documents:
             run.console.say(
@@ -174,7 +173,10 @@ def make_corpus(work: Work) -> dict[str, Any]:
 def _add_texts(work: Work, folder: Path) -> None:
     """Takes in what the recipe evaluates on now and did not when the leak guard last looked, if the blocks have none
     of it."""
-    recipe, seen = work.recipe, records.read(folder / _GUARDED, way_out=f"remove {folder} to make the corpus again")
+    recipe, seen = (
+        work.recipe,
+        records.read(folder / corpus.GUARDED, way_out=f"remove {folder} to make the corpus again"),
+    )
     changed = [name for name, made_from in _guarded(work, recipe.evaluate.tasks).items() if seen.get(name) != made_from]
     if not changed:
         return
@@ -184,7 +186,7 @@ def _add_texts(work: Work, folder: Path) -> None:
     if not found and not tasks:  # a task that is missing still
         return
     corpus.add_texts(folder, recipe.corpus, found, tasks)
-    records.write(folder / _GUARDED, seen | _guarded(work, tasks))
+    records.write(folder / corpus.GUARDED, seen | _guarded(work, tasks))
 
 
 def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
@@ -297,74 +299,61 @@ def _open_cache(work: Work, round_: Round, needed: Iterable[int]) -> Cache:
 # ---- compress
 
 
-def truncate(work: Work, round_: Round) -> dict[str, Any]:
+def compress(work: Work, round_: Round) -> dict[str, Any]:
     """Stage `compress`: the round's start with low-rank or masked MLPs, in `compressed/model`."""
     options = round_.compress
     assert options is not None
+    probed = method_named(options.method).needs(options.options).probe_tokens
+    ranks_from = getattr(options.options, "ranks_from", None)
     inputs = settings(work.recipe, round_)[str(round_.compressed)] | {
         "model": work.identity(round_.start),
         "corpus": work.blocks.fingerprint,
-        "ranks": files.file_sha256(Path(options.ranks_from)) if options.ranks_from else None,
-        "probed": read_inputs(work.run.folder / round_.cache) if options.probe_tokens else None,
+        "ranks": files.file_sha256(Path(ranks_from)) if ranks_from else None,
+        "probed": read_inputs(work.run.folder / round_.cache) if probed else None,
     }
     stage = work.run.stage(str(round_.compressed), inputs)
     if stage.summary is not None:
         return stage.summary
     student, tokenizer = work.take(round_.start, torch.float32)  # what is solved from rounded weights is rounded twice
-    batches = statistics_batches(work.blocks, options, round_.seed, round_.share)
     # the probe asks what a cut does to the model as it is: its own distributions, cached if it is its own teacher
     has_top_k = work.recipe.distill.teacher == "cache" and work.recipe.cache.codec != "sampled"
     is_cached = has_top_k and list(round_.teachers) == [round_.start]
     if options.offload:
         torch.nn.Module.to(student, "cpu")
-    plan = compression.truncate(
+    calibration = compression.Calibration(
         student,
-        batches,
-        options,
+        statistics_batches(work.blocks, options, round_.seed, round_.share),
         seed=round_.seed,
-        teacher=_cached(work, round_) if options.probe_tokens and is_cached else None,
         device=work.placement.device,
         separator=work.blocks.separator,
+        teacher=_open_cache(work, round_, work.blocks.train_ids.tolist()) if probed and is_cached else None,
         warn=work.run.console.warn,
     )
+    plan = compression.apply(student, calibration, options)
     work.save(student, tokenizer, stage)
     share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
     removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
-    work.run.console.say(f"  set {share} to zero" if options.format == "mask" else f"  {removed}")
+    work.run.console.say(f"  set {share} to zero" if any(matrix.zeros for matrix in plan.matrices) else f"  {removed}")
     return stage.finish(plan.as_dict())
-
-
-def _cached(work: Work, round_: Round) -> Callable[[torch.Tensor], Targets]:
-    """The cached distributions of a block by its tokens."""
-    blocks = work.blocks
-    cache = _open_cache(work, round_, blocks.train_ids.tolist())
-    ids = {block.tokens.tobytes(): block_id for block_id, block in enumerate(blocks.blocks)}
-
-    def read(tokens: torch.Tensor) -> Targets:
-        block = tokens.numpy().astype(np.int32)
-        targets = cache.read(ids[block.tobytes()], block)
-        assert isinstance(targets, Targets)
-        return targets
-
-    return read
 
 
 def statistics_batches(
     blocks: Corpus, options: Compress, seed: int, share: corpus.Share = corpus.ALL
-) -> list[torch.Tensor]:
+) -> list[compression.Batch]:
     """Batches of equally long training blocks of the share, in the first epoch's order, enough for statistics and
     probe."""
-    batches, batch, total = [], [], 0
-    for block_id in blocks.order(seed, 0, share):
-        tokens = blocks.blocks[block_id].tokens
-        if batch and (len(batch) == options.batch_size or len(tokens) != len(batch[0])):
-            batches.append(batch)
-            batch = []
-        batch.append(tokens)
-        total += len(tokens)
-        if total >= options.num_tokens + options.probe_tokens:
+    batches: list[list[int]] = [[]]
+    total, wanted = 0, options.num_tokens + method_named(options.method).needs(options.options).probe_tokens
+    for block_id in blocks.order(seed, 0, share).tolist():
+        batch, length = batches[-1], len(blocks.blocks[block_id].tokens)
+        if batch and (len(batch) == options.batch_size or length != len(blocks.blocks[batch[0]].tokens)):
+            batches.append([])
+        batches[-1].append(block_id)
+        total += length
+        if total >= wanted:
             break
-    return [torch.from_numpy(np.stack(batch).astype(np.int64)) for batch in [*batches, batch]]
+    stacked = [np.stack(blocks.tokens(ids)).astype(np.int64) for ids in batches]
+    return [compression.Batch(ids, torch.from_numpy(tokens)) for ids, tokens in zip(batches, stacked, strict=True)]
 
 
 # ---- distill
