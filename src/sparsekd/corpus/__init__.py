@@ -2,6 +2,7 @@
 
 from sparsekd.corpus.blocks import ALL as ALL
 from sparsekd.corpus.blocks import GUARD_WORDS as GUARD_WORDS
+from sparsekd.corpus.blocks import GUARDED as GUARDED
 from sparsekd.corpus.blocks import Corpus as Corpus
 from sparsekd.corpus.blocks import Share as Share
 from sparsekd.corpus.blocks import add_texts as add_texts

@@ -94,11 +94,8 @@ def better_teacher(seed: Seed) -> dict[str, Round]:
 
 def wanda(seed: Seed) -> dict[str, Round]:
     """Unstructured pruning by WANDA."""
-    return {
-        name: seed.pruned(name, r, compress=seed.compress.by("wanda"))
-        for r in ONE_SHOT
-        for name in [f"WANDA {percent(r)}"]
-    }
+    masked = seed.compress.by("wanda")
+    return {name: seed.pruned(name, r, compress=masked) for r in ONE_SHOT for name in [f"WANDA {percent(r)}"]}
 
 
 def tiered(seed: Seed) -> dict[str, Round]:
