@@ -22,7 +22,7 @@ from _record import record, summary
 
 import sparsekd
 from sparsekd import corpus, teacher
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.teacher.cache import Cache, Targets
 from sparsekd.teacher.codecs import CODECS, codec_for
 

@@ -19,7 +19,7 @@ from _record import record, summary
 
 import sparsekd
 from sparsekd import corpus, teacher
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 ROUNDS, BATCH, BLOCKS = 3, 4, 80
 

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsekd import pipeline
 from sparsekd.console import Console
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 _WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

@@ -19,7 +19,7 @@ import sparsekd
 from sparsekd import corpus
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.windows import choose, split, token_ids
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 ROUNDS, TOKENS, CONTEXT, STRIDE, BATCH = 3, 6144, 512, 256, 2
 

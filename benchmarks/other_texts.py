@@ -20,7 +20,7 @@ from reproduce_summary import markdown
 
 import sparsekd
 from sparsekd import corpus, files
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce.spread import Comparison, compare
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd import files
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments, figures
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce import RECOVERED, ratios, recovery_curve

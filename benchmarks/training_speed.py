@@ -44,7 +44,7 @@ from _record import record, summary
 import sparsekd
 from sparsekd import corpus, distillation, teacher
 from sparsekd.compression import compress
-from sparsekd.recipe.sections import Distill, load_recipe
+from sparsekd.recipe import Distill, load_recipe
 from sparsekd.run.directory import peak_memory_bytes
 from sparsekd.teacher.cache import Cache, Targets
 

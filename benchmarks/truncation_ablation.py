@@ -32,17 +32,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from _record import RESULTS, record
+from sparsekd.compression.allocate import Curve, allocate
+from sparsekd.compression.formats import put
 
 import sparsekd
 from sparsekd import compression, corpus, distillation, teacher
 from sparsekd.compression import lowrank, statistics
-from sparsekd.compression.allocate import Curve, allocate
-from sparsekd.compression.formats import put
 from sparsekd.evaluate import ratio
 from sparsekd.models.anatomy import find_mlps, linear_weight
 from sparsekd.models.forms.lowrank import LowRankLinear
 from sparsekd.models.loading import mark_compressed, replace_module
-from sparsekd.recipe.sections import Compress, Recipe, load_recipe
+from sparsekd.recipe import Compress, Recipe, load_recipe
 
 NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096
 ARMS: dict[str, dict[str, Any]] = {

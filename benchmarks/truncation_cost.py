@@ -25,7 +25,7 @@ import sparsekd
 from sparsekd import compression, corpus
 from sparsekd.compression import statistics
 from sparsekd.models.loading import num_parameters
-from sparsekd.recipe.sections import Compress, load_recipe
+from sparsekd.recipe import Compress, load_recipe
 from sparsekd.run.directory import peak_memory_bytes
 
 NUM_TOKENS, ROUNDS, PROBE_TOKENS = 16_384, 3, 1024

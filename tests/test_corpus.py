@@ -33,8 +33,8 @@ from sparsekd.corpus.blocks import (
     text_path,
 )
 from sparsekd.errors import DataError, SparseKDError, UsageError
-from sparsekd.recipe.sections import Corpus as CorpusRecipe
-from sparsekd.recipe.sections import Source, Text
+from sparsekd.recipe import Corpus as CorpusRecipe
+from sparsekd.recipe import Source, Text
 
 SENTENCE = [f"step{number}" for number in range(1, 14)]  # thirteen words
 

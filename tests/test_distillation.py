@@ -16,7 +16,7 @@ import sparsekd
 from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
-from sparsekd.recipe.sections import Distill
+from sparsekd.recipe import Distill
 from sparsekd.teacher.cache import Cache
 from sparsekd.teacher.filling import Online
 

@@ -17,7 +17,7 @@ from sparsekd.distillation.objective import make_batch
 from sparsekd.evaluate.windows import predictions, split
 from sparsekd.models.layerwise import Layers
 from sparsekd.models.logits import logits_of, project
-from sparsekd.recipe.sections import Distill
+from sparsekd.recipe import Distill
 from sparsekd.teacher.filling import Online
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # bfloat16's logits are wrong by 1e-2

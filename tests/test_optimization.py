@@ -14,7 +14,7 @@ from sparsekd import distillation
 from sparsekd.distillation import optimizer as optimization
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.models.forms.lowrank import CompressedLinear
-from sparsekd.recipe.sections import RateScale
+from sparsekd.recipe import RateScale
 from sparsekd.teacher.cache import Cache
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sparsekd.corpus.blocks import ALL
 from sparsekd.errors import UsageError
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run.rounds import Round, planned
 
 

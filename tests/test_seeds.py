@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression import statistics
 from sparsekd.corpus.blocks import build, shuffled
-from sparsekd.recipe.sections import Corpus, Source, load_recipe
+from sparsekd.recipe import Corpus, Source, load_recipe
 from sparsekd.teacher.filling import fill
 
 PAIRS = [(2**53 - 1, 2**53 - 2), (2**52, 2**52 + 1), (-1, -2), (1 - 2**53, 2 - 2**53)]

@@ -75,10 +75,10 @@ def test_light_modules_stay_light(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_a_folder_is_used_through_what_it_exports(path: Path) -> None:
     """`from sparsekd.models import load`, never `from sparsekd.models.loading import load`, outside of its folder."""
-    for other in imported(path):
-        parts = other.split(".")
-        if parts[0] == "sparsekd" and len(parts) > 3:
-            assert parts[1] == folder(module(path)) or module(path) == f"{parts[1]}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts = (getattr(node, "module", None) or "").split(".") if isinstance(node, ast.ImportFrom) else []
+        if parts[:1] == ["sparsekd"] and len(parts) > 2 and parts[1] != folder(module(path)):
+            assert PACKAGE.joinpath(*parts[1:]).is_dir(), f"import it from sparsekd.{parts[1]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

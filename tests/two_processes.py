@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import sparsekd
 from sparsekd import distillation
 from sparsekd.errors import Stopped
-from sparsekd.recipe.sections import Distill
+from sparsekd.recipe import Distill
 from sparsekd.teacher.cache import Cache
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2Model
 
 from sparsekd import pipeline
 from sparsekd.errors import QualityError
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 TASK = "local_lambada"
 

@@ -11,7 +11,7 @@ import yaml
 
 import sparsekd
 from sparsekd import cli, corpus, pipeline
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import stages
 
 TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")

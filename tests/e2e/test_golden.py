@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparsekd import corpus, pipeline
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.teacher.cache import Cache
 from sparsekd.teacher.codecs import Targets
 

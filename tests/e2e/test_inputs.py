@@ -12,7 +12,7 @@ from sparsekd import files, models, pipeline
 from sparsekd.console import Console
 from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import stages
 from sparsekd.run.directory import Run
 from sparsekd.run.stages import Work
@@ -288,7 +288,7 @@ def test_the_dense_model_stands_beside_one_other_at_most(tiny_recipe: Path, tmp_
 
 @pytest.mark.parametrize(
     ("stage", "place"),
-    [("round-01/compressed", "compression.truncate"), ("round-01/distilled", "distillation.measure")],
+    [("round-01/compressed", "compression.apply"), ("round-01/distilled", "distillation.measure")],
 )
 def test_out_of_memory_in_any_stage_is_one_line(
     stage: str, place: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sparsekd import corpus
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsekd import models
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import estimate as plan
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparsekd import errors
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments
 from sparsekd.reproduce import reproduce
 from sparsekd.run import inspection

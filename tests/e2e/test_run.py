@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsekd
 from sparsekd import cli, pipeline
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 
 def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ import torch
 
 import sparsekd
 from sparsekd import corpus, errors, models, pipeline
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import inspection
 
 

@@ -14,7 +14,7 @@ from test_run import run_cli
 import sparsekd
 from sparsekd import distillation, files, pipeline, records, report
 from sparsekd.errors import DataError, QualityError
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import inspection
 
 TASKS = "evaluate.tasks=[local_piqa]"

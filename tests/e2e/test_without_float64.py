@@ -10,7 +10,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsekd import pipeline
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 SCRIPT = Path(__file__).parent.parent / "no_float64.py"
 CHANGES = {

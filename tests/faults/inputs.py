@@ -27,7 +27,7 @@ import yaml
 from subject import documents, recipe_for
 
 from sparsekd import cli
-from sparsekd.recipe.sections import Recipe
+from sparsekd.recipe import Recipe
 
 ROOM_BYTES = 3 * 10**9  # of address space: three times what is allowed, so that a bomb ends in this process
 _LONGEST_RUN_S = 60.0  # what is asked of a whole run may be much

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsekd import distillation, pipeline
 from sparsekd.console import Console
-from sparsekd.recipe.sections import load_recipe
+from sparsekd.recipe import load_recipe
 
 MODELS = ("round-01/compressed/model", "round-01/distilled/model")
 _SYLLABLES = ("ri", "mo", "gar", "win", "ver", "den", "ter", "low", "ket", "sil")

@@ -9,7 +9,7 @@ Shape letters: B blocks, L positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from sparsekd.models.forms import lowrank
 from sparsekd.teacher import Samples, Targets, distributions
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Whoever knows the distributions of a block, such as a `Cache`."""
 

@@ -30,7 +30,7 @@ def uniform(model: PreTrainedModel, reduction: float, method: str) -> Plan:
     described = forms.description_of(model)
     if described is not None and described.form != "mask":
         raise UsageError(
-            f"compress.method is {method}, but {min(described.layers)} is {described.form} already: prune the dense "
+            f"compress.method is {method}, but {next(iter(described.layers))} is {described.form} already: prune the dense "
             "model instead"
         )
     matrices = []

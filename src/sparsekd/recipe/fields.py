@@ -33,5 +33,5 @@ class Range:
         else:
             raise ValueError(f"{text!r} is no range")
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: int | float) -> bool:
         return math.isfinite(value) and all(test(value, bound) for test, bound in self._tests)

@@ -168,7 +168,14 @@ def _with_own_section(value: Mapping[Any, Any], hints: Mapping[str, Any], kinds:
     own = _defaults(kinds[method])
     beside = {key: item for key, item in value.items() if key not in {*hints, *kinds} and key in known}
     moved = {key: item for key, item in beside.items() if key in own}
-    foreign = {key for key in beside if key not in own and (beside[key] == known[key] or beside[key] == "mask")}
+    foreign = {key for key in beside if key not in own}
+    for key in foreign:
+        if beside[key] not in (known[key], "mask"):
+            owners = [name for name, kind in kinds.items() if key in _defaults(kind)]
+            raise UsageError(
+                f"compress.{key} is {_short(beside[key])}, which is an option of {', '.join(owners)}, not of {method}: "
+                "leave it out"
+            )
     kept = {key: item for key, item in value.items() if key not in moved and key not in foreign}
     section = value.get(method) or {}
     return kept | ({method: section | moved} if moved and isinstance(section, dict) else {})

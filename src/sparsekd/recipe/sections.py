@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from sparsekd.recipe.fields import PASSING, Range
-from sparsekd.recipe.methods import method_named
+from sparsekd.recipe.methods import method_named, method_names
 
 EMBEDDED_MODEL = "smollm2-135m"
 
@@ -111,10 +111,15 @@ class Compress:
     offload: bool = field(default=False, metadata=PASSING)
     of_methods: dict[str, Any] = field(default_factory=dict)  # the sections, by method
 
+    def __post_init__(self) -> None:
+        if self.method in method_names() and self.method not in self.of_methods:
+            own = {**self.of_methods, self.method: method_named(self.method).Options()}
+            object.__setattr__(self, "of_methods", own)
+
     @property
     def options(self) -> Any:
         """The method's own options."""
-        return self.of_methods.get(self.method) or method_named(self.method).Options()
+        return self.of_methods[self.method]
 
     def by(self, method: str, **options: Any) -> Compress:
         """The section with another method, and that with its own options as in the section, but for `options`."""

@@ -18,7 +18,7 @@ def as_dict(value: Any) -> Any:
         return list(value) if isinstance(value, list) else value
     plain = {one.name: as_dict(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, Compress):
-        plain |= plain.pop("of_methods") | {value.method: as_dict(value.options)}
+        plain |= plain.pop("of_methods")
     return plain
 
 

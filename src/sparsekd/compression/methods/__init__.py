@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ class Needs:
     solver_flops: float = 0.0  # for each matrix, times its smaller side to the third power
 
 
+@runtime_checkable
 class Method(Protocol):
     """What the `METHOD` of a file has."""
 

@@ -31,4 +31,4 @@ def directions(model: PreTrainedModel, mlp: MLP, name: str, moments: Moments | N
     return from_input_gram(weight, moments.input.mean().to(where))
 
 
-METHOD = LowRank("whitened", directions, passes=1)
+METHOD = LowRank("whitened", directions, passes=1.0)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ _NO_FORMS = {"description", "layers", "pivots"}
 Layers = Mapping[str, Mapping[str, Any]]
 
 
+@runtime_checkable
 class Guard(Protocol):
     """What training must not change."""
 
@@ -34,6 +35,7 @@ class Guard(Protocol):
         """After the optimizer's step."""
 
 
+@runtime_checkable
 class Form(Protocol):
     """A file of this folder."""
 
@@ -57,8 +59,8 @@ class Form(Protocol):
     def guard(self, model: PreTrainedModel) -> Guard | None:
         """What keeps the form during training; None where nothing has to."""
 
-    def describe(self, layers: Layers) -> dict[str, str]:
-        """Facts for `inspect`."""
+    def describe(self, description: Description) -> dict[str, str]:
+        """Facts for `inspect`; `compressed` is the first."""
         ...
 
     def from_earlier(self, model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -104,12 +106,11 @@ def guard(model: PreTrainedModel) -> Guard | None:
 
 
 def describe(model: PreTrainedModel) -> dict[str, str]:
-    """Facts for `inspect`: method, reduction and what the form says; of a dense model nothing."""
+    """Facts for `inspect`; of a dense model none."""
     description = description_of(model)
     if description is None:
         return {}
-    facts = {"compressed": f"{description.method}, {description.reduction:.0%} of the MLP parameters removed"}
-    return facts | {"form": description.form} | form_named(description.form).describe(description.layers)
+    return form_named(description.form).describe(description)
 
 
 def dense_sizes(model: PreTrainedModel) -> Dense:

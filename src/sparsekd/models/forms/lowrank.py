@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models.anatomy import MLP, find_mlps, is_linear, linear_weight, replace_module, shape
+from sparsekd.models.forms.description import Description
 from sparsekd.models.forms.layers import (
     KINDS,
     ColumnPivotLinear,
@@ -66,11 +67,16 @@ def guard(model: PreTrainedModel) -> None:
     """Training keeps the form by itself."""
 
 
-def describe(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def describe(description: Description) -> dict[str, str]:
     """Facts for `inspect`."""
-    ranks = [layer["rank"] for layer in layers.values()]
-    kinds = {"lowrank" if layer["kind"] == LowRankLinear.kind else "pivot" for layer in layers.values()}
-    return {"format": " and ".join(sorted(kinds)), "ranks": f"{min(ranks)} to {max(ranks)}"}
+    layers = description.layers.values()
+    ranks = [layer["rank"] for layer in layers]
+    formats = {"lowrank" if layer["kind"] == LowRankLinear.kind else "pivot" for layer in layers}
+    return {
+        "compressed": f"{description.method}, {description.reduction:.0%} of the MLP parameters removed",
+        "format": " and ".join(sorted(formats)),
+        "ranks": f"{min(ranks)} to {max(ranks)}",
+    }
 
 
 def compressed_layers(model: PreTrainedModel) -> dict[str, CompressedLinear]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.description import description_of
+from sparsekd.models.forms.description import Description, description_of
 
 CLASS = None  # the base's own
 
@@ -59,9 +59,10 @@ def guard(model: PreTrainedModel) -> Zeros:
     return Zeros(model)
 
 
-def describe(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def describe(description: Description) -> dict[str, str]:
     """Facts for `inspect`."""
-    return {"format": "mask", "zeros in dense matrices": f"{sum(layer['zeros'] for layer in layers.values())}"}
+    zeros = sum(layer["zeros"] for layer in description.layers.values())
+    return {"compressed": f"{description.method}, {zeros} zeros in dense matrices", "format": "mask"}
 
 
 def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekd.compression.allocate import Curve, allocate
+from sparsekd.compression.allocation import Curve, allocate
 
 
 def curve(losses: list[float], cost: int, first: int = 1) -> Curve:

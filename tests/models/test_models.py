@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cutting import cut, section
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -20,8 +21,8 @@ from transformers import (
 from sparsekd import compression, models
 from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.models import anatomy
-from sparsekd.models.forms.lowrank import FORMATS, CompressedLinear, layer_class
-from sparsekd.recipe.sections import Compress
+from sparsekd.models.forms.layers import KINDS, CompressedLinear
+from sparsekd.models.forms.lowrank import FORMATS, kind_of
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -56,8 +57,8 @@ def test_a_compressed_model_round_trips(
     loaded, same_tokenizer = models.load(str(tmp_path / "saved"))
     assert type(loaded) is type(model)
     assert isinstance(loaded, type(dense))
-    assert models.is_compressed(loaded)
-    assert not models.is_compressed(dense)
+    assert models.forms.form_of(loaded) is not None
+    assert models.forms.form_of(dense) is None
     assert torch.equal(logits(loaded), logits(model))
     assert models.weights_hash(loaded) == models.weights_hash(model)
     assert models.tokenizer_hash(same_tokenizer) == models.tokenizer_hash(tokenizer)
@@ -66,8 +67,8 @@ def test_a_compressed_model_round_trips(
     assert generated.shape[1] > IDS.shape[1]
     assert torch.equal(generated, model.generate(IDS, **options))
     outputs = {mlp.output for mlp in anatomy.find_mlps(loaded)}
-    for name in loaded.config.sparsekd["ranks"]:
-        assert isinstance(loaded.get_submodule(name), layer_class(format, reads_neurons=name in outputs))
+    for name in loaded.config.sparsekd["layers"]:
+        assert isinstance(loaded.get_submodule(name), KINDS[kind_of(format, reads_neurons=name in outputs)])
 
     loaded.save_pretrained(tmp_path / "again")
     same_tokenizer.save_pretrained(tmp_path / "again")
@@ -82,10 +83,10 @@ def test_a_model_with_dense_matrices_left_round_trips(
     model = make_model("llama")
     with torch.no_grad():  # what matters most by far keeps full rank
         model.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(50)  # type: ignore[operator, union-attr]
-    done = compression.truncate(model, blocks(), Compress(reduction=0.2, method="two-sided", allocation="global"))
+    done = cut(model, blocks(), section(reduction=0.2, method="two-sided", allocation="global"))
     dense = {matrix.name for matrix in done.matrices if matrix.rank is None}
     assert 0 < len(dense) < len(done.matrices)
-    assert dense.isdisjoint(model.config.sparsekd["ranks"])
+    assert dense.isdisjoint(model.config.sparsekd["layers"])
     models.save(model, tokenizer, tmp_path / "saved")
     loaded, _ = models.load(str(tmp_path / "saved"))
     assert torch.equal(logits(loaded), logits(model))
@@ -276,7 +277,8 @@ def test_a_config_with_an_impossible_value_is_refused(
 
 
 def ranks(value: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda sparsekd: {**sparsekd, "ranks": {**sparsekd["ranks"], **value}}
+    layers = {name: {"rank": rank, "kind": "row-pivot"} for name, rank in value.items()}
+    return lambda sparsekd: {**sparsekd, "layers": {**sparsekd["layers"], **layers}}
 
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -286,10 +288,10 @@ LAYER = "model.layers.0.mlp.up_proj"
     "damage",
     [
         lambda sparsekd: {},
-        lambda sparsekd: {**sparsekd, "format": "zip"},
+        lambda sparsekd: {**sparsekd, "form": "zip"},
         (lambda sparsekd: None),
         (lambda sparsekd: "lowrank"),
-        (lambda sparsekd: {**sparsekd, "ranks": [18]}),
+        (lambda sparsekd: {**sparsekd, "layers": [18]}),
         (ranks({LAYER: -1})),
         (ranks({LAYER: 10_000})),
         (ranks({"model.layers.9.mlp.up_proj": 4})),
@@ -333,7 +335,7 @@ def test_a_rank_that_the_weights_do_not_have_is_refused(
     (tmp_path / "saved" / "sparsekd.json").unlink()  # or its hashes would tell
     path = tmp_path / "saved" / "config.json"
     config = json.loads(path.read_text())
-    config["sparsekd"]["ranks"][LAYER] += 1
+    config["sparsekd"]["layers"][LAYER]["rank"] += 1
     path.write_text(json.dumps(config))
     with pytest.raises(DataError, match="saved"):
         models.load(str(tmp_path / "saved"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_processes, sharpened
+from cutting import section
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,13 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsekd
 from sparsekd import distillation, models
-from sparsekd.compression import plan, sparse
-from sparsekd.compression.spectrum import spectrum
+from sparsekd.compression import plan_for, spectra_of
+from sparsekd.compression.calibration import Calibration
+from sparsekd.compression.zeros import least_important
 from sparsekd.distillation import optimizer as optimization
 from sparsekd.errors import DataError, Stopped, UsageError
 from sparsekd.models import anatomy
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.recipe.sections import Compress, load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.run import inspection
 from sparsekd.teacher.cache import Cache
 
@@ -90,13 +92,14 @@ def test_every_row_loses_its_lowest_scores(rows: int, columns: int, draws: st.Da
     weight = torch.tensor(values).reshape(rows, columns).to(dtype)
     norms = torch.tensor(draws.draw(st.lists(st.integers(0, 3), min_size=columns, max_size=columns))).double()
     count = draws.draw(st.integers(0, columns))
-    chosen = sparse.least_important(weight, norms, count)
+    chosen = least_important(weight, weight.abs() * norms, count)
     assert (chosen.sum(1) == count).all()
     scores = weight.float().abs() * norms.float()
     for row, pruned in zip(scores, chosen, strict=True):
         if 0 < count < columns:
             assert row[pruned].max() <= row[~pruned].min()
-    more = sparse.least_important(weight.masked_fill(chosen, 0), norms, draws.draw(st.integers(count, columns)))
+    left = weight.masked_fill(chosen, 0)
+    more = least_important(left, left.abs() * norms, draws.draw(st.integers(count, columns)))
     assert (more | ~chosen).all()  # pruned again, nothing comes back and nothing counts twice
 
 
@@ -114,9 +117,9 @@ def test_the_plan_counts_what_is_kept_and_what_is_stored(
     architecture: str, reduction: float, make_model: Any, blocks: torch.Tensor
 ) -> None:
     model = make_model(architecture)
-    options = Compress(reduction=reduction, **MASK)
+    options = section(reduction=reduction, **MASK)
     with torch.device("meta"):
-        dry = plan(AutoModelForCausalLM.from_config(model.config), options)
+        dry = plan_for(AutoModelForCausalLM.from_config(model.config), options)
     size = models.num_parameters(model)
     sparsekd.compress(model, blocks, reduction=reduction, **MASK)
     assert {matrix.name: matrix.zeros for matrix in dry.matrices} == {
@@ -140,16 +143,15 @@ def test_a_masked_model_is_pruned_further(new_masked: Any, blocks: torch.Tensor)
 
 
 def test_low_rank_and_masked_models_meet(new_masked: Any, new_student: Any, blocks: torch.Tensor) -> None:
-    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate_proj is low-rank already: prune the dense model"):
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate_proj is lowrank already: prune the dense model"):
         sparsekd.compress(new_student(), blocks, reduction=0.75, **MASK)
     masked = new_masked()
     with pytest.raises(UsageError, match="not compressed: there is no format"):
         sparsekd.convert(masked, "lowrank")
     with pytest.raises(UsageError, match="wanda, which has no directions"):
-        spectrum(masked, [blocks], Compress(**MASK))
+        spectra_of(masked, Calibration(masked, []), section(**MASK))
     sparsekd.compress(masked, blocks, reduction=0.5)
-    assert masked.config.sparsekd["format"] == "pivot"
-    assert not models.pruned_zeros(masked)
+    assert masked.config.sparsekd["form"] == "lowrank"
 
 
 def test_bad_text_leaves_the_model_as_it_was(make_model: Any, blocks: torch.Tensor) -> None:
@@ -169,13 +171,12 @@ def test_bad_text_leaves_the_model_as_it_was(make_model: Any, blocks: torch.Tens
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "wanda"}, r"wanda.*: set compress\.format=mask$"),
-        ({"format": "mask"}, "compress.format is mask, which is of method wanda only: found whitened"),
+        ({"format": "mask"}, "whitened.format is 'mask': expected one of pivot, lowrank"),
         (
-            {**MASK, "allocation": "global", "probe_tokens": 64, "rank_multiple": 8},
-            r"set compress\.allocation=uniform compress\.probe_tokens=0 compress\.rank_multiple=1$",
+            {**MASK, "rank_multiple": 8},
+            "rank_multiple is 8, which is an option of svd, two-sided, whitened, not of wanda",
         ),
-        ({**MASK, "ranks_from": "stage.json"}, r"set compress\.ranks_from=null$"),
+        ({**MASK, "ranks_from": "stage.json"}, "compress.ranks_from is 'stage.json', which is an option of svd"),
     ],
 )
 def test_options_that_do_not_go_together(settings: dict[str, Any], message: str, make_model: Any) -> None:
@@ -225,10 +226,10 @@ def test_zeros_that_other_training_filled_are_named(new_masked: Any, tokenizer: 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("mask", "expected format .mask., method, reduction and zeros"),
+        ("mask", "expected version, form .lowrank or mask., method, reduction, dense and layers"),
         (
             {"format": "mask", "method": "wanda", "reduction": 0.5},
-            "expected format .mask., method, reduction and zeros",
+            "expected version, form .lowrank or mask., method, reduction, dense and layers",
         ),
         (
             {"format": "mask", "method": "wanda", "reduction": 0.5, "zeros": {"lm_head": 3}},
@@ -304,7 +305,7 @@ def test_the_gradient_norm_is_that_of_the_kept_weights(new_masked: Any, blocks: 
 
 def test_moments_from_elsewhere_revive_no_zero(new_masked: Any) -> None:
     student = new_masked()
-    pruned = optimization.PrunedWeights(student)
+    pruned = models.forms.guard(student)
     before = zeros(student)
     optimizer = optimization.make_optimizer(student, OPTIONS)
     for parameter in student.parameters():

@@ -2,26 +2,40 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cutting import cut, section
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
-from sparsekd import files, teacher
-from sparsekd.compression import convert, lowrank, plan, statistics, truncate
-from sparsekd.compression.formats import put
+from sparsekd import convert, files, models, teacher
+from sparsekd.compression import directions as lowrank
+from sparsekd.compression import plan_for, statistics
+from sparsekd.compression.calibration import batches_of
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.lowrank import FORMATS, CompressedLinear
-from sparsekd.recipe.sections import Compress
+from sparsekd.models.forms.layers import CompressedLinear
+from sparsekd.models.forms.lowrank import FORMATS, put
 from sparsekd.teacher.cache import Targets
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
+
+
+class Everything:
+    """A teacher that leaves next to nothing to the tail."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def read(self, block_id: int, tokens: Any) -> Targets:
+        block = torch.from_numpy(tokens.astype("int64"))[None]
+        return teacher.distributions(self.model, block, top_k=self.model.config.vocab_size - 1)[0]
+
+
 MakeModel = Callable[..., PreTrainedModel]
 
 
@@ -114,7 +128,7 @@ def test_global_allocation_beats_uniform_where_matrices_differ(make_model: MakeM
             model.model.layers[1].mlp.down_proj.weight.mul_(20)
         blocks = tokens(model)
         dense = model(blocks).logits
-        result = truncate(model, blocks, Compress(reduction=0.4, method="two-sided", allocation=allocation))
+        result = cut(model, blocks, section(reduction=0.4, method="two-sided", allocation=allocation))
         lost[allocation] = (model(blocks).logits - dense).norm().item()
         assert 0.4 <= result.mlp_reduction < 0.45
     assert lost["global"] < 0.7 * lost["uniform"]
@@ -172,7 +186,7 @@ def test_every_architecture(
     dense = model(blocks).logits
     before = sum(parameter.numel() for parameter in model.parameters())
     options = {"method": method, "allocation": allocation, "format": format}
-    result = truncate(model, blocks, Compress(reduction=0.3, **options))
+    result = cut(model, blocks, section(reduction=0.3, **options))
     after = sum(parameter.numel() for parameter in model.parameters())
     assert (before, after) == (result.model_parameters_before, result.model_parameters_after)
     assert result.mlp_reduction >= 0.3
@@ -187,7 +201,7 @@ def test_a_full_rank_pivot_model_computes_what_the_dense_one_does(architecture: 
     model = make_model(architecture)
     blocks = tokens(model)
     dense = model(blocks).logits
-    truncate(model, blocks, Compress(reduction=1e-9, method="whitened", format="pivot"))
+    cut(model, blocks, section(reduction=1e-9, method="whitened", format="pivot"))
     # all but the last direction at most is kept, so what is left of the difference is rounding and one direction
     assert ((model(blocks).logits - dense).norm() / dense.norm()).item() < 0.05
 
@@ -201,7 +215,7 @@ def test_whitened_hurts_less_than_svd_where_inputs_are_uneven(make_model: MakeMo
                 layer.post_attention_layernorm.weight.copy_(torch.logspace(1, -1, 32))
         blocks = tokens(model)
         dense = model(blocks).logits
-        truncate(model, blocks, Compress(reduction=0.5, method=method, format="lowrank"))
+        cut(model, blocks, section(reduction=0.5, method=method, format="lowrank"))
         lost[method] = (model(blocks).logits - dense).norm().item()
     assert lost["whitened"] < 0.8 * lost["svd"]
 
@@ -215,7 +229,7 @@ def test_predicted_error_of_the_first_matrix_is_the_measured_one(make_model: Mak
     model(blocks)
     handle.remove()
     weight = model.get_submodule(name).weight.detach().clone()
-    result = truncate(model, blocks, Compress(reduction=0.4, method="whitened", format="lowrank"))
+    result = cut(model, blocks, section(reduction=0.4, method="whitened", format="lowrank"))
     layer = model.get_submodule(name)
     x = seen[0].flatten(0, 1)
     measured = (layer(x) - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
@@ -317,12 +331,12 @@ def test_full_rank_leaves_the_logits_as_they_are(architecture: str, layer_format
 def test_formats_convert_without_loss(architecture: str, make_model: MakeModel) -> None:
     model = make_model(architecture)
     blocks = tokens(model)
-    truncate(model, blocks, Compress(reduction=0.3, method="two-sided", allocation="global", format="pivot"))
+    cut(model, blocks, section(reduction=0.3, method="two-sided", allocation="global", format="pivot"))
     logits = model(blocks).logits
     sizes = {}
     for layer_format in ("lowrank", "pivot"):
         convert(model, layer_format)
-        assert model.config.sparsekd["format"] == layer_format
+        assert models.forms.describe(model)["format"] == layer_format
         assert torch.allclose(model(blocks).logits, logits, atol=1e-5)
         sizes[layer_format] = sum(parameter.numel() for parameter in model.parameters())
     assert sizes["pivot"] < sizes["lowrank"]
@@ -340,8 +354,8 @@ def test_neurons_that_a_norm_tells_apart_are_not_renumbered(make_model: MakeMode
     model = make_model("llama")
     model.model.layers[1].mlp.inner_norm = torch.nn.LayerNorm(64)
     with pytest.raises(UsageError, match=r"layers\.1\.mlp.*lowrank"):
-        truncate(model, tokens(model), Compress(format="pivot"))
-    truncate(model, tokens(model), Compress(format="lowrank"))
+        cut(model, tokens(model), section(format="pivot"))
+    cut(model, tokens(model), section(format="lowrank"))
 
 
 def test_a_fused_matrix_whose_halves_interleave_is_not_renumbered(make_model: MakeModel) -> None:
@@ -354,7 +368,7 @@ def test_a_fused_matrix_whose_halves_interleave_is_not_renumbered(make_model: Ma
     for layer in model.model.layers:
         layer.mlp.forward = interleaved.__get__(layer.mlp)
     with pytest.raises(UsageError, match="lowrank"):
-        truncate(model, tokens(model), Compress(format="pivot"))
+        cut(model, tokens(model), section(format="pivot"))
 
 
 # ---- ranks
@@ -362,7 +376,7 @@ def test_a_fused_matrix_whose_halves_interleave_is_not_renumbered(make_model: Ma
 
 def test_svd_with_the_papers_tiers(make_model: MakeModel) -> None:
     model = make_model("llama", num_hidden_layers=8)
-    result = truncate(model, None, Compress(reduction=0.3, method="svd", allocation="energy"))
+    result = cut(model, None, section(reduction=0.3, method="svd", allocation="energy"))
     assert 0.3 <= result.mlp_reduction < 0.32
     kept = [1 - matrix.relative_error for matrix in result.matrices]
     middle, outer = kept[6:18], kept[:6] + kept[18:]
@@ -373,46 +387,46 @@ def test_svd_with_the_papers_tiers(make_model: MakeModel) -> None:
 
 def test_ranks_in_multiples_and_a_cap(make_model: MakeModel) -> None:
     for allocation in ("uniform", "global"):
-        options = Compress(reduction=0.4, method="two-sided", allocation=allocation, rank_multiple=8)
-        result = truncate(make_model("llama"), tokens(make_model("llama")), options)
+        options = section(reduction=0.4, method="two-sided", allocation=allocation, rank_multiple=8)
+        result = cut(make_model("llama"), tokens(make_model("llama")), options)
         assert all(matrix.rank is None or matrix.rank % 8 == 0 for matrix in result.matrices)
         assert result.mlp_reduction >= 0.4
-    options = Compress(reduction=0.3, method="two-sided", allocation="global", rank_cap=0.8)
-    result = truncate(make_model("llama"), tokens(make_model("llama")), options)
+    options = section(reduction=0.3, method="two-sided", allocation="global", rank_cap=0.8)
+    result = cut(make_model("llama"), tokens(make_model("llama")), options)
     assert max(matrix.rank or 32 for matrix in result.matrices) <= 25
 
 
 def test_a_reduction_that_no_rank_reaches(make_model: MakeModel) -> None:
     with pytest.raises(UsageError, match="at most"):
-        truncate(make_model("llama"), None, Compress(reduction=0.95, method="svd", rank_multiple=16))
+        cut(make_model("llama"), None, section(reduction=0.95, method="svd", rank_multiple=16))
 
 
 def test_ranks_of_an_earlier_plan(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model("llama")
-    first = truncate(model, tokens(model), Compress(reduction=0.4, method="two-sided", allocation="global"))
+    first = cut(model, tokens(model), section(reduction=0.4, method="two-sided", allocation="global"))
     files.write_json(tmp_path / "plan.json", first.as_dict())
-    options = Compress(reduction=0.4, method="whitened", ranks_from=str(tmp_path / "plan.json"))
-    second = truncate(make_model("llama"), tokens(model), options)
+    options = section(reduction=0.4, method="whitened", ranks_from=str(tmp_path / "plan.json"))
+    second = cut(make_model("llama"), tokens(model), options)
     assert [matrix.rank for matrix in second.matrices] == [matrix.rank for matrix in first.matrices]
     other = make_model("llama", intermediate_size=96)
     with pytest.raises(DataError, match=r"another model: .*gate_proj is 96 x 32, there it is 64 x 32"):
-        truncate(other, tokens(other), options)
+        cut(other, tokens(other), options)
     deeper = make_model("llama", num_hidden_layers=1)
     with pytest.raises(DataError, match=r"this one has no .*layers\.1"):
-        truncate(deeper, tokens(deeper), options)
+        cut(deeper, tokens(deeper), options)
 
 
 def test_too_few_tokens(make_model: MakeModel) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match=r"32 dimensions from 31 tokens: expected at least 32, better 320"):
-        truncate(model, tokens(model)[:1, :31], Compress())
+        cut(model, tokens(model)[:1, :31], section())
     with pytest.warns(UserWarning, match=r"32 dimensions from 319 tokens: at least 320"):
-        truncate(copy.deepcopy(model), tokens(model)[:10].flatten()[None, :319], Compress())
+        cut(copy.deepcopy(model), tokens(model)[:10].flatten()[None, :319], section())
     heard: list[str] = []
-    options = Compress(method="two-sided", allocation="global", probe_tokens=32, batch_size=1)
-    truncate(model, tokens(model), options, warn=heard.append)
+    options = section(method="two-sided", allocation="global", probe_tokens=32, batch_size=1)
+    cut(model, tokens(model), options, warn=heard.append)
     assert heard == []
-    truncate(make_model("llama"), tokens(model), replace(options, probe_tokens=96), warn=heard.append)
+    cut(make_model("llama"), tokens(model), options.by("two-sided", probe_tokens=96), warn=heard.append)
     assert len(heard) == 1 and "from 288 tokens" in heard[0]  # the probe's tokens do not count
 
 
@@ -425,10 +439,8 @@ def test_probe_measures_what_a_whole_pass_measures(architecture: str, make_model
     model = make_model(architecture)
     blocks = tokens(model)
 
-    def everything(block: torch.Tensor) -> Targets:
-        return teacher.distributions(model, block[None], top_k=model.config.vocab_size - 1)[0]
-
-    probe = Probe(model, blocks.split(3), everything)
+    everything = Everything(model)
+    probe = Probe(model, batches_of(blocks, 3), everything)
     log_p = model(blocks).logits[:, :-1].log_softmax(-1)
     assert abs(probe.of_all()) < 1e-6
     name = find_mlps(model)[1].output
@@ -452,12 +464,10 @@ def test_curvature_predicts_what_the_probe_measures(make_model: MakeModel) -> No
             for name in mlp.matrices:
                 linear_weight(model.get_submodule(name)).mul_(8)
     blocks = tokens(model, 64, 64)
-    options = Compress(reduction=0.1, method="two-sided", allocation="global", probe_tokens=1024, batch_size=8)
+    options = section(reduction=0.1, method="two-sided", allocation="global", probe_tokens=1024, batch_size=8)
 
-    def everything(block: torch.Tensor) -> Targets:
-        return teacher.distributions(model, block[None], top_k=model.config.vocab_size - 1)[0]
-
-    result = truncate(model, blocks, options, teacher=everything)
+    everything = Everything(model)
+    result = cut(model, blocks, options, teacher=everything)
     ratios = [m.probed_kl / m.predicted_at_probed_rank for m in result.matrices]
     assert all(0.5 < ratio < 2 for ratio in ratios)
     assert result.measured_kl is not None and result.predicted_kl is not None
@@ -471,18 +481,24 @@ def test_the_probes_tokens_are_not_those_of_the_statistics(make_model: MakeModel
     monkeypatch.setattr(
         statistics, "collect", lambda m, batches, **rest: seen.extend(batches) or collect(m, batches, **rest)
     )
-    options = Compress(reduction=0.3, method="two-sided", allocation="global", probe_tokens=40, batch_size=2)
-    truncate(model, blocks, options, teacher=lambda b: probed.append(b) or teacher.distributions(model, b[None], 32)[0])
+    options = section(reduction=0.3, method="two-sided", allocation="global", probe_tokens=40, batch_size=2)
+
+    class Watched(teacher.Online):
+        def read(self, block_id: int, tokens: Any) -> Targets:
+            probed.append((block_id, tokens.tolist()))
+            return super().read(block_id, tokens)
+
+    cut(model, blocks, options, teacher=Watched(model, 32))
     assert torch.equal(torch.cat(seen), blocks[:10])
-    assert torch.equal(torch.stack(probed), blocks[10:])
+    assert probed == [(number, blocks[number].tolist()) for number in range(10, len(blocks))]
     with pytest.raises(UsageError, match="probe_tokens is 999"):
-        truncate(make_model("llama"), blocks, Compress(probe_tokens=999))
+        cut(make_model("llama"), blocks, section(probe_tokens=999))
 
 
 def test_probe_makes_global_allocation_possible_for_every_method(make_model: MakeModel) -> None:
     model = make_model("llama")
-    result = truncate(
-        model, tokens(model, 16), Compress(reduction=0.3, method="whitened", allocation="global", probe_tokens=64)
+    result = cut(
+        model, tokens(model, 16), section(reduction=0.3, method="whitened", allocation="global", probe_tokens=64)
     )
     assert 0.3 <= result.mlp_reduction < 0.35
     assert len({matrix.rank for matrix in result.matrices}) > 2
@@ -516,8 +532,8 @@ def test_rounds_go_on_from_the_compressed_model(architecture: str, layer_format:
     dense = sum(parameter.numel() for parameter in model.parameters())
     before: list[int | None] = []
     for reduction in (0.2, 0.4, 0.6):
-        options = Compress(reduction=reduction, method="two-sided", allocation="global", format=layer_format)
-        result = truncate(model, blocks, options)
+        options = section(reduction=reduction, method="two-sided", allocation="global", format=layer_format)
+        result = cut(model, blocks, options)
         assert reduction <= result.mlp_reduction < reduction + 0.05
         assert result.model_parameters_before == dense
         assert result.model_parameters_after == sum(parameter.numel() for parameter in model.parameters())
@@ -525,7 +541,7 @@ def test_rounds_go_on_from_the_compressed_model(architecture: str, layer_format:
         assert all(old is None or new <= old for old, new in zip(before, ranks, strict=False))
         before = ranks
     with pytest.raises(UsageError, match="removed already"):
-        truncate(model, blocks, Compress(reduction=0.6, format=layer_format))
+        cut(model, blocks, section(reduction=0.6, format=layer_format))
 
 
 # ---- packed documents
@@ -548,7 +564,7 @@ def test_packed_documents_count_as_if_each_were_alone(make_model: MakeModel, mon
     norms = statistics.input_norms(model, alone)
     for name, norm in statistics.input_norms(model, [packed], separator=separator).items():
         assert torch.allclose(norms[name], norm, rtol=1e-4)
-    assert Probe(model, [packed], separator=separator).of_all() == pytest.approx(0, abs=1e-6)
+    assert Probe(model, batches_of(packed, 1), separator=separator).of_all() == pytest.approx(0, abs=1e-6)
 
 
 # ---- several processes, other devices
@@ -613,8 +629,8 @@ def _model_of_a_process() -> PreTrainedModel:
 
 def test_plan_needs_no_weights(make_model: MakeModel) -> None:
     model = make_model("llama")
-    expected = plan(model, Compress(reduction=0.3))
-    assert plan(model.to("meta"), Compress(reduction=0.3)) == expected
+    expected = plan_for(model, section(reduction=0.3))
+    assert plan_for(model.to("meta"), section(reduction=0.3)) == expected
 
 
 # ---- number formats

@@ -11,16 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+import sparsekd
 from sparsekd import compression
-from sparsekd.models.forms.lowrank import (
-    FORMATS,
-    ColumnPivotLinear,
-    LowRankLinear,
-    RowPivotLinear,
-    common_pivots,
-    num_weights,
-    rank_for,
-)
+from sparsekd.models.forms.layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
+from sparsekd.models.forms.lowrank import FORMATS, make_layer, num_weights, rank_for
+from sparsekd.models.forms.pivots import common_pivots
 
 LAYERS = {"lowrank": LowRankLinear, "pivot rows": RowPivotLinear, "pivot columns": ColumnPivotLinear}
 
@@ -40,7 +35,7 @@ def test_layer_computes_the_product_of_its_factors(
 ) -> None:
     up, down = factors(out_features, in_features, 6)
     offset = torch.randn(out_features) if bias else None
-    layer = LAYERS[name].from_factors(up, down, offset)
+    layer = make_layer(LAYERS[name].kind, up, down, offset)
     x = torch.randn(3, 5, in_features)
     expected = x @ (up @ down).T + (0 if offset is None else offset)
     with torch.set_grad_enabled(grad):
@@ -71,7 +66,7 @@ def test_off_loaded_weights_are_fetched(
 
 
 def test_hooks_on_the_inner_layers_see_their_calls() -> None:
-    layer = RowPivotLinear.from_factors(*factors(24, 10, 6))
+    layer = make_layer("row-pivot", *factors(24, 10, 6))
     seen = []
     for part in (layer.pivots, layer.rest):
         part.register_forward_hook(lambda module, *_: seen.append(module))
@@ -82,7 +77,7 @@ def test_hooks_on_the_inner_layers_see_their_calls() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_has_the_weights_that_are_counted(name: str) -> None:
-    layer = LAYERS[name].from_factors(*factors(24, 10, 6))
+    layer = make_layer(LAYERS[name].kind, *factors(24, 10, 6))
     assert sum(parameter.numel() for parameter in layer.parameters()) == num_weights(10, 24, 6, name.split()[0])
 
 
@@ -91,19 +86,19 @@ def test_full_rank_pivot_costs_exactly_the_dense_layer(name: str, shape: tuple[i
     assert num_weights(10, 24, 10, "pivot") == 240
     up, down = factors(*shape, 10)
     x = torch.randn(4, shape[1])
-    assert torch.allclose(LAYERS[name].from_factors(up, down)(x), x @ (up @ down).T, atol=1e-4)
+    assert torch.allclose(make_layer(LAYERS[name].kind, up, down)(x), x @ (up @ down).T, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_train(name: str) -> None:
-    layer = LAYERS[name].from_factors(*factors(24, 10, 6))
+    layer = make_layer(LAYERS[name].kind, *factors(24, 10, 6))
     layer(torch.randn(16, 10)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
 
 
 def test_pivot_rows_can_be_compiled_away_from_the_writing_in_place() -> None:
     """torch.export traces the layer: what it makes computes the same."""
-    layer = RowPivotLinear.from_factors(*factors(24, 10, 6))
+    layer = make_layer("row-pivot", *factors(24, 10, 6))
     x = torch.randn(3, 10)
     exported = torch.export.export(layer, (x,)).module()
     with torch.no_grad():
@@ -115,7 +110,7 @@ def test_an_adapter_around_a_part_is_not_passed_by() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    layer = RowPivotLinear.from_factors(*factors(24, 10, 6))
+    layer = make_layer("row-pivot", *factors(24, 10, 6))
     plain = layer.rest
     layer.rest = Doubled(6, 18, bias=False)
     layer.rest.weight = plain.weight
@@ -152,7 +147,7 @@ def test_pivots_of_matrices_without_full_rank_are_exact(
     compression.compress(model, tokens, method=method, format="lowrank", reduction=0.4)
     with torch.no_grad():
         expected = model(tokens).logits
-        found = compression.convert(model, "pivot")(tokens).logits
+        found = sparsekd.convert(model, "pivot")(tokens).logits
     assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
     assert max(float(parameter.detach().abs().max()) for parameter in model.parameters()) < 1e3
 

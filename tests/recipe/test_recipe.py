@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from sparsekd.corpus.blocks import Corpus
 from sparsekd.errors import UsageError
-from sparsekd.recipe.sections import PRESETS, Recipe, Source, as_dict, as_yaml, load_recipe, merge
+from sparsekd.recipe import PRESETS, Recipe, Source, as_dict, as_yaml, load_recipe
+from sparsekd.recipe.reading import merge
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 
 
 def load(folder: Path, text: str, *overrides: str) -> Recipe:
@@ -59,8 +60,8 @@ def test_values_are_coerced_to_the_declared_types(tmp_path: Path) -> None:
         ("distill: {alpha: null}", "distill.alpha is None: expected float"),
         ("corpus: {pack: 1}", "corpus.pack is 1: expected bool"),
         ("model: {name: true}", "model.name is True: expected str"),
-        ("compress: {method: magic}", "compress.method is 'magic': expected one of whitened, svd, two-sided"),
-        ("compress: {method: [svd]}", "compress.method is ['svd']: expected one of"),
+        ("compress: {method: magic}", "compress.method is 'magic': expected one of svd, two-sided, "),
+        ("compress: {method: [svd]}", "compress.method is ['svd']: expected str"),
         ("distill: 3", "distill must be a section, found 3"),
         ("corpus: {sources: [a]}", "corpus.sources must be a section, found ['a']"),
         ("corpus: {sources: {a: x.txt}}", "corpus.sources.a must be a section, found 'x.txt'"),
@@ -136,10 +137,10 @@ def test_reduction_inside_its_range_is_taken(value: float, tmp_path: Path) -> No
         "distill.trackers=tensorboard",
         "distill.batch_size=0",
         "distill.checkpoint_minutes=nan",
-        "compress.probe_tokens=-1",
-        "compress.rank_floor=1.5",
-        "compress.rank_cap=0",
-        "compress.rank_multiple=0",
+        "compress.two-sided.probe_tokens=-1",
+        "compress.two-sided.rank_floor=1.5",
+        "compress.two-sided.rank_cap=0",
+        "compress.two-sided.rank_multiple=0",
     ],
 )
 def test_other_values_outside_their_ranges(override: str) -> None:
@@ -149,11 +150,35 @@ def test_other_values_outside_their_ranges(override: str) -> None:
 
 
 def test_a_global_budget_needs_curvature_or_the_probe(tmp_path: Path) -> None:
-    found = refused(tmp_path, "preset: demo", "compress.method=whitened")
+    found = refused(tmp_path, "preset: demo", "compress.method=whitened", "compress.allocation=global")
     assert "compress.allocation is global" in found
     assert "two-sided or compress.probe_tokens above 0, found whitened and 0" in found
-    load(tmp_path, "preset: demo", "compress.method=whitened", "compress.probe_tokens=2048")
-    load(tmp_path, "preset: demo", "compress.method=whitened", "compress.allocation=uniform")
+    load(tmp_path, "preset: demo", "compress={method: whitened, whitened: {allocation: global, probe_tokens: 2048}}")
+    load(tmp_path, "preset: demo", "compress.method=whitened")
+
+
+def test_each_method_has_its_own_section(tmp_path: Path) -> None:
+    text = "preset: demo\ncompress: {svd: {format: lowrank}, two-sided: {rank_floor: 0.3}}"
+    recipe = load(tmp_path, text)
+    assert (recipe.compress.method, recipe.compress.options.rank_floor) == ("two-sided", 0.3)
+    assert recipe.compress.options.allocation == "global"  # the preset's
+    other = load(tmp_path, text, "compress.method=svd")
+    assert (other.compress.options.format, other.compress.options.rank_floor) == ("lowrank", 0.2)
+    assert "two-sided.rank_floor" in refused(tmp_path, text, "compress.rankfloor=0.1")
+    assert "unknown key 'compress.svd.forma'" in refused(tmp_path, text, "compress.svd.forma=pivot")
+
+
+def test_the_options_of_version_0_1_stand_beside_the_common_ones(tmp_path: Path) -> None:
+    text = "preset: demo\ncompress: {method: svd, allocation: energy, format: lowrank, reduction: 0.2}"
+    assert (
+        load(tmp_path, text).compress
+        == load(
+            tmp_path,
+            "preset: demo\ncompress: {method: svd, reduction: 0.2, svd: {allocation: energy, format: lowrank}}",
+        ).compress
+    )
+    written = "compress: {method: wanda, allocation: uniform, format: mask, probe_tokens: 0, rank_floor: 0.2}"
+    assert load(tmp_path, f"preset: demo\n{written}").compress.method == "wanda"
 
 
 @pytest.mark.parametrize(
