@@ -7,6 +7,7 @@ import pytest
 from sparsekd.corpus.blocks import ALL
 from sparsekd.errors import UsageError
 from sparsekd.recipe import load_recipe
+from sparsekd.run import folders_of
 from sparsekd.run.rounds import Round, planned
 
 
@@ -18,7 +19,7 @@ def test_without_rounds_there_is_one_of_the_recipes_reduction() -> None:
     [only] = rounds("compress.reduction=0.25")
     assert (only.name, only.start, only.teachers) == ("round-01", "smollm2-135m", {"smollm2-135m": 1.0})
     assert only.compress is not None and only.compress.reduction == 0.25
-    assert only.folders == {
+    assert folders_of(only) == {
         "cache": "round-01/cache",
         "compress": "round-01/compressed",
         "distill": "round-01/distilled",

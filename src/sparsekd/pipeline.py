@@ -1,12 +1,12 @@
 """The paper's procedure, top to bottom: corpus, then rounds of cache, compress, distill, evaluate; then the report.
 
-`rounds.py` says what the rounds are, `stages.py` what each stage does. A finished stage is reused, so a run that was
-stopped, or is called again with another `until`, goes on where it was.
+`run/rounds.py` says what the rounds are, `run/stages` what each stage does. A finished stage is reused, so a run that
+was stopped, or is called again with another `until`, goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ from sparsekd.console import Console
 from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
-from sparsekd.models import anatomy
 from sparsekd.recipe import Recipe, method_named
-from sparsekd.run import CORPUS, Round, Run, Work, planned, stages
+from sparsekd.run import CORPUS, STAGES, Round, Run, Work, planned, settings_of, stages
 from sparsekd.teacher import Part
 from sparsekd.teacher import cache as caches
 
-STAGES = ("corpus", "cache", "compress", "distill", "evaluate", "report")
+UNTIL = (*STAGES, "report")
 
 
 def run(
@@ -44,12 +43,12 @@ def run(
     """
     check_before_starting(recipe)
     rounds = planned(recipe)
-    if STAGES.index(until) < STAGES.index("evaluate"):
+    if UNTIL.index(until) < UNTIL.index("evaluate"):
         rounds = rounds[:1]
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
-        opened.keep_recipe(stages.settings_of(recipe, planned(recipe)))
-        summaries = {"corpus": opened.processes.main_first(lambda: stages.make_corpus(work))}
+        opened.keep_recipe(settings_of(recipe, planned(recipe)))
+        summaries = {"corpus": opened.processes.main_first(lambda: stages.corpus.make(work))}
         if until != "corpus":
             for round_ in rounds:
                 summaries |= run_round(work, round_, until)
@@ -63,35 +62,19 @@ def run(
 def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, Any]:
     """The stages of one round up to `until`, with the summary of each by name. Processes started together share
     teacher, statistics and training; the main one evaluates."""
-    processes = work.run.processes
-    steps: dict[str, Callable[[], dict[str, Any]]] = {"cache": lambda: stages.fill_cache(work, round_)}
-    if round_.compress is not None:
-        steps["compress"] = lambda: stages.compress(work, round_)
-    steps["distill"] = lambda: stages.train(work, round_)
-    steps["evaluate"] = lambda: processes.main_first(lambda: evaluate(work, round_))
-    summaries = {}
-    for name, step in steps.items():
-        if STAGES.index(name) <= STAGES.index(until):
-            summaries[name] = step()
+    processes, summaries = work.run.processes, {}
+    for stage in list(STAGES.values())[1 : UNTIL.index(until) + 1]:
+        if stage.folder(round_) is not None:
+            step = functools.partial(stage.make, work, round_)
+            summaries[stage.name] = step() if stage.together else processes.main_first(step)
             processes.wait()  # what comes next reads what the main process has just written
     return summaries
-
-
-def evaluate(work: Work, round_: Round) -> dict[str, Any]:
-    """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
-    return stages.evaluate(work, round_) | {"tasks": score_tasks(work, round_)}
-
-
-def score_tasks(work: Work, round_: Round) -> dict[str, Any]:
-    """The scores of the dense model and the round's own, by name; none without tasks in the recipe."""
-    named = round_.models(work.dense) if work.recipe.evaluate.tasks else {}
-    return {name: stages.score_tasks(work, where) for name, where in named.items()}
 
 
 def check_before_starting(recipe: Recipe) -> None:
     """Raises `UsageError` for what would otherwise stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
-    anatomy.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
     for name in recipe.teacher.models:
         models.skeleton(name, trust_remote_code=model.trust_remote_code)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
@@ -106,18 +89,18 @@ def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None
         raise UsageError(f"{folder} has no finished corpus: run sparsekd corpus with this recipe and --out first")
     with Run.open(folder, recipe, console or Console(), resume=True, shared=True) as opened:
         work = Work(opened)
-        stages.make_corpus(work)
-        return stages.fill_cache(work, planned(recipe)[0], part)
+        stages.corpus.make(work)
+        return stages.cache.make(work, planned(recipe)[0], part)
 
 
 def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> dict[str, Any]:
     """Finishes the first round's cache from what all parts have written; raises `DataError` naming a missing part."""
     with Run.open(folder, recipe, console or Console(), resume=True) as opened:
         work = Work(opened)
-        stages.make_corpus(work)
-        stage = stages.cache_stage(work, planned(recipe)[0])
+        stages.corpus.make(work)
+        stage = stages.cache.stage_of(work, planned(recipe)[0])
         merged = caches.merge(stage.folder, range(len(work.blocks.blocks)))
-        return stage.finish(stages.cache_summary(merged, work.blocks))
+        return stage.finish(stages.cache.summary_of(merged, work.blocks))
 
 
 def spectrum(recipe: Recipe) -> dict[str, Any]:
@@ -133,7 +116,7 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
     batches, separator = [], None
     if method_named(recipe.compress.method).needs(recipe.compress.options).passes:
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-        batches, separator = stages.statistics_batches(blocks, recipe.compress, recipe.seed), blocks.separator
+        batches, separator = stages.compress.calibration_batches(blocks, recipe.compress, recipe.seed), blocks.separator
     calibration = compression.Calibration(model, batches, seed=recipe.seed, separator=separator, warn=Console().warn)
     return spectra.as_dict(compression.spectra_of(model, calibration, recipe.compress), recipe.compress)
 

@@ -11,8 +11,8 @@ import yaml
 
 import sparsekd
 from sparsekd import cli, corpus, pipeline
+from sparsekd.evaluate import harness
 from sparsekd.recipe import load_recipe
-from sparsekd.run import stages
 
 TASKS = ("evaluate.tasks=[local_lambada, local_piqa]", "evaluate.task_limit=4", "evaluate.skip_missing_tasks=true")
 
@@ -127,16 +127,16 @@ def test_a_hub_task_that_was_skipped_is_tried_again(
     tiny_recipe: Path, rows: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[list[str]] = []
-    original = stages.harness.run_tasks
+    original = harness.run_tasks
 
     def watched(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> Any:
         asked.append(list(tasks))
         known = [task for task in tasks if task != "piqa"]
-        skipped = {} if len(known) == len(tasks) else {"piqa": stages.harness.TaskResult({}, 0, "no network")}
+        skipped = {} if len(known) == len(tasks) else {"piqa": harness.TaskResult({}, 0, "no network")}
         return (original(model, tokenizer, known, **options) if known else {}) | skipped
 
-    monkeypatch.setattr(stages.harness, "run_tasks", watched)
-    monkeypatch.setattr(stages.harness, "texts", lambda *_, **__: {})
+    monkeypatch.setattr(harness, "run_tasks", watched)
+    monkeypatch.setattr(harness, "texts", lambda *_, **__: {})
     tasks = ("evaluate.tasks=[local_lambada,piqa]", "evaluate.skip_missing_tasks=true")
     report_of(tmp_path / "run", tiny_recipe, *tasks)
     assert asked == 3 * [["local_lambada", "piqa"]]

@@ -13,9 +13,10 @@ from sparsekd.console import Console
 from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
 from sparsekd.recipe import load_recipe
-from sparsekd.run import stages
 from sparsekd.run.directory import Run
-from sparsekd.run.stages import Work
+from sparsekd.run.stages import corpus as corpus_stage
+from sparsekd.run.stages import evaluate
+from sparsekd.run.work import Work
 
 TRAINING = ("corpus", "round-01/cache", "round-01/compressed", "round-01/distilled")
 
@@ -228,7 +229,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused_before_anything_is_
     def refuse(model: Any) -> None:
         raise UsageError("corpus.document_mask: no")
 
-    monkeypatch.setattr(stages, "require_document_mask", refuse)
+    monkeypatch.setattr(corpus_stage, "require_document_mask", refuse)
     with pytest.raises(UsageError, match="document_mask"):
         run(tiny_recipe, tmp_path / "run", "corpus.document_mask=true")
     assert not (tmp_path / "run/corpus/blocks.parquet").exists()
@@ -275,13 +276,13 @@ def test_the_structural_step_is_solved_from_float32_whatever_the_teachers_format
 
 def test_the_dense_model_stands_beside_one_other_at_most(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     measured: list[tuple[str, ...]] = []
-    original = stages.measure
+    original = evaluate.measure
 
     def watched(models: Any, *arguments: Any, **options: Any) -> Any:
         measured.append(tuple(models))
         return original(models, *arguments, **options)
 
-    monkeypatch.setattr(stages, "measure", watched)
+    monkeypatch.setattr(evaluate, "measure", watched)
     run(tiny_recipe, tmp_path / "run")
     assert set(measured) == {("dense", "compressed"), ("dense", "distilled")} and len(measured) == 4
 

@@ -204,7 +204,7 @@ def test_a_stage_that_is_made_again_and_was_killed_is_no_damage(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("sparsekd.stages.Work.save", dies)
+        patched.setattr("sparsekd.run.work.Work.save", dies)
         run(recipe, folder)
     assert inspection.describe(folder)["compress"] == "started, not finished"
     assert inspection.verify(folder)["damaged stages"] == {}

@@ -30,8 +30,8 @@ def uniform(model: PreTrainedModel, reduction: float, method: str) -> Plan:
     described = forms.description_of(model)
     if described is not None and described.form != "mask":
         raise UsageError(
-            f"compress.method is {method}, but {next(iter(described.layers))} is {described.form} already: prune the dense "
-            "model instead"
+            f"compress.method is {method}, but {next(iter(described.layers))} is {described.form} already: prune the "
+            "dense model instead"
         )
     matrices = []
     for name in (name for mlp in find_mlps(model) for name in mlp.matrices):

@@ -11,18 +11,20 @@ from sparsekd.errors import DataError
 from sparsekd.evaluate import Perplexity, ratio
 from sparsekd.recipe import Recipe, as_dict
 from sparsekd.report import html
-from sparsekd.run import CORPUS, Round, planned, read_manifest, read_recipe, read_summary, tasks_folder
+from sparsekd.run import (
+    CORPUS,
+    STAGES,
+    Round,
+    folders_of,
+    planned,
+    read_manifest,
+    read_recipe,
+    read_summary,
+    tasks_folder,
+)
 
 _MADE_BY = ("versions", "machine")  # in the run's manifest
 _COSTS = ("seconds", "peak_memory_bytes")
-_NEEDED = {  # of a stage's summary; a run of an earlier version has no checksum that vouches for the rest
-    "corpus": ("tokens", "sources", *_COSTS),
-    "cache": ("tokens", "top_k", "bytes", *_COSTS),
-    "compress": ("matrices", "mlp_reduction", "model_reduction", *_COSTS),
-    "distill": ("steps", "validations", "best_step", "stop_reason", *_COSTS),
-    "evaluate": ("models", *_COSTS),
-    "tasks": ("scores",),
-}
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -36,13 +38,13 @@ def gather(folder: Path) -> dict[str, Any]:
     recipe = read_recipe(folder)
     rounds, manifest = planned(recipe), read_manifest(folder, _MADE_BY)
     corpus = _summary(folder, "corpus", CORPUS)
-    found = [{stage: _summary(folder, stage, place) for stage, place in one.folders.items()} for one in rounds]
+    found = [{stage: _summary(folder, stage, place) for stage, place in folders_of(one).items()} for one in rounds]
     last = found[-1]
     summaries = [corpus, *(summary for stages in found for summary in stages.values())]
     device_peaks = [summary.get("peak_device_memory_bytes") for summary in summaries]  # older runs have none
     seconds = {CORPUS: corpus["seconds"]}
     for one, stages in zip(rounds, found, strict=True):
-        for stage, place in one.folders.items():
+        for stage, place in folders_of(one).items():
             seconds[stage if len(rounds) == 1 else place] = stages[stage]["seconds"]
     return {
         "recipe": as_dict(recipe),
@@ -62,7 +64,8 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
-    summary = read_summary(folder / place, _NEEDED[stage])
+    shown = ("scores",) if stage == "tasks" else (*STAGES[stage].shown, *_COSTS)
+    summary = read_summary(folder / place, shown)  # an earlier version's has no checksum that vouches for the rest
     if summary is None:
         path = folder / place / "stage.json"
         raise DataError(f"{path} is missing, so stage {stage} is not finished: continue it with sparsekd run")

@@ -36,7 +36,7 @@ from sparsekd.reproduce.patterns import (
 )
 from sparsekd.reproduce.rates import search_rate
 from sparsekd.reproduce.spread import fit_recovery
-from sparsekd.run import Round, Run, Work, estimate, stages
+from sparsekd.run import Round, Run, Work, estimate, settings_of, stages
 
 Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
@@ -65,7 +65,7 @@ def reproduce(
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
         opened.keep_recipe(_settings(recipe, planned))
-        opened.processes.main_first(lambda: stages.make_corpus(work))
+        opened.processes.main_first(lambda: stages.corpus.make(work))
         arms: Arms = {}
         for seed, rounds in planned.items():
             for name, round_ in rounds.items():
@@ -112,7 +112,7 @@ def estimate_of(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Se
 
 def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, dict[str, Any]]:
     """The settings of the arms' stages; the learning rates are those that are searched for."""
-    found = stages.settings_of(recipe, [round_ for rounds in planned.values() for round_ in rounds.values()])
+    found = settings_of(recipe, [round_ for rounds in planned.values() for round_ in rounds.values()])
     for values in found.values():
         values.get("distill", {}).pop("learning_rate", None)
     return found
@@ -126,8 +126,8 @@ def _run(
     made = pipeline.run_round(work, round_, until="compress")
     found = search_rate(work, round_, rates) if searched is None else searched
     trained = replace(round_, distill=replace(round_.distill, learning_rate=found["learning_rate"]))
-    history = stages.train(work, trained)
-    evaluation = work.run.processes.main_first(lambda: stages.evaluate(work, trained))
+    history = stages.distill.make(work, trained)
+    evaluation = work.run.processes.main_first(lambda: stages.evaluate.measure_texts(work, trained))
     return {
         "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
         "learning_rate": found["learning_rate"],
@@ -139,7 +139,7 @@ def _run(
         "steps": [[step["step"], step["num_tokens"]] for step in history["steps"]],
         "dense_ce": history["dense_ce"],
         "models": evaluation["models"],
-        "tasks": work.run.processes.main_first(lambda: pipeline.score_tasks(work, trained)) if tasks else {},
+        "tasks": work.run.processes.main_first(lambda: stages.evaluate.score_tasks(work, trained)) if tasks else {},
     }
 
 

@@ -11,7 +11,8 @@ import torch
 
 from sparsekd import distillation
 from sparsekd.errors import Diverged
-from sparsekd.run import Round, Work, stages
+from sparsekd.run import Round, Work
+from sparsekd.run.stages import distill
 
 
 def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, Any]:
@@ -20,13 +21,13 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, 
     no search. Raises `Diverged` where all of them do."""
     if len(rates) == 1:
         return {"losses": {}, "learning_rate": rates[0]}
-    inputs = stages.training_inputs(work, round_)
+    inputs = distill.inputs_of(work, round_)
     inputs["distill"] |= {"learning_rate": None}
     stage = work.run.stage(f"{round_.name}/search", inputs | {"rates": list(rates)})
     if stage.summary is not None:
         return stage.summary
     ids = work.blocks.order(round_.seed, 0, round_.share)
-    data = stages.training_data(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
+    data = distill.data_of(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
     losses: dict[str, float | None] = {}
     for rate in rates:
         name = f"rate-{rate:g}.json"

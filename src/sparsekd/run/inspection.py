@@ -17,6 +17,7 @@ from sparsekd.distillation import checkpoint
 from sparsekd.errors import DataError, UsageError
 from sparsekd.run.directory import finished_stages, machine, read_inputs, read_recipe, read_summary, versions, way_out
 from sparsekd.run.rounds import ARMS, CORPUS, SHARED_CACHE, planned
+from sparsekd.run.stages import folders_of
 from sparsekd.teacher import Cache, Targets, tokens_hash
 
 _EXTRAS = {
@@ -61,7 +62,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
     rounds = planned(read_recipe(path))
     places = {"corpus": CORPUS}
     for one in rounds:
-        places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in one.folders.items()}
+        places |= {stage if len(rounds) == 1 else folder: folder for stage, folder in folders_of(one).items()}
     facts = {"kind": "run"} | {name: _state(path, folder) for name, folder in places.items()}
     return facts | {"report": "written" if (path / "report.html").exists() else "not written"}
 
@@ -79,7 +80,7 @@ def _stages(run: Path) -> list[str]:
     known = [
         *finished_stages(run),
         CORPUS,
-        *(name for one in planned(read_recipe(run)) for name in one.folders.values()),
+        *(name for one in planned(read_recipe(run)) for name in folders_of(one).values()),
     ]
     places |= {run / name for name in known if (run / name).is_dir()}
     names = [place.relative_to(run) for place in places]

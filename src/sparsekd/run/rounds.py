@@ -59,12 +59,6 @@ class Round:
             found["compressed"] = self.compressed
         return found | {"distilled": self.distilled}
 
-    @property
-    def folders(self) -> dict[str, str]:
-        """The folder of each stage, in order."""
-        stages = {"cache": self.cache, "compress": self.compressed, "distill": self.distilled}
-        return {name: str(place) for name, place in (stages | {"evaluate": self.evaluation}).items() if place}
-
 
 def planned(recipe: Recipe) -> list[Round]:
     """All rounds of a run: the cascade's generations, then one for each reduction. With `split_corpus` each has a

@@ -1,0 +1,56 @@
+"""The stages of a run as data: the one table that the pipeline, the dry run, the report and `inspect` read.
+
+A stage is a file here: `make` takes the run's work and the round, reuses what is finished, and returns the summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekd.run.rounds import CORPUS, Round
+from sparsekd.run.stages import cache, compress, corpus, distill, evaluate
+from sparsekd.run.work import Work
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One of the stages."""
+
+    name: str  # the verb that runs until it
+    folder: Callable[[Round], str | Path | None]  # in the run directory; None of a round that has no such stage
+    make: Callable[[Work, Round], dict[str, Any]]
+    shown: tuple[str, ...]  # what a report needs of the summary
+    together: bool = False  # several processes share the work; else the main one does it and the others wait
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        StageKind("corpus", lambda _: CORPUS, corpus.make, ("tokens", "sources")),
+        StageKind("cache", lambda one: one.cache, cache.make, ("tokens", "top_k", "bytes"), together=True),
+        StageKind(
+            "compress",
+            lambda one: one.compressed,
+            compress.make,
+            ("matrices", "mlp_reduction", "model_reduction"),
+            together=True,
+        ),
+        StageKind(
+            "distill",
+            lambda one: one.distilled,
+            distill.make,
+            ("steps", "validations", "best_step", "stop_reason"),
+            together=True,
+        ),
+        StageKind("evaluate", lambda one: one.evaluation, evaluate.make, ("models",)),
+    )
+}
+
+
+def folders_of(round_: Round) -> dict[str, str]:
+    """The folder of each stage of a round, in order; the corpus is the run's."""
+    placed = {name: stage.folder(round_) for name, stage in STAGES.items() if name != "corpus"}
+    return {name: str(folder) for name, folder in placed.items() if folder is not None}

@@ -1,0 +1,146 @@
+"""Stage `evaluate`: the dense model and the round's own to what the texts, and the tasks, say about them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekd import corpus, files
+from sparsekd.evaluate import harness, measure
+from sparsekd.recipe import inputs_of
+from sparsekd.run.directory import Stage
+from sparsekd.run.rounds import Place, Round, tasks_folder
+from sparsekd.run.work import Loaded, Work
+
+
+def make(work: Work, round_: Round) -> dict[str, Any]:
+    """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
+    return measure_texts(work, round_) | {"tasks": score_tasks(work, round_)}
+
+
+def score_tasks(work: Work, round_: Round) -> dict[str, Any]:
+    """The scores of the dense model and the round's own, by name; none without tasks in the recipe."""
+    named = round_.models(work.dense) if work.recipe.evaluate.tasks else {}
+    return {name: score_model(work, where) for name, where in named.items()}
+
+
+def measure_texts(work: Work, round_: Round) -> dict[str, Any]:
+    """Stage `evaluate`: the dense model and the round's own on every text; what is there already is not measured
+    again, and with other texts or settings all of it is."""
+    options = work.recipe.evaluate
+    named = round_.models(work.dense)
+    about_tasks = {"texts", "tasks", "task_limit"}
+    inputs = {
+        "models": {name: work.identity(where) for name, where in named.items()},
+        "dtype": work.dtype,
+        "corpus": work.blocks.fingerprint,
+        "texts": {name: files.sha256(work.blocks.texts[name]) for name in options.texts},
+        "evaluate": {key: value for key, value in inputs_of(options).items() if key not in about_tasks},
+    }
+    stage = work.run.stage(str(round_.evaluation), inputs, replaces=True)
+    if stage.summary is not None:
+        return stage.summary
+    # side by side with the dense model only where they are compared, and one of them at a time: memory
+    together = [("dense", name) for name in named if name != "dense"] if options.agreement else [(n,) for n in named]
+    for names in together:
+        compared = _Compared(work, {name: named[name] for name in names})
+        for text in options.texts:
+            _measure(compared, text, work.blocks.texts[text], stage)
+    results = {name: {text: stage.kept(_result(name, text)) for text in options.texts} for name in named}
+    return stage.finish({"models": results})
+
+
+def score_model(work: Work, where: Place) -> dict[str, Any]:
+    """Stage `tasks`: a model's scores on the recipe's tasks. The dense model's serve all rounds. A task that was
+    skipped is tried again: a local one when its file is there, of which the inputs tell."""
+    options, root, console = work.recipe.evaluate, work.recipe.corpus.root, work.run.console
+    inputs = {
+        "model": work.identity(where),
+        "dtype": work.dtype,
+        "tasks": options.tasks,
+        "limit": options.task_limit,
+        "files": {name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()},
+    }
+    stage = work.run.stage(str(tasks_folder(where)), inputs, replaces=True)
+    known, missing = {}, options.tasks
+    if stage.summary is not None:
+        known = stage.summary["scores"]
+        missing = [name for name, score in known.items() if score["skipped"] and not harness.is_local(name)]
+    if not missing or (known and not work.run.processes.is_main):
+        return known
+    model, tokenizer = work.open(where)
+    found = harness.run_tasks(
+        model,
+        tokenizer,
+        missing,
+        root=root,
+        limit=options.task_limit,
+        skip_missing=options.skip_missing_tasks,
+        batch_size=options.batch_size,
+    )
+    for result in found.values():
+        if result.skipped is not None:
+            console.say(f"  skipped: {result.skipped}")
+    return stage.finish({"scores": known | {task: result.as_dict() for task, result in found.items()}})["scores"]
+
+
+class _Compared:
+    """Models to measure_texts side by side, and what is worked out from them, on first use."""
+
+    def __init__(self, work: Work, places: dict[str, Place]):
+        self.work, self.names, self._places = work, tuple(places), places
+
+    @functools.cached_property
+    def models(self) -> dict[str, PreTrainedModel]:
+        return {name: model for name, (model, _) in self._opened.items()}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._opened[self.names[0]][1]
+
+    @functools.cached_property
+    def token_counts(self) -> torch.Tensor:
+        """How often each token occurs in the distinct training blocks."""
+        blocks = self.work.blocks
+        learned = np.concatenate(blocks.tokens(np.unique(blocks.train_ids).tolist()))
+        vocab_size = self.models[self.names[0]].config.get_text_config().vocab_size
+        return torch.from_numpy(np.bincount(learned, minlength=vocab_size))
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, Loaded]:
+        return {name: self.work.open(where) for name, where in self._places.items()}
+
+
+def _measure(compared: _Compared, text: str, content: str, stage: Stage) -> None:
+    """Keeps for each of the models what the text says about it."""
+    options = compared.work.recipe.evaluate
+    missing = [name for name in compared.names if stage.kept(_result(name, text)) is None]
+    if not missing:
+        return
+    bound = options.max_tokens or len(corpus.encode(compared.tokenizer, content))
+    passes = len(compared.names) * options.context / options.stride
+    title = f"evaluating {' and '.join(compared.names)} on {text}"
+    with compared.work.run.console.bar(title, round(bound * passes)) as bar:
+        found = measure(
+            compared.models,
+            compared.tokenizer,
+            content,
+            teacher="dense" if options.agreement else None,
+            token_counts=compared.token_counts if options.agreement else None,
+            context=options.context,
+            stride=options.stride,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            on_tokens=bar.advance,
+            say=compared.work.run.console.say,
+        )
+    for name in missing:  # the dense model is measured again beside every other
+        stage.keep(_result(name, text), found[name].as_dict())
+
+
+def _result(name: str, text: str) -> str:
+    return f"{name}-text-{text}.json"

@@ -1,0 +1,97 @@
+"""An open run, and what its stages share: its corpus and its models.
+
+Models are opened only when a stage needs them, and the dense one is kept from stage to stage.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekd import corpus, files, models
+from sparsekd.corpus import Corpus
+from sparsekd.run.directory import Run, Stage, read_inputs
+from sparsekd.run.rounds import CORPUS, Place
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class Work:
+    """An open run, its corpus, and its models by place: what each is made of at once, its weights on first use."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.recipe = run.recipe
+        self.placement = run.placement
+        self._dense: Loaded | None = None
+        self._identities: dict[str, dict[str, Any]] = {}
+
+    @functools.cached_property
+    def blocks(self) -> Corpus:
+        """The finished corpus; `make_corpus` makes it."""
+        return corpus.load(self.run.folder / CORPUS)
+
+    @property
+    def dense(self) -> str:
+        return self.recipe.model.name
+
+    def identity(self, where: Place) -> dict[str, Any]:
+        """What decides the weights of the model at `where`: its content, or what its stage was made from."""
+        if isinstance(where, Path):
+            return {"folder": str(where), "made_from": files.fingerprint(read_inputs(self.run.folder / where))}
+        if where not in self._identities:  # hashing a model takes seconds
+            commit = self.commit(where)
+            found = {"content": models.source_hash(where)} if commit is None else {"name": where, "commit": commit}
+            self._identities[where] = found
+        return self._identities[where]
+
+    def commit(self, where: Place) -> str | None:
+        """The commit of the Hub model at `where`, the same for the whole run; None for local models."""
+        if isinstance(where, Path):
+            return None
+        return self.run.commit(where, self.recipe.model.revision if where == self.dense else None)
+
+    @property
+    def dtype(self) -> str:
+        """The number format of the teacher's pass and of evaluation, for the inputs of a stage."""
+        return str(self.placement.dtype).removeprefix("torch.")
+
+    def open(self, where: Place) -> Loaded:
+        """The model at `where`, to read; the dense one stays in memory until it is released or taken."""
+        if where != self.dense:
+            return self._load(where, self.placement.dtype)
+        if self._dense is None:
+            self._dense = self._load(where, self.placement.dtype)
+        return self._dense
+
+    def take(self, where: Place, dtype: torch.dtype) -> Loaded:
+        """The model at `where`, to change: one of its own, for whoever opened it before may read it still."""
+        if where == self.dense:
+            self.release()
+        return self._load(where, dtype)
+
+    def release(self) -> None:
+        """Room for other models."""
+        self._dense = None
+
+    def _load(self, where: Place, dtype: torch.dtype) -> Loaded:
+        name = str(self.run.folder / where / "model") if isinstance(where, Path) else where
+        self.run.console.say(f"loading {where} ({self.placement.device}, {self.placement.reason})")
+        return models.load(
+            name,
+            revision=self.commit(where),
+            dtype=dtype,
+            device=self.placement.device,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+        )
+
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
+        """Writes `model` in the stage's folder, in the number format that the dense checkpoint has, so that sizes
+        compare."""
+        if self.run.processes.is_main:
+            dtype = models.checkpoint_dtype(self.dense, self.commit(self.dense))
+            models.save(model, tokenizer, stage.folder / "model", dtype=dtype)
