@@ -201,7 +201,7 @@ def test_dry_run_of_the_papers_models(
 
 
 def test_dry_run_of_an_experiment(sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sparsekd.run.estimate.measured_flops", lambda placement: 1e9)  # the same speed each time
+    monkeypatch.setattr("sparsekd.run.dry_run.measured_flops", lambda placement: 1e9)  # the same speed each time
     before = snapshot(tmp_path)
 
     def seconds(experiment: str, seeds: str, rates: str) -> dict[str, float]:
@@ -507,7 +507,7 @@ def test_the_memory_of_a_device_is_beside_the_host_s(
     sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("sparsekd.run.directory.peak_device_memory_bytes", lambda device: 3_000_000_000)
+    monkeypatch.setattr("sparsekd.run.stage.peak_device_memory_bytes", lambda device: 3_000_000_000)
     printed = sparsekd("run", tiny_recipe, "--out", out)
     assert printed.code == 0, printed.err
     assert re.search(r"^peak memory \d+\.\d GB host, 3\.0 GB device$", printed.out, re.M)

@@ -140,7 +140,7 @@ def test_a_model_is_known_by_its_content_not_its_place(done: Path, tiny_recipe: 
 def test_versions_are_recorded_and_a_change_warns(done: Path, tiny_recipe: Path, capsys: Any, monkeypatch: Any) -> None:
     then = json.loads((done / "round-01/cache/inputs.json").read_text())["versions"]
     assert {"sparsekd", "torch", "transformers", "python"} <= then.keys()
-    monkeypatch.setattr("sparsekd.run.directory.versions", lambda: then | {"torch": "99.0"})
+    monkeypatch.setattr("sparsekd.run.stage.versions", lambda: then | {"torch": "99.0"})
     before = finished(done)
     run(tiny_recipe, done)
     assert finished(done) == before

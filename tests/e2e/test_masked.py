@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from sparsekd import models
 from sparsekd.models.anatomy import find_mlps, linear_weight
 from sparsekd.recipe import load_recipe
-from sparsekd.run import estimate as plan
+from sparsekd.run import dry_run
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -20,7 +20,7 @@ def test_a_pruned_model_goes_the_whole_path(
 ) -> None:
     settings = ("compress.method=wanda", "compress.format=mask", "compress.reduction=0.5", "distill.weight_decay=0.1")
     recipe = load_recipe(str(tiny_recipe), (*settings, f"model.name={model_folder(architecture)}"))
-    planned = plan.plan(recipe)
+    planned = dry_run.estimate(recipe)
     written = pipeline_run(recipe, tmp_path / "run")
     assert written
     masks = []

@@ -1,11 +1,11 @@
 """A run on disk. In: a recipe and a folder; out: finished stages, reused when nothing they are made of has changed."""
 
 from sparsekd.run.directory import Run as Run
-from sparsekd.run.directory import read_manifest as read_manifest
-from sparsekd.run.directory import read_recipe as read_recipe
-from sparsekd.run.directory import read_summary as read_summary
-from sparsekd.run.estimate import estimate as estimate
+from sparsekd.run.dry_run import estimate as estimate
 from sparsekd.run.inspection import diagnose as diagnose
+from sparsekd.run.reading import read_manifest as read_manifest
+from sparsekd.run.reading import read_recipe as read_recipe
+from sparsekd.run.reading import read_summary as read_summary
 from sparsekd.run.rounds import ARMS as ARMS
 from sparsekd.run.rounds import CORPUS as CORPUS
 from sparsekd.run.rounds import SHARED_CACHE as SHARED_CACHE

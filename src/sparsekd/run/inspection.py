@@ -15,7 +15,8 @@ from sparsekd import corpus, files, models, records
 from sparsekd.device import place
 from sparsekd.distillation import checkpoint
 from sparsekd.errors import DataError, UsageError
-from sparsekd.run.directory import finished_stages, machine, read_inputs, read_recipe, read_summary, versions, way_out
+from sparsekd.run.machine import machine, versions
+from sparsekd.run.reading import finished_stages, read_inputs, read_recipe, read_summary, way_out
 from sparsekd.run.rounds import ARMS, CORPUS, SHARED_CACHE, planned
 from sparsekd.run.stages import folders_of
 from sparsekd.teacher import Cache, Targets, tokens_hash

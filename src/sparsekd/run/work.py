@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus, files, models
 from sparsekd.corpus import Corpus
-from sparsekd.run.directory import Run, Stage, read_inputs
+from sparsekd.run.directory import Run
+from sparsekd.run.reading import read_inputs
 from sparsekd.run.rounds import CORPUS, Place
+from sparsekd.run.stage import Stage
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

@@ -8,9 +8,10 @@ from typing import Any
 from sparsekd import models, teacher
 from sparsekd.corpus import Corpus
 from sparsekd.errors import MismatchError
-from sparsekd.run.directory import Stage, read_summary
+from sparsekd.run.reading import read_summary
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
+from sparsekd.run.stage import Stage
 from sparsekd.run.work import Work
 from sparsekd.teacher import WHOLE, Cache, Part, TeacherModel
 from sparsekd.teacher import cache as caches

@@ -11,7 +11,7 @@ import torch
 from sparsekd import compression, corpus, files
 from sparsekd.corpus import Corpus
 from sparsekd.recipe import Compress, method_named
-from sparsekd.run.directory import read_inputs
+from sparsekd.run.reading import read_inputs
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.stages.cache import open_cache

@@ -11,9 +11,10 @@ import torch
 
 from sparsekd import distillation, files, teacher
 from sparsekd.distillation import Teacher
-from sparsekd.run.directory import read_inputs, stop_signals
+from sparsekd.run.reading import read_inputs
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
+from sparsekd.run.signals import stop_signals
 from sparsekd.run.stages.cache import open_cache, open_teacher
 from sparsekd.run.work import Work
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekd import corpus, files
 from sparsekd.evaluate import harness, measure
 from sparsekd.recipe import inputs_of
-from sparsekd.run.directory import Stage
 from sparsekd.run.rounds import Place, Round, tasks_folder
+from sparsekd.run.stage import Stage
 from sparsekd.run.work import Loaded, Work
 
 

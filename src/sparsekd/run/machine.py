@@ -1,0 +1,37 @@
+"""What made a result: the versions of packages, the kind of machine, and the memory that was used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far; it never falls."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage counts in the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine, without the names of host or user."""
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}

@@ -1,0 +1,28 @@
+"""Signals that ask a run to stop: noted, and obeyed when the state is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying at once; a second one takes the usual way."""
+    received: list[int] = []
+
+    def handler(number: Any, frame: Any) -> None:
+        if received:
+            signal.signal(number, previous[number])
+            os.kill(os.getpid(), number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
