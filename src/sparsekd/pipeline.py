@@ -21,8 +21,7 @@ from sparsekd.evaluate import harness
 from sparsekd.models import anatomy
 from sparsekd.recipe import Recipe, method_named
 from sparsekd.run import CORPUS, Round, Run, Work, planned, stages
-from sparsekd.teacher import Part
-from sparsekd.teacher import cache as caches
+from sparsekd.teacher import merge_shares
 
 STAGES = ("corpus", "cache", "compress", "distill", "evaluate", "report")
 
@@ -97,7 +96,7 @@ def check_before_starting(recipe: Recipe) -> None:
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
 
 
-def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None = None) -> dict[str, Any]:
+def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> dict[str, Any]:
     """What one of several processes does for the first round's cache: any scheduler may start them, in any order.
 
     They share the run directory, whose corpus must be finished; `merge_cache` then makes the stage whole.
@@ -107,16 +106,16 @@ def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None
     with Run.open(folder, recipe, console or Console(), resume=True, shared=True) as opened:
         work = Work(opened)
         stages.make_corpus(work)
-        return stages.fill_cache(work, planned(recipe)[0], part)
+        return stages.fill_cache(work, planned(recipe)[0], share)
 
 
 def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Finishes the first round's cache from what all parts have written; raises `DataError` naming a missing part."""
+    """Finishes the first round's cache from what all shares have written; raises `DataError` naming a missing one."""
     with Run.open(folder, recipe, console or Console(), resume=True) as opened:
         work = Work(opened)
         stages.make_corpus(work)
         stage = stages.cache_stage(work, planned(recipe)[0])
-        merged = caches.merge(stage.folder, range(len(work.blocks.blocks)))
+        merged = merge_shares(stage.folder, range(len(work.blocks.blocks)))
         return stage.finish(stages.cache_summary(merged, work.blocks))
 
 

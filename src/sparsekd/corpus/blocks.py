@@ -23,7 +23,8 @@ class Block(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Part `number` (from 1) of the `count` parts that rounds divide the training blocks into."""
+    """Part `number` (from 1) of the `count` parts that blocks are divided into: by the rounds that train on them, or by
+    the processes that cache them together."""
 
     number: int = 1
     count: int = 1
