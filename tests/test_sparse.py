@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_processes, sharpened
+from launching import run_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_distillation import OPTIONS, data, equal, state
+from tiny import sharpened
+from training import OPTIONS, data, equal, state
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsekd

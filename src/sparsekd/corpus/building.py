@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparsekd.corpus.blocks import Block, Corpus, SourceReport, fingerprint_of
-from sparsekd.corpus.guard import Guard, Overlap, by_key, describe
+from sparsekd.corpus.guard import Guard, Overlap, by_key, leak
 from sparsekd.corpus.packing import choose, one_each, pack
 from sparsekd.corpus.texts import documents_of, read_text
 from sparsekd.errors import DataError
@@ -63,7 +63,7 @@ def build(
     if overlaps and recipe.overlap == "stop":
         counts = {name: report.documents for name, report in reports.items()}
         way_out = "corpus.overlap=drop leaves those documents out"
-        raise DataError(*describe(overlaps, counts, way_out))
+        raise leak(overlaps, counts, way_out)
     separator = _separator(tokenizer) if recipe.document_mask else None
     corpus = Corpus(blocks, np.array(train), np.array(validation), evaluation, "", reports, separator)
     corpus.fingerprint = fingerprint_of(corpus)

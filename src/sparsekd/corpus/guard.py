@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from sparsekd.errors import DataError
+
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
 GUARDED = "guarded.json"  # beside a saved corpus: what the leak guard has seen, by its place in the recipe
 _SHOWN_WORDS, _SHOWN_DOCUMENTS = 20, 3  # of evaluation text found in a source: what the error shows
@@ -64,9 +66,9 @@ def by_key(texts: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str]
     return {text_key(name): text for name, text in texts.items()} | {task_key(n): text for n, text in tasks.items()}
 
 
-def describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], way_out: str) -> list[str]:
-    """A line that says all, then a line for each of the first passages of every source and evaluation text; `counts`
-    are the documents of each source."""
+def leak(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int], way_out: str) -> DataError:
+    """The error: a line that says all, then a line for each of the first passages of every source and evaluation text;
+    `counts` are the documents of each source."""
     pairs: dict[tuple[str, str], list[str]] = {}
     for source, document, overlap in overlaps:
         pairs.setdefault((source, overlap.text), []).append(f'{source}, {document}: "{overlap.passage}"')
@@ -75,4 +77,4 @@ def describe(overlaps: list[tuple[str, str, Overlap]], counts: Mapping[str, int]
         for (source, text), lines in pairs.items()
     )
     shown = [line for lines in pairs.values() for line in lines[:_SHOWN_DOCUMENTS]]
-    return [f"evaluation text found in training sources: {listed}; {way_out}", *shown]
+    return DataError(f"evaluation text found in training sources: {listed}; {way_out}", *shown)

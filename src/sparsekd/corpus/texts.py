@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsekd.corpus import sources
-from sparsekd.corpus.guard import Guard, by_key, describe
+from sparsekd.corpus.guard import Guard, by_key, leak
 from sparsekd.corpus.storing import load, save_texts
 from sparsekd.errors import DataError
 from sparsekd.recipe import Corpus as CorpusRecipe
@@ -67,5 +67,5 @@ def add_texts(folder: Path, recipe: CorpusRecipe, texts: Mapping[str, str], task
                 break
     if overlaps:
         way_out = "make the corpus again with --fresh, where corpus.overlap=drop leaves such documents out"
-        raise DataError(*describe(overlaps, counts, way_out))
+        raise leak(overlaps, counts, way_out)
     save_texts(replace(corpus, texts=corpus.texts | dict(texts)), folder)
