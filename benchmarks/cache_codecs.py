@@ -23,8 +23,7 @@ from _record import record, summary
 import sparsekd
 from sparsekd import corpus, teacher
 from sparsekd.recipe import load_recipe
-from sparsekd.teacher.cache import Cache, Targets
-from sparsekd.teacher.codecs import CODECS, codec_for
+from sparsekd.teacher import CODECS, Cache, Targets, codec_for
 
 BLOCKS, ROUNDS = 16, 20
 ROOT = Path(__file__).parents[1]
@@ -71,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in CODECS:
             folder = Path(scratch) / name
-            made_from = {"tokenizer": "benchmark", "corpus_fingerprint": "benchmark"}
+            made_from = {"tokenizer_hash": "benchmark", "corpus_fingerprint": "benchmark"}
             cache = teacher.fill(model, folder, blocks, codec=name, **made_from)
             assert cache is not None
             found: dict[str, Any] = {

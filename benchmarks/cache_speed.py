@@ -38,7 +38,7 @@ def main() -> None:
 
     def cache() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            made_from = {"tokenizer": "benchmark", "corpus_fingerprint": "benchmark"}
+            made_from = {"tokenizer_hash": "benchmark", "corpus_fingerprint": "benchmark"}
             teacher.fill(model, Path(folder), blocks, batch_size=BATCH, **made_from)
 
     bare()

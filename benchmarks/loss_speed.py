@@ -27,7 +27,7 @@ from _record import record, summary
 from torch.utils.checkpoint import checkpoint
 
 from sparsekd.distillation.losses import kd_loss, linear_kd_loss
-from sparsekd.teacher.cache import Targets
+from sparsekd.teacher import Targets
 
 ROUNDS, N, D, V, K, CHUNK, ALPHA, TEMPERATURE = 3, 2048, 576, 49_152, 32, 256, 0.5, 2.0
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Targets]

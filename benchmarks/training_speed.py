@@ -46,7 +46,7 @@ from sparsekd import corpus, distillation, teacher
 from sparsekd.compression import compress
 from sparsekd.recipe import Distill, load_recipe
 from sparsekd.run.directory import peak_memory_bytes
-from sparsekd.teacher.cache import Cache, Targets
+from sparsekd.teacher import Cache, Targets
 
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0
 OURS = {"ours": BATCH, "ours in parts": 2, "ours block by block": 1}  # blocks in a micro batch
@@ -91,7 +91,7 @@ def prepare(folder: Path) -> None:
     blocks = np.stack([block.tokens for block in built.blocks[: (STEPS + 1) * BATCH]])
     np.save(folder / "blocks.npy", blocks)
     by_id = dict(enumerate(blocks))
-    teacher.fill(model, folder / "cache", by_id, tokenizer="benchmark", corpus_fingerprint="benchmark")
+    teacher.fill(model, folder / "cache", by_id, tokenizer_hash="benchmark", corpus_fingerprint="benchmark")
     sparsekd.save(
         compress(model, torch.from_numpy(blocks.astype(np.int64)), reduction=0.15), tokenizer, folder / "model"
     )

@@ -275,7 +275,7 @@ def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
 def _training_data(model: Any, built: corpus.Corpus, ids: np.ndarray, folder: Path) -> distillation.Data:
     blocks = [block.tokens for block in built.blocks]
     used = {int(i): blocks[i] for i in (*ids, *built.validation_ids)}
-    made_from: dict[str, Any] = {"tokenizer": "benchmark", "corpus_fingerprint": built.fingerprint}
+    made_from: dict[str, Any] = {"tokenizer_hash": "benchmark", "corpus_fingerprint": built.fingerprint}
     cache = teacher.fill(model, folder, used, **made_from)
     assert cache is not None
     return distillation.Data(blocks, functools.partial(corpus.shuffled, ids, 42), built.validation_ids.tolist(), cache)

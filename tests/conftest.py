@@ -2,14 +2,10 @@
 
 import copy
 import os
-import socket
-import subprocess
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import paragraphs, sharpened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,62 +25,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-
-WORDS = [
-    "river",
-    "mountain",
-    "silver",
-    "quiet",
-    "bright",
-    "garden",
-    "winter",
-    "copper",
-    "engine",
-    "signal",
-    "harbour",
-    "letter",
-    "window",
-    "candle",
-    "market",
-    "bridge",
-    "forest",
-    "hammer",
-    "island",
-    "kettle",
-    "lantern",
-    "meadow",
-    "needle",
-    "orchard",
-    "pepper",
-    "quarry",
-    "ribbon",
-    "saddle",
-    "temple",
-    "umbrella",
-    "valley",
-    "walnut",
-    "yellow",
-    "zebra",
-    "anchor",
-    "basket",
-    "cellar",
-    "dragon",
-    "ember",
-    "falcon",
-    "goblet",
-    "hollow",
-    "ivory",
-    "jacket",
-    "kernel",
-    "ladder",
-    "marble",
-]
-
-
-def paragraphs(count: int, seed: int) -> list[str]:
-    """Distinct paragraphs of 20 to 60 words; no two share a long sequence of words."""
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))).capitalize() + "." for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -194,18 +135,6 @@ def blocks() -> torch.Tensor:
     return torch.randint(0, 300, (14, 24), generator=torch.Generator().manual_seed(1))
 
 
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
-    from sparsekd.models.anatomy import find_mlps
-
-    with torch.no_grad():
-        for mlp in find_mlps(model):
-            for name in mlp.matrices:
-                model.get_submodule(name).weight.mul_(5)
-        model.get_output_embeddings().weight.mul_(10)
-    return model
-
-
 @pytest.fixture
 def teacher(make_model: Any) -> PreTrainedModel:
     return sharpened(make_model("llama"))
@@ -224,24 +153,3 @@ def new_student(teacher: PreTrainedModel, blocks: torch.Tensor) -> Callable[[], 
 
     student = sparsekd.compress(copy.deepcopy(teacher), blocks, reduction=0.5)
     return lambda: copy.deepcopy(student)
-
-
-def run_processes(script: str, *arguments: str, count: int) -> None:
-    """Runs a script of this folder in processes that find each other, as a launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsekd
-from sparsekd.corpus.blocks import encode
+from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.agreement import distances

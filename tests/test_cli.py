@@ -16,7 +16,7 @@ import yaml
 from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from sparsekd import cli, compression, errors, files, models, records
-from sparsekd.recipe import PAPER
+from sparsekd.recipe.presets import PAPER
 
 QWEN = Qwen3Config(  # Qwen/Qwen3-0.6B
     vocab_size=151936,

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import paragraphs
+from tiny import paragraphs
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
-from sparsekd.corpus.blocks import encode
+from sparsekd.corpus import encode
 from sparsekd.errors import DataError, ResourceError
 from sparsekd.evaluate import ratio
 from sparsekd.evaluate.perplexity import scored_bytes

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from conftest import run_processes
+from launching import run_processes
 
 from sparsekd.run import processes
 

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekd.compression import statistics
-from sparsekd.corpus.blocks import build, shuffled
+from sparsekd.corpus import build, shuffled
 from sparsekd.recipe import Corpus, Source, load_recipe
-from sparsekd.teacher.filling import fill
+from sparsekd.teacher import fill
 
 PAIRS = [(2**53 - 1, 2**53 - 2), (2**52, 2**52 + 1), (-1, -2), (1 - 2**53, 2 - 2**53)]
 
@@ -26,7 +26,7 @@ def seeds(request: Any) -> list[int]:
 def draws(model: PreTrainedModel, folder: Path, seed: int) -> list[int]:
     """The tokens that are drawn from a flat teacher: 12 of 400 at each of 99 positions."""
     tokens = np.arange(100, dtype=np.int32)
-    cache = fill(model, folder, {3: tokens}, tokenizer="t", corpus_fingerprint="c", codec="sampled", seed=seed)
+    cache = fill(model, folder, {3: tokens}, tokenizer_hash="t", corpus_fingerprint="c", codec="sampled", seed=seed)
     assert cache is not None
     return cache.read(3, tokens).ids.flatten().tolist()
 

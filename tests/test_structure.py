@@ -23,6 +23,10 @@ WITHOUT_TRANSFORMERS = {
     "recipe",
     "teacher.cache",
     "teacher.codecs",
+    "teacher.merging",
+    "teacher.selecting",
+    "teacher.shards",
+    "teacher.writing",
     "distillation.losses",
 }
 WITHOUT_TORCH = {"__init__", "errors", "files", "records", "recipe", "console", "cli", "corpus.sources"}

@@ -20,8 +20,7 @@ from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe, method_named
 from sparsekd.run import CORPUS, STAGES, Round, Run, Work, planned, settings_of, stages
-from sparsekd.teacher import Part
-from sparsekd.teacher import cache as caches
+from sparsekd.teacher import merge_shares
 
 UNTIL = (*STAGES, "report")
 
@@ -80,7 +79,7 @@ def check_before_starting(recipe: Recipe) -> None:
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
 
 
-def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None = None) -> dict[str, Any]:
+def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> dict[str, Any]:
     """What one of several processes does for the first round's cache: any scheduler may start them, in any order.
 
     They share the run directory, whose corpus must be finished; `merge_cache` then makes the stage whole.
@@ -90,16 +89,16 @@ def cache_part(recipe: Recipe, folder: Path, part: Part, console: Console | None
     with Run.open(folder, recipe, console or Console(), resume=True, shared=True) as opened:
         work = Work(opened)
         stages.corpus.make(work)
-        return stages.cache.make(work, planned(recipe)[0], part)
+        return stages.cache.make(work, planned(recipe)[0], share)
 
 
 def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Finishes the first round's cache from what all parts have written; raises `DataError` naming a missing part."""
+    """Finishes the first round's cache from what all shares have written; raises `DataError` naming a missing one."""
     with Run.open(folder, recipe, console or Console(), resume=True) as opened:
         work = Work(opened)
         stages.corpus.make(work)
         stage = stages.cache.stage_of(work, planned(recipe)[0])
-        merged = caches.merge(stage.folder, range(len(work.blocks.blocks)))
+        merged = merge_shares(stage.folder, range(len(work.blocks.blocks)))
         return stage.finish(stages.cache.summary_of(merged, work.blocks))
 
 

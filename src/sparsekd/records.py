@@ -9,6 +9,7 @@ goes unnoticed: this is against damage, not against forgery.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,6 +43,11 @@ def read(path: Path, needed: Iterable[str] = (), way_out: str = "") -> dict[str,
     if missing:
         raise DataError(f"{path} is damaged: {missing[0]} is missing{hint}")
     return content
+
+
+def exponential(nats: float) -> float:
+    """e^nats, e^700 at most: what a destroyed model has stays a number that a float, and JSON, can hold."""
+    return math.exp(min(nats, 700.0))
 
 
 def _checksum(content: dict[str, Any]) -> str:

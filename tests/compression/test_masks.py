@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_processes, sharpened
 from cutting import section
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import run_processes
 from safetensors.torch import load_file
-from test_distillation import OPTIONS, data, equal, state
+from tiny import sharpened
+from training import OPTIONS, data, equal, state
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsekd

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import pipeline_run
+from commands import pipeline_run
 from transformers import AutoModelForCausalLM
 
 from sparsekd import models

@@ -12,22 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import pipeline_run, run_cli
 from transformers import AutoModelForCausalLM
 
 import sparsekd
-from sparsekd import cli, pipeline
+from sparsekd import pipeline
 from sparsekd.recipe import load_recipe
-
-
-def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sparsekd", *arguments])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def recipe_for(tiny_recipe: Path, folder: Path) -> Path:
@@ -80,15 +70,6 @@ def test_a_second_call_reuses_everything(tiny_recipe: Path, tmp_path: Path) -> N
     assert (tmp_path / "run/round-01/distilled/model/model.safetensors").stat().st_mtime_ns == model
 
 
-def pipeline_run(recipe: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return pipeline.run(recipe, folder, **options)
-    except sparsekd.SparseKDError as error:
-        if error.exit_code != 5:
-            raise
-        return json.loads((folder / "report.json").read_text())
-
-
 def report_of(recipe: Any, folder: Path) -> Any:
     pipeline_run(recipe, folder)
     return json.loads((folder / "report.json").read_text())
@@ -101,7 +82,7 @@ def weights(folder: Path) -> bytes:
 def test_stage_by_stage_is_the_same_as_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(tiny_recipe))
     pipeline_run(recipe, tmp_path / "one")
-    for stage in pipeline.UNTIL:
+    for stage in pipeline.STAGES:
         pipeline_run(recipe, tmp_path / "steps", until=stage)
     assert weights(tmp_path / "one") == weights(tmp_path / "steps")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import run_cli
+from commands import run_cli
 
 import sparsekd
 from sparsekd import distillation, files, pipeline, records, report

@@ -103,12 +103,12 @@ def cache(
 
 
 def _part(shard: str) -> Any:
-    from sparsekd.teacher import Part
+    from sparsekd.corpus import Share
 
     number, slash, count = shard.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UsageError(f"--shard is {shard}: expected I/N with I from 1 to N, for example 2/8")
-    return Part(int(number), int(count))
+    return Share(int(number), int(count))
 
 
 _stage_verb("compress", "compress", "Run until the MLPs are low-rank.")

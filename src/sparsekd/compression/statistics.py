@@ -279,10 +279,17 @@ def _all_but_layers_on(model: PreTrainedModel, layers: Layers, device: torch.dev
 @contextmanager
 def _in_turn(layers: Layers, home: torch.device, device: torch.device) -> Iterator[None]:
     """Each decoder layer visits `device` for its forward pass."""
+
+    def arrive(layer: nn.Module, _: object) -> None:
+        layer.to(device)
+
+    def leave(layer: nn.Module, *_: object) -> None:
+        layer.to(home)
+
     handles = []
     for layer in layers.modules if device != home else []:
-        handles.append(layer.register_forward_pre_hook(lambda module, _: module.to(device) and None))
-        handles.append(layer.register_forward_hook(lambda module, *_: module.to(home) and None))
+        handles.append(layer.register_forward_pre_hook(arrive))
+        handles.append(layer.register_forward_hook(leave))
     try:
         yield
     finally:

@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import itertools
 import json
 import re
-import sysconfig
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sparsekd.corpus import embedded
 from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.recipe import Source
 
-_WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _EMPTY_LINE = re.compile(r"(?>\r\n|\r|\n)\s*[\r\n]")  # the default split, whatever ends the lines
 _BATCH_BYTES = 2**25  # of a Parquet file's rows that are unpacked at a time
 
@@ -34,9 +30,9 @@ def read(source: Source, root: str | None = None) -> Iterator[tuple[str, str]]:
     is not installed, `UsageError` for a kind of file that is not known.
     """
     if source.embedded == "wikipedia":
-        documents = _wikipedia()
+        documents = embedded.wikipedia()
     elif source.embedded == "python":
-        documents = _python_functions()
+        documents = embedded.python_functions()
     elif source.hub is not None:
         documents = _hub(source)
     else:
@@ -161,47 +157,3 @@ def _hub(source: Source) -> Iterator[tuple[str, str]]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data set {source.hub} cannot be read: {reason}") from error
-
-
-def _wikipedia() -> Iterator[tuple[str, str]]:
-    """About a hundred articles of the Wikipedia dump that gensim ships for its tests, markup removed."""
-    spec = importlib.util.find_spec("gensim")
-    if spec is None or spec.origin is None:
-        raise ResourceError('the embedded Wikipedia articles come with gensim: pip install "sparsekd[demo]"')
-    path = Path(spec.origin).parent / _WIKIPEDIA
-    if not path.exists():
-        raise ResourceError(f"{path} is missing: pip install gensim==4.4.0, whose wheel carries it")
-    import bz2
-
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
-
-    with bz2.open(path, "rb") as dump:
-        for title, text, page in extract_pages(dump, filter_namespaces=("0",)):  # pyright: ignore[reportArgumentType]
-            article = _plain(filter_wiki(text))
-            if len(article) > 500:  # shorter ones are redirects
-                yield f"wikipedia:{page}:{title}", f"{title}\n\n{article}"
-
-
-def _plain(article: str) -> str:
-    """The prose of an article: of what `filter_wiki` leaves, the lines that are neither lists, tables nor captions."""
-    lines = (line.strip() for line in article.splitlines())
-    prose = (line for line in lines if len(line) >= 60 and not line.startswith(("*", "|", "!", ":", ";", "#", "{")))
-    return "\n\n".join(prose).replace("'''", "").replace("''", "")
-
-
-def _python_functions() -> Iterator[tuple[str, str]]:
-    """Functions of the running Python's standard library of 10 to 80 lines, in the order of their files."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
-        if path.parent.name in {"test", "idlelib", "site-packages", "lib2to3"}:
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-            lines = text.splitlines()
-        except (UnicodeDecodeError, SyntaxError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and 10 <= (node.end_lineno or 0) - node.lineno <= 80:
-                function = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-                yield f"python:{path.relative_to(library)}:{node.name}", function

@@ -1,10 +1,10 @@
 """Training to match the teacher. In: a student, blocks, a teacher; out: the trained student and its curves."""
 
-from sparsekd.distillation.loop import METRICS as METRICS
-from sparsekd.distillation.loop import Step as Step
+from sparsekd.distillation.history import METRICS as METRICS
+from sparsekd.distillation.history import Step as Step
+from sparsekd.distillation.history import reason_to_stop as reason_to_stop
 from sparsekd.distillation.loop import distill as distill
 from sparsekd.distillation.loop import measure as measure
-from sparsekd.distillation.loop import reason_to_stop as reason_to_stop
 from sparsekd.distillation.loop import train as train
 from sparsekd.distillation.losses import kd_loss as kd_loss
 from sparsekd.distillation.objective import Data as Data

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekd import records
 from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
 from sparsekd.evaluate.windows import (
@@ -169,5 +170,5 @@ def _num_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"]) -> in
 
 def _exponential(nats: Estimate) -> tuple[float, float | None]:
     """What a mean logarithm and its standard error are of, to first order."""
-    value = math.exp(min(nats.value, 700.0))  # a destroyed model stays a number that JSON can hold
+    value = records.exponential(nats.value)
     return value, None if nats.standard_error is None else value * nats.standard_error

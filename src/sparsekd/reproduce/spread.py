@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparsekd.evaluate import mean_and_error
+from sparsekd.records import exponential
 
 _NORMAL = 1.959964  # the standard normal distribution's 97.5 % quantile
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, by degrees of freedom
@@ -32,20 +33,16 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        return _exp(self.value)
+        return exponential(self.value)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Of the ratio."""
-        return None if self.half is None else (_exp(self.value - self.half), _exp(self.value + self.half))
+        return None if self.half is None else (exponential(self.value - self.half), exponential(self.value + self.half))
 
     def as_dict(self) -> dict[str, Any]:
         interval = self.interval and list(self.interval)
         return {"ratio": self.ratio, "interval": interval, "nats": self.value, "deviation": self.deviation}
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a destroyed model stays a number that JSON can hold
 
 
 def compare(results: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]]) -> Comparison:

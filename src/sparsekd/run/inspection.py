@@ -174,7 +174,7 @@ def verify(path: Path) -> dict[str, Any]:
             log_tails.append(row.targets.log_tail.numpy())
             errors.append(cache.codec.expected_kl(row.targets))
     wanted = set(cache.block_ids) if blocks is None else blocks.keys()
-    readable = {i for shard in cache.shards if shard["name"] not in damaged for i in shard["block_ids"]}
+    readable = {i for shard in cache.shards if shard.name not in damaged for i in shard.block_ids}
     facts = {
         "kind": "cache",
         "codec": f"{cache.codec.name}, top_k {cache.top_k}",

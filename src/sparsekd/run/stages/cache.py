@@ -6,38 +6,37 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparsekd import models, teacher
-from sparsekd.corpus import Corpus
+from sparsekd.corpus import ALL, Corpus, Share
 from sparsekd.errors import MismatchError
 from sparsekd.run.reading import read_summary
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.stage import Stage
 from sparsekd.run.work import Work
-from sparsekd.teacher import WHOLE, Cache, Part, TeacherModel
-from sparsekd.teacher import cache as caches
+from sparsekd.teacher import Cache, TeacherModel
 
 
-def make(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
-    """Stage `cache`: the teacher's distributions of all training and validation blocks, or one `part` of them."""
+def make(work: Work, round_: Round, share: Share = ALL) -> dict[str, Any]:
+    """Stage `cache`: the teacher's distributions of all training and validation blocks, or one `share` of them."""
     options, blocks, processes = work.recipe.cache, work.blocks, work.run.processes
     stage = stage_of(work, round_)
     if work.recipe.distill.teacher == "online":  # an empty stage, so that later ones find its inputs
         return stage.summary or stage.finish({"blocks": 0, "tokens": 0, "top_k": options.top_k, "bytes": 0})
-    if stage.summary is not None and caches.is_complete(stage.folder):  # else a shard was removed: it is made again
+    if stage.summary is not None and teacher.is_cached(stage.folder):  # else a shard was removed: it is made again
         return stage.summary
     together = processes.count > 1
     if together:
-        part = Part(processes.rank + 1, processes.count)
-        processes.main_first(lambda: caches.forget_parts(stage.folder))
+        share = Share(processes.rank + 1, processes.count)
+        processes.main_first(lambda: teacher.forget_shares(stage.folder))
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
-    num_tokens = sum(len(tokens) for tokens in by_id.values()) // part.count
-    model, tokenizer, vocab_size = open_teacher(work, round_)
+    num_tokens = sum(len(tokens) for tokens in by_id.values()) // share.count
+    model, tokenizer_hash, vocab_size = open_teacher(work, round_)
     with work.run.console.bar("caching", num_tokens) as bar:
         cache = teacher.fill(
             model,
             stage.folder,
             by_id,
-            tokenizer=tokenizer,
+            tokenizer_hash=tokenizer_hash,
             corpus_fingerprint=blocks.fingerprint,
             codec=options.codec,
             top_k=options.top_k,
@@ -45,15 +44,15 @@ def make(work: Work, round_: Round, part: Part = WHOLE) -> dict[str, Any]:
             seed=work.recipe.seed,
             blocks_per_shard=options.blocks_per_shard,
             batch_size=options.batch_size,
-            part=part,
+            share=share,
             separator=blocks.separator,
             on_tokens=lambda count: bar.advance(count, f"{num_tokens} tokens"),
             say=work.run.console.say,
         )
     if together:
         processes.wait()
-        cache = processes.main_first(lambda: caches.merge(stage.folder, by_id))
-    return {"part": str(part)} if cache is None else stage.finish(summary_of(cache, blocks))
+        cache = processes.main_first(lambda: teacher.merge_shares(stage.folder, by_id))
+    return {"part": str(share)} if cache is None else stage.finish(summary_of(cache, blocks))
 
 
 def stage_of(work: Work, round_: Round) -> Stage:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_processes
+from launching import run_processes
 from safetensors.torch import load_file
-from test_distillation import OPTIONS, data, equal, state
+from training import OPTIONS, data, equal, state
 
 from sparsekd import distillation
 from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.errors import DataError, Stopped
-from sparsekd.teacher.cache import Cache
+from sparsekd.teacher import Cache
 
 EVERY_STEP = replace(OPTIONS, checkpoint_minutes=0.0)
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_processes, sharpened
+from launching import run_processes
 from safetensors.torch import load_file
+from tiny import sharpened
+from training import OPTIONS, data, equal, state
 from transformers import PreTrainedModel
 
 import sparsekd
@@ -17,25 +19,7 @@ from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
 from sparsekd.errors import DataError, ResourceError, Stopped, UsageError
 from sparsekd.recipe import Distill
-from sparsekd.teacher.cache import Cache
-from sparsekd.teacher.filling import Online
-
-OPTIONS = Distill(batch_size=4, micro_batch_size=2, learning_rate=3e-3, epochs=2, validations=3, warmup_ratio=0.2)
-
-
-def data(blocks: torch.Tensor, cache: Cache | Online, validation_ids: tuple[int, ...] = (12, 13)) -> distillation.Data:
-    def order(epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[7, epoch])).permutation(12)
-
-    return distillation.Data(list(blocks.numpy()), order, validation_ids, cache)
-
-
-def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+from sparsekd.teacher import Cache, Online
 
 
 def test_training_restores_part_of_what_was_lost(new_student: Any, blocks: torch.Tensor, cache: Cache) -> None:
@@ -118,7 +102,7 @@ def test_blocks_of_different_lengths_are_padded_without_effect(
     lengths = [24, 10, 17, 24, 9, 12]
     ragged = [generator.integers(0, 300, length).astype(np.int32) for length in lengths]
     cache = teacher_stage.fill(
-        teacher, tmp_path / "ragged", dict(enumerate(ragged)), tokenizer="t", corpus_fingerprint="c", top_k=8
+        teacher, tmp_path / "ragged", dict(enumerate(ragged)), tokenizer_hash="t", corpus_fingerprint="c", top_k=8
     )
     losses = []
     for micro in (1, 4):

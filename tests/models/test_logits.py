@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from test_distillation import data
+from training import data
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from sparsekd import teacher as teacher_stage
@@ -18,7 +18,7 @@ from sparsekd.evaluate.windows import predictions, split
 from sparsekd.models.layerwise import Layers
 from sparsekd.models.logits import logits_of, project
 from sparsekd.recipe import Distill
-from sparsekd.teacher.filling import Online
+from sparsekd.teacher import Online
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # bfloat16's logits are wrong by 1e-2
 

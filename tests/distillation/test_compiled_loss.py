@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_losses import MODES, N, V, case, targets_for
+from loss_cases import MODES, N, V, case, targets_for
 from torch._dynamo.testing import CompileCounter
 
 from sparsekd.distillation import losses

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sharpened
-from test_distillation import OPTIONS, data, equal, state
+from tiny import sharpened
+from training import OPTIONS, data, equal, state
 
 import sparsekd
 from sparsekd import distillation
@@ -15,7 +15,7 @@ from sparsekd.distillation import optimizer as optimization
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.models.forms.lowrank import CompressedLinear
 from sparsekd.recipe import RateScale
-from sparsekd.teacher.cache import Cache
+from sparsekd.teacher import Cache
 
 
 def changed(student: Any, before: dict[str, torch.Tensor]) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_distillation import OPTIONS, data
+from training import OPTIONS, data
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 import sparsekd
@@ -15,9 +15,8 @@ from sparsekd import distillation
 from sparsekd import teacher as teacher_stage
 from sparsekd.distillation import objective
 from sparsekd.errors import DataError, MismatchError, UsageError
-from sparsekd.models.loading import document_positions
-from sparsekd.teacher.cache import Cache
-from sparsekd.teacher.filling import Online, distributions
+from sparsekd.models import document_positions
+from sparsekd.teacher import Cache, Online, distributions
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 END = 0  # the token that ends a document here
@@ -67,7 +66,7 @@ def test_a_cache_of_masked_documents_has_their_own_distributions(teacher: PreTra
         teacher,
         tmp_path / "cache",
         {0: block.numpy().astype(np.int32)},
-        tokenizer="t",
+        tokenizer_hash="t",
         corpus_fingerprint="c",
         top_k=8,
         separator=END,
@@ -155,7 +154,7 @@ def test_gemmas_vocabulary_is_cached_and_learned(make_model: Any, tmp_path: Path
     with torch.no_grad():
         model.lm_head.weight[262_144] = 100 * model.lm_head.weight[262_143]
     blocks = {0: np.arange(262_100, 262_112, dtype=np.int32), 1: np.arange(262_133, 262_145, dtype=np.int32)}
-    options = {"tokenizer": "t", "corpus_fingerprint": "c", "top_k": 8, "vocab_size": 262_145}
+    options = {"tokenizer_hash": "t", "corpus_fingerprint": "c", "top_k": 8, "vocab_size": 262_145}
     cached = teacher_stage.fill(model, tmp_path, blocks, **options)
     assert cached is not None
     assert int(cached.read(1, blocks[1]).ids.max()) == 262_144

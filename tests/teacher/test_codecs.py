@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekd.errors import UsageError
-from sparsekd.teacher.codecs import CODECS, MAX_VOCAB, Samples, Targets, codec_for
-from sparsekd.teacher.filling import sampled_distribution, top_k_distribution
+from sparsekd.teacher import CODECS, Samples, Targets, codec_for, top_k_distribution
+from sparsekd.teacher.codecs import MAX_VOCAB
+from sparsekd.teacher.selecting import sampled_distribution
 
 
 def teacher(num_rows: int, vocab_size: int, top_k: int, sharpness: float = 3.0, seed: int = 0) -> Targets:

@@ -1,0 +1,168 @@
+"""One process's part of a training, alone or of several: accelerate, the share of each step, gradients, validations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekd import records
+from sparsekd.device import out_of_memory, trains_in_bfloat16
+from sparsekd.distillation.history import Validation
+from sparsekd.distillation.objective import Data, Objective, make_batch, require_document_mask
+from sparsekd.distillation.optimizer import make_optimizer
+from sparsekd.errors import DataError, Diverged, ResourceError
+from sparsekd.recipe import Distill
+
+
+@contextmanager
+def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Iterator[Accelerator]:
+    """Accelerate, with the trackers that the recipe names; raises `ResourceError` for one that is not installed."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in options.trackers:
+        if name not in available:
+            raise ResourceError(
+                f"distill.trackers: {name} is not installed here; there are: {', '.join(available) or 'none'}"
+            )
+    trackers: Any = options.trackers or None
+    on_cpu = student.device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=trackers, project_dir=folder)
+    if options.trackers:
+        accelerator.init_trackers("trackers")
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def distribute(student: PreTrainedModel, data: Data, options: Distill, accelerator: Accelerator) -> tuple[Any, Worker]:
+    """The optimizer and this process's worker, as accelerate runs them: alone, with DDP, or with FSDP."""
+    if accelerator.num_processes > 1:  # a single process leaves the student where it was put
+        nn.Module.to(student, accelerator.device)
+    if data.separator is not None:
+        require_document_mask(student)
+    bfloat16 = trains_in_bfloat16(options.precision, student.device)
+    objective = Objective(student, options, data.teacher.vocab_size, bfloat16)
+    device, vocab_size = student.device, objective.vocab_size
+    wrapped, optimizer = accelerator.prepare(
+        objective, make_optimizer(student, options), device_placement=[False, False]
+    )
+    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, options.micro_batch_size)
+
+
+@dataclass
+class Worker:
+    """One process's share of the work, and how much of it goes through the model at once."""
+
+    objective: Any  # an `Objective`, as accelerate wraps it
+    data: Data
+    accelerator: Accelerator
+    device: torch.device
+    vocab_size: int
+    micro_batch_size: int
+
+    def gradients(self, ids: Sequence[int]) -> Float[Tensor, " 3"] | None:
+        """Adds the gradient of a step's blocks up; this process's part of loss, KD and CE. None: memory ran out."""
+        denominator = self.data.num_positions(ids)
+        if denominator == 0:
+            raise DataError(f"no position of blocks {', '.join(map(str, ids))} predicts a token: nothing to learn from")
+        sums = torch.zeros(3, device=self.device)
+        shares = self._shares(ids)
+        try:
+            for number, micro in enumerate(shares, 1):
+                batch = make_batch(self.data, micro, self.vocab_size, self.device)
+                # only the last backward pass adds the gradients of all processes up
+                with nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective):
+                    outcome = self.objective(batch, denominator)
+                    # which takes their mean, but the loss is a sum over all of them
+                    (outcome.total * self.accelerator.num_processes).backward()
+                sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        return sums
+
+    def validate(self, step: int, say: Callable[[str], None] = lambda text: None) -> Validation:
+        """Losses on the validation blocks, by source of the blocks and over all."""
+        while (validation := self._validated(step)) is None:  # memory ran out
+            self.halve(say)
+        return validation
+
+    @torch.no_grad()
+    def _validated(self, step: int) -> Validation | None:
+        sources = self.data.sources
+        by_domain: dict[str, list[int]] = {}
+        for block_id in self.data.validation_ids:
+            by_domain.setdefault(sources[block_id] if sources is not None else "all", []).append(block_id)
+        sums = torch.zeros(len(by_domain), 4, device=self.device)
+        try:
+            for row, ids in zip(sums, by_domain.values(), strict=True):
+                for micro in self._shares(ids):
+                    outcome = self.objective(make_batch(self.data, micro, self.vocab_size, self.device), 1)
+                    row += torch.stack([value.float() for value in outcome])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        reduced: Any = self.accelerator.reduce(sums, "sum")
+        sums = reduced.cpu().double()
+        counts = torch.tensor([self.data.num_positions(ids) for ids in by_domain.values()]).to(sums)
+        domains = {
+            name: _losses(row / count)
+            for name, row, count in zip(by_domain, sums, counts, strict=True)
+            if int(count)  # a domain whose blocks are nothing but separators has no losses
+        }
+        overall = _losses(sums.sum(0) / counts.sum())
+        if not math.isfinite(overall["loss"]):
+            raise Diverged(f"the validation loss after step {step} is not finite: try a lower distill.learning_rate")
+        return Validation(step, **overall, domains=domains)
+
+    def summed(self, sums: Float[Tensor, " 3"]) -> list[float]:
+        """The sums of all processes together."""
+        reduced: Any = self.accelerator.reduce(sums, "sum")
+        return reduced.tolist()
+
+    def agreed(self, stop: int | None, is_due: bool) -> tuple[int | None, bool]:
+        """The same decision everywhere: the signal that any process got, and whether the main one is due to save."""
+        gathered: Any = self.accelerator.gather(torch.tensor([[stop or 0, is_due]], device=self.device))
+        return int(gathered[:, 0].max()) or None, bool(gathered[0, 1])
+
+    def halve(self, say: Callable[[str], None]) -> None:
+        """A smaller micro batch after memory ran out; the step, and so the training, stays what it is but for rounding.
+
+        Raises `ResourceError` where there is no smaller one.
+        """
+        size = self.micro_batch_size
+        if self.accelerator.num_processes > 1 or size == 1:  # the other processes wait for this one: no second try
+            raise ResourceError(
+                f"out of memory with distill.micro_batch_size={size}: make it smaller, or set "
+                "distill.gradient_checkpointing=true or a smaller corpus.seq_len"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch_size = size // 2
+        say(f"  out of memory: distill.micro_batch_size is {size // 2} from here on, the step stays as it is")
+
+    def _shares(self, ids: Sequence[int]) -> list[list[int]]:
+        """This process's micro batches; as many as every other has, so some may be empty."""
+        processes, micro_batch_size = self.accelerator.num_processes, self.micro_batch_size
+        mine = list(ids[self.accelerator.process_index :: processes])
+        count = math.ceil(math.ceil(len(ids) / processes) / micro_batch_size)
+        return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+
+
+def _losses(means: Float[Tensor, " 4"]) -> dict[str, float]:
+    loss, kd, ce, agreement = means.tolist()
+    return {"loss": loss, "kd": kd, "ce": ce, "perplexity": records.exponential(ce), "agreement": agreement}
