@@ -6,27 +6,27 @@
 DATA is the folder of recipes/reproduce-smollm2.yaml, whose texts are measured, 4,096 tokens of each (what is recorded
 was measured on the first ones; windows are spread over the text now); RUN a directory of `reproduce` with the models in
 it. GSM8K's test answers and HumanEval are of the kinds of text that the corpus has, stories of none. Strict perplexity,
-ratios with 95 % intervals over seeds and windows.
+ratios with 95 % intervals over seeds and windows. The rows are those of run `other-texts` in benchmarks/results/models.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from _record import RESULTS, record
+import _tables
+from _record import origin
+from _tables import DENSE, Result, Windows
 from reproduce_summary import markdown
 
 import sparsekd
-from sparsekd import corpus, files
+from sparsekd import corpus
 from sparsekd.recipe import load_recipe
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce.spread import Comparison, compare
 
-RECORDED = RESULTS / "other_texts.json"
+RUN = "other-texts"
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "reproduce-smollm2.yaml")
-DENSE = "dense"
 TEXTS = ("gsm8k", "code", "stories")
 PAIRED = (  # an arm, what it is compared with
     ("Dense+KD", "dense-CE"),
@@ -35,6 +35,7 @@ PAIRED = (  # an arm, what it is compared with
     ("pruned-KL", "pruned-CE"),
     ("round-65-better-teacher", "round-65"),
 )
+Measured = dict[str, dict[int | None, dict[str, Result]]]  # by arm, seed and text
 
 
 def main() -> None:
@@ -43,34 +44,54 @@ def main() -> None:
     parser.add_argument("data", nargs="?")
     parser.add_argument("runs", nargs="*", type=Path)
     given = parser.parse_args()
-    measured: dict[str, Any] = files.read_json(RECORDED)["perplexities"] if RECORDED.exists() else {}
     if given.action:
-        _measure(measured, given.data, given.runs)
-    _show(measured)
+        _measure(given.data, given.runs)
+    _show(_recorded())
 
 
-def _measure(measured: dict[str, Any], data: str, runs: list[Path]) -> None:
+def _recorded() -> Measured:
+    results, found = _tables.results(RUN), {}
+    for row in _tables.read("measured", run=RUN):
+        model = _tables.name_of(row["arm"], row["seed"], row["stage"])
+        found.setdefault(row["arm"], {})[row["seed"]] = results[model]
+    return found
+
+
+def _measure(data: str, runs: list[Path]) -> None:
     recipe = load_recipe(RECIPE, (f"corpus.root={data}",))
     texts = {name: corpus.read_text(recipe.evaluate.texts[name], recipe.corpus) for name in TEXTS}
-    models = {(DENSE, "0"): recipe.model.name}
+    models: dict[tuple[str, int | None], str] = {(DENSE, None): recipe.model.name}
     for run in runs:
         for weights in sorted(run.glob("arms/*/seed-*/distilled/model/model.safetensors")):
             arm, seed = weights.parts[-5:-3]
-            models.setdefault((arm, seed.removeprefix("seed-")), str(weights.parent))
+            models.setdefault((arm, int(seed.removeprefix("seed-"))), str(weights.parent))
+    measured = _recorded()
     for (arm, seed), place in models.items():
         if seed in measured.get(arm, {}):
             continue
         model, tokenizer = sparsekd.load(place)
-        measured.setdefault(arm, {})[seed] = {
+        results = {
             name: sparsekd.perplexity(model, tokenizer, text, max_tokens=recipe.evaluate.max_tokens).as_dict()
             for name, text in texts.items()
         }
-        record("other_texts", {"perplexities": measured}, show=False)
-        print(arm, seed, {name: round(one["perplexity"], 3) for name, one in measured[arm][seed].items()}, flush=True)
+        measured.setdefault(arm, {})[seed] = results
+        _record(arm, seed, results, measured[DENSE][None])
+        print(arm, seed, {name: round(one["perplexity"], 3) for name, one in results.items()}, flush=True)
 
 
-def _show(measured: dict[str, Any]) -> None:
-    print("dense: " + ", ".join(f"{text} {measured[DENSE]['0'][text]['perplexity']:.2f}" for text in TEXTS) + "\n")
+def _record(arm: str, seed: int | None, results: dict[str, Result], dense: dict[str, Result]) -> None:
+    stage = DENSE if arm == DENSE else "distilled"
+    key = {"run": RUN, "arm": arm, "seed": seed, "stage": stage}
+    windows, rows = Windows(), []
+    for text, result in results.items():
+        windows.put(RUN, text, _tables.name_of(arm, seed, stage), result)
+        rows.append(key | {"text": text} | _tables.as_row(result, dense[text]) | origin())
+    windows.save()
+    _tables.add("measured", rows)
+
+
+def _show(measured: Measured) -> None:
+    print("dense: " + ", ".join(f"{text} {measured[DENSE][None][text]['perplexity']:.2f}" for text in TEXTS) + "\n")
     to_dense = [(arm, DENSE) for arm in measured if arm != DENSE]
     paired = [pair for pair in PAIRED if measured.keys() >= {*pair}]
     for title, pairs in {"Arms to the dense model": to_dense, "Arms to each other": paired}.items():
@@ -81,10 +102,10 @@ def _show(measured: dict[str, Any]) -> None:
         print("\n".join(markdown(Titled(title, ["", "seeds", *TEXTS], rows))))
 
 
-def _compare(measured: dict[str, Any], arm: str, other: str, text: str) -> Comparison:
+def _compare(measured: Measured, arm: str, other: str, text: str) -> Comparison:
     results = [by_text[text] for by_text in measured[arm].values()]
     if other == DENSE:
-        return compare(results, [measured[DENSE]["0"][text]] * len(results))
+        return compare(results, [measured[DENSE][None][text]] * len(results))
     return compare(results, [measured[other][seed][text] for seed in measured[arm]])
 
 

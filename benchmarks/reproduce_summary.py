@@ -1,11 +1,11 @@
 """The recorded experiments of `sparsekd reproduce` as Markdown, and their pictures.
 
-    python benchmarks/reproduce_summary.py [FOLDER] [--pictures DIR]
+    python benchmarks/reproduce_summary.py [RUN ...] [--pictures DIR]
 
-FOLDER holds `reproduce-<experiment>.json` files, by default those of benchmarks/results/reproduce. Prints every table,
-and of III a recovery curve for each round, from its few validations; with --pictures every figure goes there as SVG.
-Claims and causes are compared again from the recorded windows, by the intervals of today, and a verdict that is another
-one than was recorded is named.
+Reads the tables of benchmarks/results/models, by default all of their runs. Prints every table of each experiment, and
+of III a recovery curve for each round, from its few validations; of other runs the ratios to the dense model. With
+--pictures every figure goes there as SVG. Claims and causes are compared again from the recorded windows, by the
+intervals of today, and a verdict that is another one than was recorded is named.
 """
 
 from __future__ import annotations
@@ -15,34 +15,62 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _tables
+
 from sparsekd import files
 from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments, figures
 from sparsekd.report.tables import Titled
-from sparsekd.reproduce import RECOVERED, ratios, recovery_curve
+from sparsekd.reproduce import RECOVERED, recovery_curve
 from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, Seed
 from sparsekd.reproduce.patterns import Found, Model, Pattern, attribution, verdict
-
-RECORDED = Path(__file__).parent / "results" / "reproduce"
+from sparsekd.reproduce.spread import compare
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=RECORDED)
+    parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--pictures", type=Path)
     given = parser.parse_args()
-    for path in sorted(given.folder.glob("**/reproduce-*.json")):
-        found = _compared_again(files.read_json(path))
-        where = path.relative_to(given.folder)
-        print(f"# {where}: seeds {found['seeds']}, {found['tokens']:,} tokens\n")
+    rows = [row for row in _tables.read("experiments") if not given.runs or row["run"] in given.runs]
+    for row in rows:
+        found = _compared_again(_tables.found(row))
+        run, experiment = found["run"], found["experiment"]
+        print(f"# {run}, {experiment}: seeds {found['seeds']}, {found['tokens']:,} tokens\n")
         for table in experiments.all_tables(found):
             print("\n".join(markdown(table)))
-        if found["experiment"] == "III":
+        if experiment == "III":
             print("\n".join(markdown(_curves(found["arms"]))))
         if given.pictures:
             for title, svg in figures.all_figures(found).items():
-                name = "-".join([*where.parent.parts, found["experiment"], *title.lower().split()])
-                files.write_text(given.pictures / f"{name}.svg", svg)
+                files.write_text(given.pictures / f"{'-'.join([run, experiment, *title.lower().split()])}.svg", svg)
+    for run in _unfinished():
+        if not given.runs or run in given.runs:
+            print(f"# {run}\n")
+            print("\n".join(markdown(_to_dense(run))))
+
+
+def _unfinished() -> list[str]:
+    """The runs of trained arms that are of no finished experiment."""
+    finished = {row["run"] for row in _tables.read("experiments")}
+    measured = {row["run"] for row in _tables.read("measured")}
+    runs = dict.fromkeys(row["run"] for row in _tables.read("trained"))
+    return [run for run in runs if run in measured and run not in finished]
+
+
+def _to_dense(run: str) -> Titled:
+    """Each model of a run, with one seed, on each text: its perplexity over the dense model's and over Dense+KD's."""
+    results = _tables.results(run)
+    control = f"{DENSE_KD}/42/distilled"
+    rows = []
+    for name, by_text in results.items():
+        for text, result in by_text.items() if name != _tables.DENSE else ():
+            references = [results[reference][text] for reference in (_tables.DENSE, control) if reference in results]
+            compared = [compare([result], [reference]).as_dict() for reference in references]
+            cells = [f"{one['ratio']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})" for one in compared]
+            rows.append([name, text, *cells, *[""] * (2 - len(cells))])
+    header = ["arm, seed, stage", "text", "to dense (95 % interval)", "to Dense+KD"]
+    return Titled("Perplexity to the dense model's", header, rows)
 
 
 def _compared_again(found: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +90,7 @@ def _compared_again(found: dict[str, Any]) -> dict[str, Any]:
         patterns.append(compared(entry, pattern.model, pattern.reference) | {"verdict": judged})
     causes = attribution(Seed(load_recipe("demo"), 0)) if "attribution" in found else {}
     again = [compared(entry, *causes[entry["cause"]]) for entry in found.get("attribution", [])]
-    by_arm = {name: ratios(models, found["experiment"], name) for name in found["arms"]}
-    return found | {"patterns": patterns, "ratios": by_arm} | ({"attribution": again} if again else {})
+    return found | {"patterns": patterns} | ({"attribution": again} if again else {})
 
 
 def _model(name: str) -> Model:

@@ -10,10 +10,11 @@ import sparsekd
 from sparsekd import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "benchmarks" / "results" / "README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_options_exist(page: Path) -> None:
     verbs = get_command(cli.app).commands  # type: ignore[attr-defined]
     for verb, rest in re.findall(r"(?m)^ *sparsekd ([a-z]+)\b(.*)$", page.read_text(encoding="utf-8")):
@@ -22,7 +23,7 @@ def test_commands_and_options_exist(page: Path) -> None:
         assert set(re.findall(r"--[a-z-]+", rest.partition("#")[0])) <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -31,7 +32,7 @@ def test_links_and_files_exist(page: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_public_names_exist(page: Path) -> None:
     for name in re.findall(r"\bsparsekd\.(?!json\b)([a-z_]+)\b", page.read_text(encoding="utf-8")):
         assert name in {*sparsekd.__all__, "cli"}, name

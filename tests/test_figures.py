@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsekd import files
 from sparsekd.report import figures, html, plots
 
-RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce"
+TABLES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "_tables.py"))
 MORE = {"gsm8k": "c4", "code": "wikitext2", "stories": "c4"}
 
 
@@ -23,7 +23,7 @@ def test_axes_stand_in_rows_of_three():
 
 
 def test_every_text_of_five_has_its_panel_and_its_bars():
-    found = _with_more_texts(files.read_json(RECORDED / "reproduce-controls.json"))
+    found = _with_more_texts(_recorded("controls"))
     made = figures.all_figures(found)
     for title in ("What changes perplexity", "Calibration"):
         assert all(f"<!-- {text} -->" in made[title] for text in found["texts"])
@@ -31,12 +31,17 @@ def test_every_text_of_five_has_its_panel_and_its_bars():
 
 @pytest.mark.parametrize("experiment", ["III", "IV", "controls"])
 def test_a_page_says_which_intervals_are_unknown(experiment: str):
-    found = files.read_json(RECORDED / f"reproduce-{experiment}.json")
+    found = _recorded(experiment)
     for comparison in _comparisons(found):
         comparison["interval"] = None
     page = html.render_experiment(found)
     assert page.count("<td>unknown</td>") == len(found["patterns"]) + len(found.get("attribution", []))
     assert "nan" not in page
+
+
+def _recorded(experiment: str) -> dict[str, Any]:
+    """What `sparsekd reproduce` found on SmolLM2-135M."""
+    return TABLES["found"](*TABLES["read"]("experiments", run="rounds", experiment=experiment))
 
 
 def _comparisons(part: Any) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,39 @@
+"""The recorded results: small, and each row's perplexity is that of its windows."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+TABLES = runpy.run_path(str(RESULTS.parent / "_tables.py"))
+
+
+def test_no_raw_run_directory_is_kept():
+    kept = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert len(kept) < 60
+    assert sum(path.stat().st_size for path in kept) < 1_000_000
+    assert not [path for path in kept if path.name in ("stage.json", "inputs.json", "manifest.json")]
+
+
+@pytest.mark.parametrize("run", sorted({row["run"] for row in TABLES["read"]("measured")}))
+def test_every_perplexity_is_that_of_its_windows(run: str):
+    for by_text in TABLES["results"](run).values():
+        for result in by_text.values():
+            nats = sum(result["window_nll"]) / sum(result["window_tokens"])
+            assert math.exp(nats) == pytest.approx(result["perplexity"], rel=1e-8)
+
+
+def test_a_row_replaces_that_of_the_same_key(tmp_path: Path):
+    there = TABLES["add"].__globals__
+    there["TABLES"], before = tmp_path, there["TABLES"]
+    try:
+        row = {"run": "a", "arm": "dense", "seed": None}
+        TABLES["add"]("trained", [row | {"tokens": 1}, row | {"arm": "b", "tokens": 2}])
+        TABLES["add"]("trained", [row | {"tokens": 1 / 3}])
+        assert [one["tokens"] for one in TABLES["read"]("trained")] == [0.333333333, 2]
+    finally:
+        there["TABLES"] = before
