@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from _record import record
 from torch import Tensor, nn
 
-from sparsekd.models.forms.lowrank import ColumnPivotLinear, LowRankLinear, RowPivotLinear, rank_for
+from sparsekd.models.forms.layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
+from sparsekd.models.forms.lowrank import rank_for
 
 TOKENS, HIDDEN, NEURONS, ROUNDS = 2048, 576, 1536, 15
 

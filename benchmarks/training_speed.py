@@ -45,7 +45,7 @@ import sparsekd
 from sparsekd import corpus, distillation, teacher
 from sparsekd.compression import compress
 from sparsekd.recipe import Distill, load_recipe
-from sparsekd.run.directory import peak_memory_bytes
+from sparsekd.run.machine import peak_memory_bytes
 from sparsekd.teacher import Cache, Targets
 
 ROUNDS, BATCH, STEPS, ALPHA, TEMPERATURE = 3, 4, 4, 0.5, 2.0

@@ -32,17 +32,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from _record import RESULTS, record
-from sparsekd.compression.allocate import Curve, allocate
-from sparsekd.compression.formats import put
 
 import sparsekd
 from sparsekd import compression, corpus, distillation, teacher
-from sparsekd.compression import lowrank, statistics
+from sparsekd.compression import directions, statistics
+from sparsekd.compression.allocation import Curve, allocate
 from sparsekd.evaluate import ratio
-from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.lowrank import LowRankLinear
-from sparsekd.models.loading import mark_compressed, replace_module
-from sparsekd.recipe import Compress, Recipe, load_recipe
+from sparsekd.models import find_mlps, forms, linear_weight, replace_module
+from sparsekd.models.forms.lowrank import make_layer, put
+from sparsekd.recipe import Recipe, compress_section, load_recipe
 
 NAME, STATISTICS_TOKENS, TRAINING_BLOCKS, PROBE_TOKENS, TEST_TOKENS = "truncation_ablation", 98_304, 200, 1024, 4096
 ARMS: dict[str, dict[str, Any]] = {
@@ -213,9 +211,11 @@ def truncated(setup: Setup, name: str, reduction: float) -> tuple[Any, dict[str,
         return student, _share(student, moments, reduction)
     else:
         with patch.object(statistics, "collect", lambda *args, **options: dict(moments)):
-            plan = compression.truncate(student, setup.batches, Compress(reduction=reduction, **ARMS[name]))
+            calibration = compression.Calibration(student, compression.batches_of(setup.batches, 4))
+            section = compress_section({"reduction": reduction, **ARMS[name]})
+            plan = compression.apply(student, calibration, section)
     if name == "pivot ranks, two factors":
-        compression.convert(student, "lowrank")
+        sparsekd.convert(student, "lowrank")
     facts = plan.as_dict()
     facts["seconds"] = time.perf_counter() - start
     del facts["matrices"]
@@ -224,7 +224,8 @@ def truncated(setup: Setup, name: str, reduction: float) -> tuple[Any, dict[str,
 
 def _published(student: Any, inputs: dict[str, Any], name: str, reduction: float) -> compression.Plan:
     """SVD-LLM (arXiv 2403.07378, algorithm 1) and ASVD (arXiv 2312.05821, alpha 0.5) on the MLP, uniform ranks."""
-    plan = compression.plan(student, Compress(reduction=reduction, format="lowrank"))
+    section, dense = compress_section({"reduction": reduction, "format": "lowrank"}), forms.dense_sizes(student)
+    plan = compression.plan_for(student, section)
     factors = {}
     for matrix in plan.matrices:
         weight = linear_weight(student.get_submodule(matrix.name)).detach().double()
@@ -237,8 +238,7 @@ def _published(student: Any, inputs: dict[str, Any], name: str, reduction: float
         up, down = u * s.sqrt(), torch.linalg.solve(scale, s.sqrt()[:, None] * v, left=False)
         factors[matrix.name] = (up[:, : matrix.rank].float(), down[: matrix.rank].float())
     put(student, factors, "lowrank")
-    description = {"format": "lowrank", "method": name, "reduction": reduction}
-    mark_compressed(student, description | {"ranks": {matrix.name: matrix.rank for matrix in plan.matrices}})
+    forms.mark(student, "lowrank", name, reduction, dense)
     return plan
 
 
@@ -251,8 +251,8 @@ def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
         curvature = torch.cat([seen.input_curvature[name].mean() for name in mlp.inputs])
         output = linear_weight(student.get_submodule(mlp.output)).detach()
         for names, weight, projection in (
-            (mlp.inputs, stack, lowrank.from_input_gram(stack, seen.input.mean(), curvature)),
-            ((mlp.output,), output, lowrank.from_output_gram(seen.output.mean(), seen.output_curvature.mean())),
+            (mlp.inputs, stack, directions.from_input_gram(stack, seen.input.mean(), curvature)),
+            ((mlp.output,), output, directions.from_output_gram(seen.output.mean(), seen.output_curvature.mean())),
         ):
             full, lost = min(weight.shape), projection.lost().numpy()
             ranks = np.arange(20, full + 1)
@@ -266,7 +266,7 @@ def _share(student: Any, moments: Any, reduction: float) -> dict[str, Any]:
         up, down = projection.factors(weight, rank)
         basis = torch.nn.Parameter(down)
         for name, part in zip(names, up.chunk(len(names)), strict=True):
-            layer = LowRankLinear.from_factors(part, down, None)
+            layer = make_layer("two-factors", part, down)
             layer.down.weight = basis
             replace_module(student, name, layer)
     return {"mlp_reduction": reduction}

@@ -25,8 +25,8 @@ import sparsekd
 from sparsekd import compression, corpus
 from sparsekd.compression import statistics
 from sparsekd.models.loading import num_parameters
-from sparsekd.recipe import Compress, load_recipe
-from sparsekd.run.directory import peak_memory_bytes
+from sparsekd.recipe import Compress, compress_section, load_recipe
+from sparsekd.run.machine import peak_memory_bytes
 
 NUM_TOKENS, ROUNDS, PROBE_TOKENS = 16_384, 3, 1024
 
@@ -36,8 +36,13 @@ def peak() -> dict[str, int]:
     model, tokenizer = sparsekd.load()
     loaded = peak_memory_bytes()
     bar = num_parameters(model) * 4 + 1_500_000_000
-    compression.truncate(model, batches_of(tokenizer), Compress(method="two-sided", allocation="global"))
+    truncate(model, batches_of(tokenizer), compress_section({"method": "two-sided", "allocation": "global"}))
     return {"peak_memory_bytes": peak_memory_bytes(), "peak_after_loading_bytes": loaded, "bar_bytes": bar}
+
+
+def truncate(model: Any, batches: list[torch.Tensor], section: Compress) -> None:
+    calibration = compression.Calibration(model, compression.batches_of(batches, section.batch_size))
+    compression.apply(model, calibration, section)
 
 
 def batches_of(tokenizer: Any) -> list[torch.Tensor]:
@@ -75,17 +80,18 @@ def main() -> None:
     figures["tokens"] = NUM_TOKENS
     with patch.object(statistics, "collect", lambda *_, **__: copy.deepcopy(moments)):
         for name, options in {
-            "two-sided, global, pivot": Compress(method="two-sided", allocation="global"),
-            "whitened, uniform, lowrank": Compress(format="lowrank"),
-            "svd, energy, lowrank": Compress(method="svd", allocation="energy", format="lowrank"),
+            "two-sided, global, pivot": compress_section({"method": "two-sided", "allocation": "global"}),
+            "whitened, uniform, lowrank": compress_section({"format": "lowrank"}),
+            "svd, energy, lowrank": compress_section({"method": "svd", "allocation": "energy", "format": "lowrank"}),
         }.items():
             student = copy.deepcopy(model)
             start = time.perf_counter()
-            compression.truncate(student, batches, options)
+            truncate(student, batches, options)
             figures[f"{name}: seconds without the statistics"] = time.perf_counter() - start
         start = time.perf_counter()
-        options = Compress(method="two-sided", allocation="global", probe_tokens=PROBE_TOKENS)
-        compression.truncate(copy.deepcopy(model), batches, options)
+        probed = {"method": "two-sided", "allocation": "global", "probe_tokens": PROBE_TOKENS}
+        options = compress_section(probed)
+        truncate(copy.deepcopy(model), batches, options)
         figures[f"with the probe on {PROBE_TOKENS} tokens: seconds"] = time.perf_counter() - start
     record("truncation_cost", figures | memory)
 

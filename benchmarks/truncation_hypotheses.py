@@ -38,7 +38,8 @@ from sparsekd import compression, distillation
 from sparsekd.compression.statistics import Gram
 from sparsekd.distillation.objective import Objective
 from sparsekd.models.anatomy import find_mlps
-from sparsekd.models.forms.lowrank import CompressedLinear, rank_for
+from sparsekd.models.forms.layers import CompressedLinear
+from sparsekd.models.forms.lowrank import rank_for
 from sparsekd.models.layerwise import Layers
 
 NAME, REDUCTION, NEXT, BLOCKS = "truncation_hypotheses", 0.35, 0.51, 100
@@ -152,7 +153,7 @@ def _decoder(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
 
 
 def _two_rounds(setup: Setup, start: Any, rate: float, dense: Any, penalised: bool) -> dict[str, Any]:
-    with patch.object(distillation, "Objective", WithNextCut) if penalised else contextlib.nullcontext():
+    with patch("sparsekd.distillation.worker.Objective", WithNextCut) if penalised else contextlib.nullcontext():
         first = train(setup, start, rate, num_blocks=BLOCKS)
     result: dict[str, Any] = {"round 1": ratios(setup.measure(first), dense)}
     compression.compress(first, torch.cat(setup.batches)[:64], reduction=NEXT, method="whitened", format="pivot")

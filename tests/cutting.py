@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsekd.compression import Plan, apply
-from sparsekd.compression.calibration import Calibration, batches_of
-from sparsekd.recipe import Compress
-from sparsekd.recipe.reading import compress_section
+from sparsekd.compression import Calibration, Plan, apply, batches_of
+from sparsekd.recipe import Compress, compress_section
 
 
 def section(**options: Any) -> Compress:

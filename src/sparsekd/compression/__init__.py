@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekd.compression.calibration import Batch as Batch
     from sparsekd.compression.calibration import Calibration as Calibration
+    from sparsekd.compression.calibration import batches_of as batches_of
     from sparsekd.compression.cut import apply as apply
     from sparsekd.compression.cut import compress as compress
     from sparsekd.compression.cut import plan_for as plan_for
@@ -24,6 +25,7 @@ _EXPORTED = {
     "Plan": "plan",
     "Spectrum": "spectra",
     "apply": "cut",
+    "batches_of": "calibration",
     "compress": "cut",
     "plan_for": "cut",
     "spectra_of": "spectra",
