@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsekd
-from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
 from sparsekd.evaluate.agreement import distances
 from sparsekd.evaluate.calibration import Confidences, confidences
 from sparsekd.evaluate.windows import Estimate, Prediction, Window, choose, equal_mass_bins, mean_and_error, split
+from sparsekd.tokens import encode
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 CONTEXT, STRIDE = 32, 20

@@ -23,10 +23,8 @@ from sparsekd.corpus import (
     Guard,
     Overlap,
     Share,
-    beginning,
     blocks_from_texts,
     build,
-    encode,
     load,
     save,
     text_path,
@@ -34,6 +32,7 @@ from sparsekd.corpus import (
 from sparsekd.errors import DataError, SparseKDError, UsageError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text
+from sparsekd.tokens import beginning, encode
 
 SENTENCE = [f"step{number}" for number in range(1, 14)]  # thirteen words
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 import sparsekd
 from sparsekd import compression
-from sparsekd.corpus import encode
 from sparsekd.errors import DataError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.evaluate.harness import run_tasks
+from sparsekd.tokens import encode
 
 WORDS = ["silver", "river", "bright", "garden", "copper", "engine", "quiet", "harbour", "winter", "signal"]
 PAIRS = list(itertools.pairwise(WORDS))

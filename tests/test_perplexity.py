@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
-from sparsekd.corpus import encode
 from sparsekd.errors import DataError, ResourceError
 from sparsekd.evaluate import ratio
 from sparsekd.evaluate.perplexity import scored_bytes
 from sparsekd.evaluate.windows import Window, choose, split
+from sparsekd.tokens import encode
 
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix bold potions quietly in a dim cave. " * 6
 

@@ -310,13 +310,13 @@ def _measure_texts(
     compared: dict[str, Any], tokenizer: Any, contents: dict[str, str], teacher: str | None, options: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """What `measure` says, by model and text, with a bar for each text."""
-    from sparsekd import corpus
     from sparsekd.console import Console
     from sparsekd.evaluate import measure
+    from sparsekd.tokens import encode
 
     results: dict[str, dict[str, Any]] = {name: {} for name in compared}
     for title, content in contents.items():
-        num_tokens = min(options["max_tokens"] or sys.maxsize, len(corpus.encode(tokenizer, content)))
+        num_tokens = min(options["max_tokens"] or sys.maxsize, len(encode(tokenizer, content)))
         expected = num_tokens * options["context"] // options["stride"] * len(compared)
         with Console().bar(f"evaluating {title}", expected) as bar:
             found = measure(compared, tokenizer, content, teacher=teacher, on_tokens=bar.advance, **options)

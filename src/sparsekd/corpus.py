@@ -26,6 +26,7 @@ from sparsekd import files, records, sources
 from sparsekd.errors import DataError
 from sparsekd.recipe import Corpus as CorpusRecipe
 from sparsekd.recipe import Source, Text, check_text_name
+from sparsekd.tokens import beginning, encode_pieces
 
 GUARD_WORDS = 13  # length of the word sequences that training text must not share with evaluation text
 GUARDED = "guarded.json"  # beside a saved corpus: what the leak guard has seen, by its place in the recipe
@@ -363,19 +364,20 @@ def _pack(
     tokens: list[int] = []
     identifiers: list[str] = []
     for identifier, text in documents:
-        tokens.extend((begin if keep_apart else []) + encode(tokenizer, text) + separator)
         identifiers.append(identifier)
-        start = 0
-        while True:
-            begun = tokens[start : start + len(begin)] == begin
-            end = start + seq_len - (0 if begun else len(begin))
-            if end > len(tokens):
-                break
-            block = ([] if begun else begin) + tokens[start:end]
-            yield Block(np.array(block, np.int32), name, identifiers)
-            start = end
-            identifiers = [identifier]
-        del tokens[:start]
+        for some in itertools.chain([begin if keep_apart else []], encode_pieces(tokenizer, text), [separator]):
+            tokens.extend(some)
+            start = 0
+            while True:
+                begun = tokens[start : start + len(begin)] == begin
+                end = start + seq_len - (0 if begun else len(begin))
+                if end > len(tokens):
+                    break
+                block = ([] if begun else begin) + tokens[start:end]
+                yield Block(np.array(block, np.int32), name, identifiers)
+                start = end
+                identifiers = [identifier]
+            del tokens[:start]
         if not tokens:
             identifiers = []
 
@@ -384,22 +386,10 @@ def _one_each(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, s
     """A block for each document, cut at `seq_len`; documents of fewer than 8 tokens teach nothing and are skipped."""
     begin = beginning(tokenizer)
     for identifier, text in documents:
-        tokens = (begin + encode(tokenizer, text))[:seq_len]
+        of_text = itertools.chain.from_iterable(encode_pieces(tokenizer, text))
+        tokens = list(itertools.islice(itertools.chain(begin, of_text), seq_len))
         if len(tokens) >= 8:
             yield Block(np.array(tokens, np.int32), name, [identifier])
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of plain text: no special token is added, and one that is spelled out in the text stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer by default puts before a text, such as a beginning-of-sequence token: models that were trained
-    with one are lost without it. Most often nothing."""
-    plain, default = encode(tokenizer, "a"), tokenizer("a").input_ids
-    starts = (start for start in range(len(default)) if default[start : start + len(plain)] == plain)
-    return default[: next(starts, 0)]
 
 
 def _choose(blocks: Iterator[Block], count: int, rng: np.random.Generator) -> list[Block]:

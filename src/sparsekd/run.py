@@ -7,8 +7,8 @@ Each stage folder has `inputs.json`, written first (what it is being made from),
 came out, and the hashes of the folder's files). A folder with equal inputs and a `stage.json` is reused if its files
 are what they were, one without is continued, and one with other inputs stops the run naming the field that differs,
 unless it is an evaluation, which is made again. The run's manifest lists the finished stages, so that one whose
-`stage.json` was lost is not taken for one that was only begun. Inputs are what may decide a result beyond rounding; the versions of
-Python and packages stand beside them, and a change only warns.
+`stage.json` was lost is not taken for one that was only begun. Inputs are what may decide a result beyond rounding;
+the versions of Python and packages stand beside them, and a change only warns.
 """
 
 from __future__ import annotations

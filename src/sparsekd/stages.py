@@ -25,6 +25,7 @@ from sparsekd.recipe import Compress, Recipe, inputs_of
 from sparsekd.rounds import CORPUS, Place, Round, planned, tasks_folder
 from sparsekd.run import Run, Stage, read_inputs, read_summary, stop_signals
 from sparsekd.teacher import TeacherModel
+from sparsekd.tokens import encode
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -540,7 +541,7 @@ def _measure(compared: _Compared, text: str, content: str, stage: Stage) -> None
     missing = [name for name in compared.names if stage.kept(_result(name, text)) is None]
     if not missing:
         return
-    bound = options.max_tokens or len(corpus.encode(compared.tokenizer, content))
+    bound = options.max_tokens or len(encode(compared.tokenizer, content))
     passes = len(compared.names) * options.context / options.stride
     title = f"evaluating {' and '.join(compared.names)} on {text}"
     with compared.work.run.console.bar(title, round(bound * passes)) as bar:

@@ -16,13 +16,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
 from sparsekd.evaluate.agreement import Agreement, Distances
 from sparsekd.evaluate.calibration import Calibration, Confidences
 from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
 from sparsekd.evaluate.windows import choose, predictions, split, token_ids
 from sparsekd.models import real_vocab_size
+from sparsekd.tokens import beginning
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
 from sparsekd.evaluate.windows import (
     CHUNK,
@@ -32,6 +31,7 @@ from sparsekd.evaluate.windows import (
     token_ids,
 )
 from sparsekd.models import real_vocab_size
+from sparsekd.tokens import beginning
 
 
 @dataclass(frozen=True)

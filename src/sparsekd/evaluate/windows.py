@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.corpus import encode
 from sparsekd.device import Batches
 from sparsekd.errors import DataError
 from sparsekd.logits import logits_of
+from sparsekd.tokens import encode
 
 CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 
