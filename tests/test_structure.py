@@ -10,9 +10,20 @@ import sparsekd
 
 PACKAGE = Path(sparsekd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"errors", "files", "records", "recipe", "device", "console"}
-WITHOUT_TRANSFORMERS = {"errors", "files", "records", "recipe", "cache", "codecs", "losses", "layers", "sources"}
-WITHOUT_TORCH = {"errors", "files", "records", "recipe", "console", "cli", "__init__", "sources"}
+FLOOR = {"errors", "files", "records", "names", "recipe", "device", "console"}
+WITHOUT_TRANSFORMERS = {
+    "errors",
+    "files",
+    "records",
+    "names",
+    "recipe",
+    "cache",
+    "codecs",
+    "losses",
+    "layers",
+    "sources",
+}
+WITHOUT_TORCH = {"errors", "files", "records", "names", "recipe", "console", "cli", "__init__", "sources"}
 
 
 def module(path: Path) -> str:

@@ -200,6 +200,7 @@ def evaluate(
     from sparsekd import corpus, models
     from sparsekd.device import place
     from sparsekd.evaluate import harness
+    from sparsekd.names import model_name
     from sparsekd.recipe import Corpus, Text
 
     _quiet()
@@ -220,9 +221,11 @@ def evaluate(
         "device": placement.device,
         "trust_remote_code": trust_remote_code,
     }
+    model = model_name(model)
     loaded, tokenizer = models.load(model, revision=revision, **how)
     compared = {model: loaded}
     if teacher is not None:
+        teacher = model_name(teacher, [model])
         reference, its_tokenizer = models.load(teacher, **how)
         if models.tokenizer_hash(its_tokenizer) != models.tokenizer_hash(tokenizer):
             raise DataError(

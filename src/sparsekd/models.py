@@ -41,7 +41,7 @@ from sparsekd.anatomy import find_mlps, linear_weight, shape
 from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, MismatchError, ResourceError, SparseKDError, UsageError
 from sparsekd.layers import FORMATS, layer_class
-from sparsekd.recipe import EMBEDDED_MODEL
+from sparsekd.names import EMBEDDED_MODEL, expanded
 
 _PREFIX = "sparsekd_"
 _LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
@@ -154,7 +154,7 @@ class _Place:
 
 def locate(name: str) -> _Place:
     """Turns a model name into what `from_pretrained` takes; raises `UsageError` for what it can't."""
-    path = _embedded_model() if name == EMBEDDED_MODEL else Path(name).expanduser()
+    path = _embedded_model() if name == EMBEDDED_MODEL else expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"model {name}: no such file")

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import yaml
 
 from sparsekd.errors import UsageError
+from sparsekd.names import EMBEDDED_MODEL, model_name, teacher_weights
 
-EMBEDDED_MODEL = "smollm2-135m"
 # of a key that changes no result beyond rounding, or names what is known by its content: no input of any stage
 PASSING = {"passing": True}
 _LONGEST = 100_000  # characters of a recipe: they are read in seconds
@@ -71,9 +71,8 @@ class Text:
 class Corpus:
     """Text to token blocks."""
 
-    root: str | None = field(
-        default=None, metadata=PASSING
-    )  # folder that relative paths start from; none: the current one
+    # folder that relative paths start from; none: the current one
+    root: str | None = field(default=None, metadata=PASSING)
     sources: dict[str, Source] = field(default_factory=dict)
     seq_len: int = 256  # tokens in a block
     num_blocks: int = 100  # blocks that training sees in one epoch
@@ -286,7 +285,9 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         values = merge(values, _nested(key.strip().split("."), _parse_yaml(text, f"--set {key}")))
     recipe = typing.cast(Recipe, _build(Recipe, values, where, ""))
     check(recipe)
-    return recipe
+    model = dataclasses.replace(recipe.model, name=model_name(recipe.model.name))
+    teacher = dataclasses.replace(recipe.teacher, models=teacher_weights(recipe.teacher.models, model.name))
+    return dataclasses.replace(recipe, model=model, teacher=teacher)
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.names import expanded
 from sparsekd.recipe import Source
 
 _WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -51,7 +52,7 @@ def read(source: Source, root: str | None = None) -> Iterator[tuple[str, str]]:
 
 def resolve(path: str, root: str | None) -> Path:
     """A recipe's path: relative ones start from `corpus.root`; raises `DataError` when there is no such file."""
-    resolved = Path(root or ".").expanduser() / Path(path).expanduser()
+    resolved = expanded(root or ".") / expanded(path)
     if not resolved.is_file():
         hint = "" if root else "; relative paths start from corpus.root"
         raise DataError(f"{resolved}: no such file{hint}")
