@@ -34,7 +34,7 @@ from _record import RESULTS, record
 from torch import nn
 from truncation_ablation import Setup, prepare, ratios, train, truncated
 
-from sparsekd import compression, distillation
+from sparsekd import compression
 from sparsekd.compression.statistics import Gram
 from sparsekd.distillation.objective import Objective
 from sparsekd.models.anatomy import find_mlps

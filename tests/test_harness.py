@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import sparsekd
 from sparsekd import compression
-from sparsekd.corpus import encode
+from sparsekd.corpus.tokens import encode
 from sparsekd.errors import DataError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.evaluate.harness import run_tasks

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
-from sparsekd.corpus import encode
+from sparsekd.corpus.tokens import encode
 from sparsekd.errors import DataError, ResourceError
 from sparsekd.evaluate import ratio
 from sparsekd.evaluate.perplexity import scored_bytes

@@ -200,7 +200,7 @@ def evaluate(
     from sparsekd import corpus, models
     from sparsekd.device import place
     from sparsekd.evaluate import harness
-    from sparsekd.recipe import Corpus, Text
+    from sparsekd.recipe import Corpus, Text, model_name
 
     _quiet()
     names = [name.strip() for name in tasks.split(",")] if tasks else []
@@ -220,9 +220,11 @@ def evaluate(
         "device": placement.device,
         "trust_remote_code": trust_remote_code,
     }
+    model = model_name(model)
     loaded, tokenizer = models.load(model, revision=revision, **how)
     compared = {model: loaded}
     if teacher is not None:
+        teacher = model_name(teacher, [model])
         reference, its_tokenizer = models.load(teacher, **how)
         if models.tokenizer_hash(its_tokenizer) != models.tokenizer_hash(tokenizer):
             raise DataError(
@@ -310,13 +312,13 @@ def _measure_texts(
     compared: dict[str, Any], tokenizer: Any, contents: dict[str, str], teacher: str | None, options: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """What `measure` says, by model and text, with a bar for each text."""
-    from sparsekd import corpus
     from sparsekd.console import Console
+    from sparsekd.corpus import encode
     from sparsekd.evaluate import measure
 
     results: dict[str, dict[str, Any]] = {name: {} for name in compared}
     for title, content in contents.items():
-        num_tokens = min(options["max_tokens"] or sys.maxsize, len(corpus.encode(tokenizer, content)))
+        num_tokens = min(options["max_tokens"] or sys.maxsize, len(encode(tokenizer, content)))
         expected = num_tokens * options["context"] // options["stride"] * len(compared)
         with Console().bar(f"evaluating {title}", expected) as bar:
             found = measure(compared, tokenizer, content, teacher=teacher, on_tokens=bar.advance, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from sparsekd.corpus.blocks import Block
+from sparsekd.corpus.tokens import beginning, encode_pieces
 from sparsekd.errors import DataError
 
 _SHUFFLE_BUFFER = 10_000  # blocks held to mix a source; a smaller source is mixed whole
@@ -34,19 +36,20 @@ def pack(
     tokens: list[int] = []
     identifiers: list[str] = []
     for identifier, text in documents:
-        tokens.extend((begin if keep_apart else []) + encode(tokenizer, text) + separator)
         identifiers.append(identifier)
-        start = 0
-        while True:
-            begun = tokens[start : start + len(begin)] == begin
-            end = start + seq_len - (0 if begun else len(begin))
-            if end > len(tokens):
-                break
-            block = ([] if begun else begin) + tokens[start:end]
-            yield Block(np.array(block, np.int32), name, identifiers)
-            start = end
-            identifiers = [identifier]
-        del tokens[:start]
+        for some in itertools.chain([begin if keep_apart else []], encode_pieces(tokenizer, text), [separator]):
+            tokens.extend(some)
+            start = 0
+            while True:
+                begun = tokens[start : start + len(begin)] == begin
+                end = start + seq_len - (0 if begun else len(begin))
+                if end > len(tokens):
+                    break
+                block = ([] if begun else begin) + tokens[start:end]
+                yield Block(np.array(block, np.int32), name, identifiers)
+                start = end
+                identifiers = [identifier]
+            del tokens[:start]
         if not tokens:
             identifiers = []
 
@@ -55,22 +58,10 @@ def one_each(name: str, documents: Iterator[tuple[str, str]], tokenizer: Any, se
     """A block for each document, cut at `seq_len`; documents of fewer than 8 tokens teach nothing and are skipped."""
     begin = beginning(tokenizer)
     for identifier, text in documents:
-        tokens = (begin + encode(tokenizer, text))[:seq_len]
+        of_text = itertools.chain.from_iterable(encode_pieces(tokenizer, text))
+        tokens = list(itertools.islice(itertools.chain(begin, of_text), seq_len))
         if len(tokens) >= 8:
             yield Block(np.array(tokens, np.int32), name, [identifier])
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of plain text: no special token is added, and one that is spelled out in the text stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer by default puts before a text, such as a beginning-of-sequence token: models that were trained
-    with one are lost without it. Most often nothing."""
-    plain, default = encode(tokenizer, "a"), tokenizer("a").input_ids
-    starts = (start for start in range(len(default)) if default[start : start + len(plain)] == plain)
-    return default[: next(starts, 0)]
 
 
 def choose(blocks: Iterator[Block], count: int, rng: np.random.Generator) -> list[Block]:

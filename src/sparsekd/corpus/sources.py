@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from sparsekd.corpus import embedded
 from sparsekd.errors import DataError, ResourceError, UsageError
-from sparsekd.recipe import Source
+from sparsekd.recipe import Source, expanded
 
 _EMPTY_LINE = re.compile(r"(?>\r\n|\r|\n)\s*[\r\n]")  # the default split, whatever ends the lines
 _BATCH_BYTES = 2**25  # of a Parquet file's rows that are unpacked at a time
@@ -47,7 +47,7 @@ def read(source: Source, root: str | None = None) -> Iterator[tuple[str, str]]:
 
 def resolve(path: str, root: str | None) -> Path:
     """A recipe's path: relative ones start from `corpus.root`; raises `DataError` when there is no such file."""
-    resolved = Path(root or ".").expanduser() / Path(path).expanduser()
+    resolved = expanded(root or ".") / expanded(path)
     if not resolved.is_file():
         hint = "" if root else "; relative paths start from corpus.root"
         raise DataError(f"{resolved}: no such file{hint}")

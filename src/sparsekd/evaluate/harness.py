@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.corpus import sources
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
+from sparsekd.recipe import expanded
 
 _FOLDER = Path(__file__).parent / "tasks"
 _PREFIX = "local_"
@@ -130,7 +131,7 @@ def is_local(task: str) -> bool:
 def local_files(tasks: Sequence[str], root: str | None) -> dict[str, Path]:
     """The file of each local task whose file is there."""
     files = {
-        name: Path(root or ".").expanduser() / _description(name)["dataset_kwargs"]["data_files"]["test"]
+        name: expanded(root or ".") / _description(name)["dataset_kwargs"]["data_files"]["test"]
         for name in tasks
         if name.startswith(_PREFIX)
     }

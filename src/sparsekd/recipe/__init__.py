@@ -4,6 +4,9 @@ from sparsekd.recipe.fields import PASSING as PASSING
 from sparsekd.recipe.fields import Range as Range
 from sparsekd.recipe.methods import method_named as method_named
 from sparsekd.recipe.methods import method_names as method_names
+from sparsekd.recipe.names import EMBEDDED_MODEL as EMBEDDED_MODEL
+from sparsekd.recipe.names import expanded as expanded
+from sparsekd.recipe.names import model_name as model_name
 from sparsekd.recipe.presets import PRESETS as PRESETS
 from sparsekd.recipe.reading import compress_section as compress_section
 from sparsekd.recipe.reading import distill_section as distill_section
@@ -11,7 +14,6 @@ from sparsekd.recipe.reading import load_recipe as load_recipe
 from sparsekd.recipe.rules import LORA_FILLS_ZEROS as LORA_FILLS_ZEROS
 from sparsekd.recipe.rules import check as check
 from sparsekd.recipe.rules import check_text_name as check_text_name
-from sparsekd.recipe.sections import EMBEDDED_MODEL as EMBEDDED_MODEL
 from sparsekd.recipe.sections import Compress as Compress
 from sparsekd.recipe.sections import Corpus as Corpus
 from sparsekd.recipe.sections import Distill as Distill

@@ -21,6 +21,7 @@ import yaml
 
 from sparsekd.errors import UsageError
 from sparsekd.recipe.methods import method_named, method_names
+from sparsekd.recipe.names import model_name, teacher_weights
 from sparsekd.recipe.presets import PRESETS
 from sparsekd.recipe.rules import check, check_compress, check_distill, dotted
 from sparsekd.recipe.sections import Compress, Distill, Recipe
@@ -55,7 +56,9 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         values = merge(values, _nested(key.strip().split("."), _parse_yaml(text, f"--set {key}")))
     recipe = typing.cast(Recipe, _build(Recipe, values, where, ""))
     check(recipe)
-    return recipe
+    model = dataclasses.replace(recipe.model, name=model_name(recipe.model.name))
+    teacher = dataclasses.replace(recipe.teacher, models=teacher_weights(recipe.teacher.models, model.name))
+    return dataclasses.replace(recipe, model=model, teacher=teacher)
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from sparsekd.recipe.fields import PASSING, Range
 from sparsekd.recipe.methods import method_named, method_names
-
-EMBEDDED_MODEL = "smollm2-135m"
+from sparsekd.recipe.names import EMBEDDED_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
