@@ -1,6 +1,7 @@
 """Tiny real models, a real tokenizer and real text files, made once for the tests."""
 
 import copy
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
@@ -8,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -124,6 +125,75 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+# ---- the command line
+
+
+class Outcome(NamedTuple):
+    """What a command has printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def sparsekd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs the command in this process."""
+    from sparsekd import cli
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sparsekd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(sparsekd: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must fail: its last line on stderr is the only message, and nothing old is touched."""
+
+    def run(*arguments: object, error: Any) -> str:
+        before = snapshot(tmp_path)
+        outcome = sparsekd(*arguments)
+        after = snapshot(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert outcome.code == error.exit_code, outcome
+        assert outcome.out == ""
+        lines = outcome.err.splitlines()
+        assert [line for line in lines if line.startswith("sparsekd: ")] == lines[-1:]
+        assert "Traceback" not in outcome.err
+        return lines[-1]
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """All paths below a folder, with the content of the files."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def small_model(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> tuple[Path, PreTrainedModel]:
+    """A compressed model, and the folder that it is saved in."""
+    import sparsekd
+
+    model = sparsekd.compress(make_model("llama"), reduction=0.3, method="svd")
+    sparsekd.save(model, tokenizer, tmp_path / "small")
+    return tmp_path / "small", model
 
 
 # ---- a training: a teacher with something to lose, its cache, and a student that lost it

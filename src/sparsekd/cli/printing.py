@@ -23,17 +23,17 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def print_tables(tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
+def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
     """Titles, headers and rows; where nobody watches, wide enough for the widest of them."""
     from rich.console import Console
 
-    from sparsekd.report.tables import console_table
+    from sparsekd.report import tables
 
     plain = Console()
     if not plain.is_terminal:
         plain = Console(width=140)
-    for title, header, rows in tables:
-        plain.print(console_table(title, header, rows))
+    for title, header, rows in titled:
+        plain.print(tables.console_table(title, header, rows))
 
 
 def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
