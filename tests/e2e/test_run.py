@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import pipeline_run, run_cli
 from transformers import AutoModelForCausalLM
 
 import sparsekd
-from sparsekd import pipeline
+from sparsekd import cli, pipeline
 from sparsekd.recipe import load_recipe
+
+
+def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sparsekd", *arguments])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def recipe_for(tiny_recipe: Path, folder: Path) -> Path:
@@ -38,7 +48,7 @@ def test_every_architecture_goes_the_whole_path(
     code, printed, _ = run_cli(
         capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--json", "--reduction", "0.3", *settings
     )
-    assert code in (0, 5)  # a random model has nothing to restore, so its quality may well fall
+    assert code == 0
     report = json.loads(printed)
     assert report == json.loads((out / "report.json").read_text())
     assert report["compression"]["mlp_reduction"] >= 0.3
@@ -64,14 +74,14 @@ def test_every_architecture_goes_the_whole_path(
 
 def test_a_second_call_reuses_everything(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(tiny_recipe))
-    first = pipeline_run(recipe, tmp_path / "run")
+    first = pipeline.run(recipe, tmp_path / "run")
     model = (tmp_path / "run/round-01/distilled/model/model.safetensors").stat().st_mtime_ns
-    assert pipeline_run(recipe, tmp_path / "run") == first
+    assert pipeline.run(recipe, tmp_path / "run") == first
     assert (tmp_path / "run/round-01/distilled/model/model.safetensors").stat().st_mtime_ns == model
 
 
 def report_of(recipe: Any, folder: Path) -> Any:
-    pipeline_run(recipe, folder)
+    pipeline.run(recipe, folder)
     return json.loads((folder / "report.json").read_text())
 
 
@@ -81,15 +91,15 @@ def weights(folder: Path) -> bytes:
 
 def test_stage_by_stage_is_the_same_as_one_run(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(tiny_recipe))
-    pipeline_run(recipe, tmp_path / "one")
-    for stage in pipeline.STAGES:
-        pipeline_run(recipe, tmp_path / "steps", until=stage)
+    pipeline.run(recipe, tmp_path / "one")
+    for stage in pipeline.UNTIL:
+        pipeline.run(recipe, tmp_path / "steps", until=stage)
     assert weights(tmp_path / "one") == weights(tmp_path / "steps")
 
 
 def test_same_recipe_twice_gives_the_same_bytes_and_another_seed_does_not(tiny_recipe: Path, tmp_path: Path) -> None:
     for name, overrides in (("a", ()), ("b", ()), ("c", ("seed=7",))):
-        pipeline_run(load_recipe(str(tiny_recipe), overrides), tmp_path / name, until="distill")
+        pipeline.run(load_recipe(str(tiny_recipe), overrides), tmp_path / name, until="distill")
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
@@ -100,7 +110,7 @@ def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_rec
     """A real process, a real signal, with a checkpoint after every step."""
     changes = ("cache.blocks_per_shard=1", "distill.epochs=12", "distill.checkpoint_minutes=0")
     recipe = load_recipe(str(tiny_recipe), changes)
-    pipeline_run(load_recipe(str(tiny_recipe), changes[:2]), tmp_path / "straight", until="distill")
+    pipeline.run(load_recipe(str(tiny_recipe), changes[:2]), tmp_path / "straight", until="distill")
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sparsekd", "distill", str(tiny_recipe), "--out", str(out)]
     command += [word for change in changes for word in ("--set", change)]
@@ -119,7 +129,7 @@ def test_killed_and_run_again_gives_the_same_bytes(when: str, how: int, tiny_rec
         assert "state saved" in error
     if when == "training":
         assert list((trained / "checkpoints").glob("step-*/state.json"))
-    pipeline_run(recipe, out, until="distill")
+    pipeline.run(recipe, out, until="distill")
     assert weights(out) == weights(tmp_path / "straight")
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines if line["kind"] == "step") == list(range(1, 73))
@@ -169,29 +179,29 @@ def test_two_processes_cannot_share_a_run(tiny_recipe: Path, tmp_path: Path) -> 
 
 def test_fresh_starts_again_and_keeps_other_files(tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    pipeline_run(load_recipe(str(tiny_recipe)), out, until="corpus")
+    pipeline.run(load_recipe(str(tiny_recipe)), out, until="corpus")
     (out / "notes.txt").write_text("mine")
     other = load_recipe(str(tiny_recipe), ("seed=7",))
     with pytest.raises(sparsekd.SparseKDError, match="seed is 42 there and 7 now"):
-        pipeline_run(other, out, until="corpus")
-    pipeline_run(other, out, until="corpus", fresh=True)
+        pipeline.run(other, out, until="corpus")
+    pipeline.run(other, out, until="corpus", fresh=True)
     assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_a_changed_source_file_is_noticed(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(tiny_recipe))
-    pipeline_run(recipe, tmp_path / "run", until="corpus")
+    pipeline.run(recipe, tmp_path / "run", until="corpus")
     source = next(s.path for s in recipe.corpus.sources.values() if s.path)
     path = Path(recipe.corpus.root or ".") / source
     path.write_text(path.read_text() + "\n\nOne more paragraph that was not there before.\n")
     with pytest.raises(sparsekd.SparseKDError, match=r"holds another run: files\."):
-        pipeline_run(recipe, tmp_path / "run", until="corpus")
+        pipeline.run(recipe, tmp_path / "run", until="corpus")
 
 
 def test_the_report_is_self_contained_and_escapes(tiny_recipe: Path, tmp_path: Path) -> None:
     from sparsekd import report
 
-    pipeline_run(load_recipe(str(tiny_recipe)), tmp_path / "run")
+    pipeline.run(load_recipe(str(tiny_recipe)), tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text()
     outside = page.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")
     assert "http" not in outside
