@@ -14,20 +14,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-import sparsekd
-from sparsekd import cli, pipeline
+from sparsekd import SparseKDError, models, perplexity, pipeline
 from sparsekd.recipe import load_recipe
-
-
-def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sparsekd", *arguments])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def recipe_for(tiny_recipe: Path, folder: Path) -> Path:
@@ -40,32 +28,30 @@ def recipe_for(tiny_recipe: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt2"])
 def test_every_architecture_goes_the_whole_path(
-    architecture: str, tiny_recipe: Path, model_folder: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+    architecture: str, sparsekd: Any, tiny_recipe: Path, model_folder: Any, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tiny_recipe, model_folder(architecture))
     out = tmp_path / "run"
     settings = ["--set", "compress.method=two-sided", "--set", "compress.allocation=global"]
-    code, printed, _ = run_cli(
-        capsys, monkeypatch, "run", str(recipe), "--out", str(out), "--json", "--reduction", "0.3", *settings
-    )
-    assert code == 0
-    report = json.loads(printed)
+    outcome = sparsekd("run", recipe, "--out", out, "--json", "--reduction", "0.3", *settings)
+    assert outcome.code == 0, outcome.err
+    report = outcome.json
     assert report == json.loads((out / "report.json").read_text())
     assert report["compression"]["mlp_reduction"] >= 0.3
     assert set(report["evaluation"]["models"]) == {"dense", "compressed", "distilled"}
     assert len(report["evaluation"]["models"]["dense"]) == 2
     folder = out / report["model_folder"]
     assert not list(folder.glob("*.bin"))
-    model, tokenizer = sparsekd.load(str(folder))
+    model, tokenizer = models.load(str(folder))
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
     text = (out / "corpus" / "text-held.txt").read_text() if (out / "corpus" / "text-held.txt").exists() else None
     name = next(iter(report["evaluation"]["models"]["distilled"]))
     text = text or (out / "corpus" / f"text-{name}.txt").read_text()
-    again = sparsekd.perplexity(model, tokenizer, text, context=64, stride=32)
+    again = perplexity(model, tokenizer, text, context=64, stride=32)
     assert again.perplexity > 1
     model.save_pretrained(tmp_path / "copy")
     tokenizer.save_pretrained(tmp_path / "copy")
-    copy, _ = sparsekd.load(str(tmp_path / "copy"))
+    copy, _ = models.load(str(tmp_path / "copy"))
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(copy(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="sparsekd_"):
@@ -171,7 +157,7 @@ def test_two_processes_cannot_share_a_run(tiny_recipe: Path, tmp_path: Path) -> 
     recipe = load_recipe(str(tiny_recipe))
     with (
         Run.open(tmp_path / "run", recipe, Console()),
-        pytest.raises(sparsekd.SparseKDError, match="in use by process"),
+        pytest.raises(SparseKDError, match="in use by process"),
         Run.open(tmp_path / "run", recipe, Console()),
     ):
         pass
@@ -182,7 +168,7 @@ def test_fresh_starts_again_and_keeps_other_files(tiny_recipe: Path, tmp_path: P
     pipeline.run(load_recipe(str(tiny_recipe)), out, until="corpus")
     (out / "notes.txt").write_text("mine")
     other = load_recipe(str(tiny_recipe), ("seed=7",))
-    with pytest.raises(sparsekd.SparseKDError, match="seed is 42 there and 7 now"):
+    with pytest.raises(SparseKDError, match="seed is 42 there and 7 now"):
         pipeline.run(other, out, until="corpus")
     pipeline.run(other, out, until="corpus", fresh=True)
     assert (out / "notes.txt").read_text() == "mine"
@@ -194,7 +180,7 @@ def test_a_changed_source_file_is_noticed(tiny_recipe: Path, tmp_path: Path) -> 
     source = next(s.path for s in recipe.corpus.sources.values() if s.path)
     path = Path(recipe.corpus.root or ".") / source
     path.write_text(path.read_text() + "\n\nOne more paragraph that was not there before.\n")
-    with pytest.raises(sparsekd.SparseKDError, match=r"holds another run: files\."):
+    with pytest.raises(SparseKDError, match=r"holds another run: files\."):
         pipeline.run(recipe, tmp_path / "run", until="corpus")
 
 
