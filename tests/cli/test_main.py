@@ -1,9 +1,9 @@
 """The command itself: quick to start, one line on an error, a verb for each file."""
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ def test_each_file_with_a_command_is_a_verb() -> None:
     assert verbs == {verb.name for verb in cli.app.registered_commands} and len(verbs) == 11
 
 
-def test_help_comes_within_a_second() -> None:
+def test_help_takes_little_work() -> None:
+    """The time of the processor, which does not depend on what else the machine does."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "sparsekd", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    for verb in ("run", "corpus", "cache", "compress", "distill", "eval", "report", "inspect", "doctor"):
-        assert verb in done.stdout
-    assert min(seconds) < 1, seconds
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.6, seconds
+    listed = re.findall(r"^\W*([a-z]+)  ", done.stdout.partition("Commands")[2], re.M)
+    assert listed == [verb.name for verb in cli.app.registered_commands]
 
 
 def test_an_unknown_option_is_a_usage_error(sparsekd: Any, tiny_recipe: Path) -> None:
