@@ -1,19 +1,20 @@
 """Tiny real models, a real tokenizer and real text files, made once for the tests."""
 
 import copy
-import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from commands import Outcome, snapshot
 from tiny import paragraphs, sharpened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -130,18 +131,6 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
 # ---- the command line
 
 
-class Outcome(NamedTuple):
-    """What a command has printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture
 def sparsekd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs the command in this process."""
@@ -177,11 +166,6 @@ def refused(sparsekd: Callable[..., Outcome], tmp_path: Path) -> Callable[..., s
         return lines[-1]
 
     return run
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """All paths below a folder, with the content of the files."""
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import snapshot
+from commands import snapshot
 
 from sparsekd import errors, models
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import snapshot
+from commands import snapshot
 from transformers import Phi3Config, PreTrainedConfig, Qwen3Config
 
 from sparsekd import errors, models
