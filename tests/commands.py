@@ -1,29 +1,22 @@
-"""The command line, and a run from Python, as the end-to-end tests call them."""
+"""What a command came to, and what lies below a folder before and after it; the fixtures are in `conftest.py`."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
-
-import sparsekd
-from sparsekd import cli, pipeline
+from typing import Any, NamedTuple
 
 
-def run_cli(capsys: Any, monkeypatch: Any, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sparsekd", *arguments])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+class Outcome(NamedTuple):
+    """The exit code of a command, and what it has printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
 
 
-def pipeline_run(recipe: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return pipeline.run(recipe, folder, **options)
-    except sparsekd.SparseKDError as error:
-        if error.exit_code != 5:
-            raise
-        return json.loads((folder / "report.json").read_text())
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """All paths below a folder, with the content of the files."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}

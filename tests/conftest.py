@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits, for long on a busy machine
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import Outcome, snapshot
 from tiny import paragraphs, sharpened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -124,6 +126,58 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def sparsekd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs the command in this process."""
+    from sparsekd import cli
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sparsekd", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(sparsekd: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must fail: its last line on stderr is the only message, and nothing old is touched."""
+
+    def run(*arguments: object, error: Any) -> str:
+        before = snapshot(tmp_path)
+        outcome = sparsekd(*arguments)
+        after = snapshot(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert outcome.code == error.exit_code, outcome
+        assert outcome.out == ""
+        lines = outcome.err.splitlines()
+        assert [line for line in lines if line.startswith("sparsekd: ")] == lines[-1:]
+        assert "Traceback" not in outcome.err
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def small_model(
+    make_model: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> tuple[Path, PreTrainedModel]:
+    """A compressed model, and the folder that it is saved in."""
+    import sparsekd
+
+    model = sparsekd.compress(make_model("llama"), reduction=0.3, method="svd")
+    sparsekd.save(model, tokenizer, tmp_path / "small")
+    return tmp_path / "small", model
 
 
 # ---- a training: a teacher with something to lose, its cache, and a student that lost it

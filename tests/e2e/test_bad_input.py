@@ -1,7 +1,6 @@
 """Bad input: one clear line, an exit code that says the kind, and nothing that existed is touched."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
-from sparsekd import cli
-
-Outcome = tuple[int, list[str]]
-
 
 @pytest.fixture
-def sparsekd(capsys: Any, monkeypatch: Any, tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs the command in this process; exit code and the lines of stderr that are messages, not progress."""
+def sparsekd(sparsekd: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """The command, after which all that existed is as it was."""
 
-    def run(*arguments: str) -> Outcome:
+    def run(*arguments: object) -> Any:
         before = snapshot(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["sparsekd", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leave:
-            code = int(leave.code or 0)
+        outcome = sparsekd(*arguments)
         after = snapshot(tmp_path)
         assert {path: after.get(path) for path in before} == before, "something that existed was changed"
-        error = capsys.readouterr().err
-        assert "Traceback" not in error
-        return code, [line for line in error.splitlines() if line.startswith("sparsekd: ")]
+        assert "Traceback" not in outcome.err
+        return outcome
 
     return run
 
@@ -56,11 +45,11 @@ def changed(recipe: Path, **sections: Any) -> str:
     return str(path)
 
 
-def expect(outcome: Outcome, code: int, *words: str) -> None:
-    assert outcome[0] == code, outcome
-    assert len(outcome[1]) == 1, outcome
+def expect(outcome: Any, code: int, *words: str) -> None:
+    assert outcome.code == code, outcome
+    (message,) = [line for line in outcome.err.splitlines() if line.startswith("sparsekd: ")]
     for word in words:
-        assert word in outcome[1][0]
+        assert word in message
 
 
 def test_unknown_key_suggests_the_nearest(sparsekd: Any, tiny_recipe: Path) -> None:
@@ -90,24 +79,20 @@ def test_empty_or_short_corpus(content: str, words: str, sparsekd: Any, tiny_rec
     expect(sparsekd("run", changed(tiny_recipe, **short), "--out", str(tmp_path / "out")), 3, words)
 
 
-def test_evaluation_text_in_a_training_source(
-    sparsekd: Any, tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_evaluation_text_in_a_training_source(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
     """The passage is shown, nothing is made of it, and the way out that the message names works."""
     passage = (tmp_path / "other.txt").read_text().split("\n\n")[7]
     learn = tmp_path / "learn.txt"
     learn.write_text(f"{passage}\n\n{learn.read_text()}")
-    monkeypatch.setattr(sys, "argv", ["sparsekd", "run", str(tiny_recipe), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as leave:
-        cli.main()
-    assert leave.value.code == 3
-    first, shown = capsys.readouterr().err.splitlines()[-2:]
+    outcome = sparsekd("run", str(tiny_recipe), "--out", str(tmp_path / "out"))
+    assert outcome.code == 3
+    first, shown = outcome.err.splitlines()[-2:]
     assert first.startswith("sparsekd: evaluation text found")
     assert "1 of 161 documents of corpus.sources.learn (evaluate.texts.other); corpus.overlap=drop" in first
     assert shown.startswith('  learn, learn.txt:0: "' + " ".join(passage.lower().split()[:15]))
     assert not (tmp_path / "out/corpus/stage.json").exists()
     drop = ("--set", "corpus.overlap=drop", "--out", str(tmp_path / "dropped"))
-    assert sparsekd("corpus", str(tiny_recipe), *drop)[0] == 0
+    assert sparsekd("corpus", str(tiny_recipe), *drop).code == 0
 
 
 def test_tokenizer_that_does_not_match(
@@ -156,7 +141,7 @@ def test_output_folder_with_other_files(sparsekd: Any, tiny_recipe: Path, tmp_pa
 
 def test_output_folder_with_another_run(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out"))
-    assert sparsekd("compress", str(tiny_recipe), *out)[0] == 0
+    assert sparsekd("compress", str(tiny_recipe), *out).code == 0
     expect(
         sparsekd("run", str(tiny_recipe), "--reduction=0.4", *out), 3, "compress.reduction is 0.15 there and 0.4 now"
     )
@@ -176,14 +161,12 @@ def test_unknown_model_and_other_folders(sparsekd: Any, tmp_path: Path, text_fil
 
 def test_stale_cache_is_named(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out"))
-    assert sparsekd("cache", str(tiny_recipe), *out)[0] == 0
+    assert sparsekd("cache", str(tiny_recipe), *out).code == 0
     shard = tmp_path / "out/round-01/cache/part-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0xFF
     shard.write_bytes(content)
-    code, messages = sparsekd("distill", str(tiny_recipe), *out)
-    assert code == 3
-    assert "part-00000.parquet is damaged" in messages[0]
+    expect(sparsekd("distill", str(tiny_recipe), *out), 3, "part-00000.parquet is damaged")
 
 
 def test_a_model_without_mlps_is_refused_before_anything_is_made(

@@ -1,6 +1,5 @@
 """What of a recipe decides a stage: a finished run meets a changed recipe."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from sparsekd import files, models, pipeline
 from sparsekd.console import Console
 from sparsekd.device import out_of_memory
-from sparsekd.errors import DataError, MismatchError, QualityError, ResourceError, UsageError
+from sparsekd.errors import DataError, MismatchError, ResourceError, UsageError
 from sparsekd.recipe import load_recipe
 from sparsekd.run.directory import Run
 from sparsekd.run.stages import corpus as corpus_stage
@@ -22,8 +21,7 @@ TRAINING = ("corpus", "round-01/cache", "round-01/compressed", "round-01/distill
 
 
 def run(recipe: Path, folder: Path, *overrides: str, until: str = "report", **options: Any) -> None:
-    with contextlib.suppress(QualityError):  # a tiny model may well end worse
-        pipeline.run(load_recipe(str(recipe), overrides), folder, until=until, **options)
+    pipeline.run(load_recipe(str(recipe), overrides), folder, until=until, **options)
 
 
 def finished(folder: Path) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """A finished run whose files are damaged, missing, edited or another run's: always one line, never in silence."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run_cli
 
-import sparsekd
-from sparsekd import distillation, files, pipeline, records, report
-from sparsekd.errors import DataError, QualityError
+from sparsekd import distillation, files, models, pipeline, records, report
+from sparsekd.errors import DataError
 from sparsekd.recipe import load_recipe
 from sparsekd.run import inspection
 
@@ -23,8 +20,7 @@ _made: dict[str, Path] = {}  # the run that every test damages a copy of, and it
 
 
 def run(recipe: Path, folder: Path, *overrides: str) -> None:
-    with contextlib.suppress(QualityError):  # a random model has nothing to restore
-        pipeline.run(load_recipe(str(recipe), (TASKS, SKIPPED, *overrides)), folder)
+    pipeline.run(load_recipe(str(recipe), (TASKS, SKIPPED, *overrides)), folder)
 
 
 @pytest.fixture
@@ -56,22 +52,23 @@ PROTECTED = [*WEIGHTS, "round-01/eval/distilled-text-held.json", "round-01/disti
 @pytest.mark.parametrize("name", PROTECTED)
 @pytest.mark.parametrize("harm", [flip, swap, Path.unlink])
 def test_a_damaged_file_of_a_stage_stops_the_run_and_the_report(
-    name: str, harm: Callable[[Path], None], done: tuple[Path, Path], capsys: Any, monkeypatch: Any
+    name: str, harm: Callable[[Path], None], sparsekd: Any, done: tuple[Path, Path]
 ) -> None:
     folder, recipe = done
     path = folder / name
     stage = folder.joinpath(*Path(name).parts[:2])
     harm(path)
     for arguments in (
-        ("run", str(recipe), "--resume", "--out", str(folder), "--set", TASKS, "--set", SKIPPED),
-        ("report", str(folder)),
-        ("inspect", "--verify", str(folder)),
+        ("run", recipe, "--resume", "--out", folder, "--set", TASKS, "--set", SKIPPED),
+        ("report", folder),
+        ("inspect", "--verify", folder),
     ):
-        code, printed, error = run_cli(capsys, monkeypatch, *arguments)
-        assert code == DataError.exit_code
-        assert "open it with" not in printed
-        assert error.splitlines()[-1].endswith(f"; remove {stage} to make the stage again")
-        assert f"{path} is " in error.splitlines()[-1]
+        outcome = sparsekd(*arguments)
+        assert outcome.code == DataError.exit_code
+        assert "open it with" not in outcome.out
+        line = outcome.err.splitlines()[-1]
+        assert line.endswith(f"; remove {stage} to make the stage again")
+        assert f"{path} is " in line
     states = inspection.describe(folder)
     key = {"compressed": "compress", "distilled": "distill", "eval": "evaluate"}[stage.name]
     assert [name for name, state in states.items() if str(state).startswith("damaged: ")] == [key]
@@ -92,12 +89,12 @@ def test_a_damaged_model_is_not_loaded(name: str, done: tuple[Path, Path]) -> No
     path = done[0] / name
     flip(path)
     with pytest.raises(DataError, match=r"model\.safetensors is damaged: .*remove .*/model/sparsekd\.json") as caught:
-        sparsekd.load(str(path.parent))
+        models.load(str(path.parent))
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
         inspection.verify(path.parent)
     (path.parent / "sparsekd.json").unlink()
-    assert sparsekd.load(str(path.parent))
+    assert models.load(str(path.parent))
 
 
 def records_of(folder: Path) -> Iterator[Path]:
@@ -106,10 +103,10 @@ def records_of(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def test_a_changed_figure_in_any_record_is_one_line(done: tuple[Path, Path], capsys: Any, monkeypatch: Any) -> None:
+def test_a_changed_figure_in_any_record_is_one_line(sparsekd: Any, done: tuple[Path, Path]) -> None:
     """Every number of every record is read for what it is, or refused: none is a KeyError or a template's error."""
     folder, recipe = done
-    arguments = ("run", str(recipe), "--out", str(folder), "--set", TASKS, "--set", SKIPPED)
+    arguments = ("run", recipe, "--out", folder, "--set", TASKS, "--set", SKIPPED)
     paths = list(records_of(folder))
     assert len(paths) >= 15
     for path in paths:
@@ -118,11 +115,10 @@ def test_a_changed_figure_in_any_record_is_one_line(done: tuple[Path, Path], cap
         second = list(content)[1]  # the first key of a run's manifest says that it is one
         for changed in ({key: content[key] for key in content if key != second}, content | {second: "another"}):
             path.write_text(json.dumps(changed, indent=1) + "\n")
-            code, _, error = run_cli(capsys, monkeypatch, *arguments)
-            assert code == DataError.exit_code, (path, error)
-            assert error.splitlines()[-1].startswith(
-                f"sparsekd: {path} is damaged: its content is not what was written; "
-            )
+            outcome = sparsekd(*arguments)
+            assert outcome.code == DataError.exit_code, (path, outcome.err)
+            line = outcome.err.splitlines()[-1]
+            assert line.startswith(f"sparsekd: {path} is damaged: its content is not what was written; ")
         path.write_bytes(whole)
 
 
@@ -178,7 +174,7 @@ STAGES = ["corpus", "round-01/cache", "round-01/compressed", "round-01/distilled
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_lost_stage_json_is_not_taken_for_a_stage_that_was_only_begun(
-    stage: str, done: tuple[Path, Path], capsys: Any, monkeypatch: Any
+    stage: str, sparsekd: Any, done: tuple[Path, Path]
 ) -> None:
     folder, recipe = done
     path = folder / stage / "stage.json"
@@ -186,8 +182,8 @@ def test_a_lost_stage_json_is_not_taken_for_a_stage_that_was_only_begun(
     says = f"{path} is missing: run the same command again, which makes it, and the stage with it"
     states = inspection.describe(folder).values()
     assert (f"damaged: {says}" in states) == (stage != "dense/tasks")  # which is no stage of a round
-    code, _, error = run_cli(capsys, monkeypatch, "inspect", "--verify", str(folder))
-    assert (code, error.splitlines()[-1]) == (3, f"sparsekd: {folder}: 1 damaged stages: {says}")
+    outcome = sparsekd("inspect", "--verify", folder)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (3, f"sparsekd: {folder}: 1 damaged stages: {says}")
     with pytest.raises(DataError, match=f"^{path} is missing, so stage .* is not finished: continue it with"):
         report.write(folder)
     run(recipe, folder)
@@ -220,16 +216,15 @@ def test_what_the_leak_guard_has_seen_is_part_of_the_corpus(done: tuple[Path, Pa
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_output_of_which_nobody_knows_what_it_is_from_is_not_gone_on_with(
-    stage: str, done: tuple[Path, Path], capsys: Any, monkeypatch: Any
+    stage: str, sparsekd: Any, done: tuple[Path, Path]
 ) -> None:
     folder, recipe = done
     for name in ("inputs.json", "stage.json"):
         (folder / stage / name).unlink()
     left = list((folder / stage).iterdir())
-    arguments = ("run", str(recipe), "--resume", "--out", str(folder), "--set", TASKS, "--set", SKIPPED)
-    code, _, error = run_cli(capsys, monkeypatch, *arguments)
+    outcome = sparsekd("run", recipe, "--resume", "--out", folder, "--set", TASKS, "--set", SKIPPED)
     missing = f"{folder}/{stage}/inputs.json is missing; remove {folder}/{stage} to make the stage again"
-    assert (code, error.splitlines()[-1]) == (3, f"sparsekd: {missing}")
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (3, f"sparsekd: {missing}")
     assert list((folder / stage).iterdir()) == left
 
 
@@ -249,7 +244,7 @@ def stopped_training(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("harm", [flip, Path.unlink])
 def test_damage_to_a_stopped_training_is_named(
-    harm: Callable[[Path], None], tiny_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+    harm: Callable[[Path], None], sparsekd: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     folder = tmp_path / "run"
     stage = stopped_training(tiny_recipe, folder, monkeypatch)
@@ -260,9 +255,9 @@ def test_damage_to_a_stopped_training_is_named(
     for path in needed:
         content = path.read_bytes()
         harm(path)
-        code, _, error = run_cli(capsys, monkeypatch, "inspect", "--verify", str(folder))
-        message = error.splitlines()[-1]
-        assert (code, str(path) in message) == (DataError.exit_code, True), message
+        outcome = sparsekd("inspect", "--verify", folder)
+        message = outcome.err.splitlines()[-1]
+        assert (outcome.code, str(path) in message) == (DataError.exit_code, True), message
         path.write_bytes(content)
     (stage / "inputs.json").unlink()
     missing = f"{stage}/inputs.json is missing; remove {stage} to make the stage again"

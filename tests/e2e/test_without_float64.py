@@ -31,7 +31,7 @@ def on_device(command: str, recipe: Path, *arguments: str) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode in (0, 5), done.stderr  # a random model's quality may well fall
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

@@ -25,19 +25,19 @@ def render(report: dict[str, Any]) -> str:
     masked = any(matrix["zeros"] for matrix in report["compression"]["matrices"])
     if not masked:
         pictures["ranks"] = plots.ranks(report["compression"])
-    seconds = [[name, tables.duration(value)] for name, value in report["seconds"].items()]
     return _template("report.html").render(
         report=report,
         masked=masked,
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
+        size_header=tables.SIZE_HEADER,
         sizes=tables.sizes(report["compression"]),
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(report["compression"]),
-        seconds=seconds,
+        seconds=tables.seconds(report),
         memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),
     )

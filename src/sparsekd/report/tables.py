@@ -23,6 +23,7 @@ CALIBRATION_HEADER = ["text", "model", "calibration error", "overconfidence", "a
 AGREEMENT_HEADER = ["text", "model", "KL to the teacher", "same likeliest token"]
 FREQUENCY_HEADER = ["text", "model", "occurrences", *AGREEMENT_HEADER[2:], "tokens"]
 TASK_HEADER = ["task", "model", "metric", "score", "rows"]
+SIZE_HEADER = ["", "before", "after", "removed"]
 MATRIX_HEADER = [
     "matrix",
     "shape",
@@ -205,6 +206,11 @@ def sizes(plan: dict[str, Any]) -> Rows:
         ]
         for part, title in (("mlp", "MLPs"), ("model", "whole model"))
     ]
+
+
+def seconds(timed: dict[str, Any]) -> Rows:
+    """A row a stage: how long it took, or will take."""
+    return [[name, duration(value)] for name, value in timed["seconds"].items()]
 
 
 def console_table(title: str, header: list[str], rows: Rows) -> Table:

@@ -1,0 +1,119 @@
+"""How results are shown: JSON, facts, and the tables of `report`; and what is kept from showing beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    from sparsekd.files import as_json
+
+    print(as_json(value, "the result", indent=1))
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """A line for each fact, the values below each other."""
+    if as_json:
+        print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
+    """Titles, headers and rows; where nobody watches, wide enough for the widest of them."""
+    from rich.console import Console
+
+    from sparsekd.report import tables
+
+    plain = Console()
+    if not plain.is_terminal:
+        plain = Console(width=140)
+    for title, header, rows in titled:
+        plain.print(tables.console_table(title, header, rows))
+
+
+def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
+    """What was measured of each model on texts and tasks."""
+    from sparsekd.report import tables
+
+    if as_json:
+        print_json(found)
+        return
+    print_tables(tables.evaluation({"ratios": {}} | found))
+
+
+def print_report(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """What `report.gather` gives, and where the model and the page are."""
+    from sparsekd.report import tables
+
+    if as_json:
+        print_json(gathered)
+        return
+    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(gathered["compression"]))])
+    if not gathered["recipe"]["evaluate"]["texts"]:
+        print("perplexity: not measured, for the recipe names no text in evaluate.texts")
+    print_evaluation(gathered["evaluation"], as_json=False)
+    if len(gathered["rounds"]) > 1:
+        print_tables([("Rounds", *tables.rounds(gathered))])
+    total = ["total", tables.duration(sum(gathered["seconds"].values()))]
+    print_tables([("Time", ["stage", ""], [*tables.seconds(gathered), total])])
+    print(f"peak memory {tables.memory(gathered)}")
+    print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
+    print(f"report: {folder / 'report.html'}")
+
+
+def print_plan(planned: dict[str, Any], as_json: bool) -> None:
+    """What `run.estimate` gives."""
+    from sparsekd.report import tables
+
+    if as_json:
+        print_json(planned)
+        return
+    structure = planned["compression"]
+    rows = [row[:5] for row in tables.matrices(structure)]
+    print_tables([("Matrices", tables.MATRIX_HEADER[:5], rows)])
+    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(structure))])
+    print_costs(planned)
+
+
+def print_costs(planned: dict[str, Any]) -> None:
+    """The device, bytes and time of a plan."""
+    from sparsekd.report import tables
+
+    recipe = planned["recipe"]
+    print(f"device        {planned['device']}, {planned['dtype']}")
+    if recipe["distill"]["teacher"] == "online":
+        print("teacher cache none: distill.teacher is online")
+    else:
+        print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
+        for name, size in planned["cache"].items():
+            chosen = "  <- this recipe" if name == recipe["cache"]["codec"] else ""
+            total = tables.size(float(size["bytes"]))
+            print(f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {total:>9}{chosen}")
+    print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
+    for name, duration in tables.seconds(planned):
+        print(f"{name:<13} about {duration}")
+    print(f"{'total':<13} about {tables.duration(sum(planned['seconds'].values()))}")
+
+
+def prints_results() -> bool:
+    """Whether it is this process, of several that run together, that prints."""
+    from sparsekd.device import rank_and_count
+
+    rank, _ = rank_and_count()
+    return rank == 0
+
+
+def quiet() -> None:
+    """Silences the notes of transformers and of the harness; ours say what is going on."""
+    import logging
+
+    from transformers.utils import logging as notes
+
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

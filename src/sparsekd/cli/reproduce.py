@@ -1,0 +1,65 @@
+"""`sparsekd reproduce`: one of the paper's experiments, its claims beside what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsekd.cli import options, printing
+from sparsekd.cli.options import AsJson, Device, DryRun, Fresh, Resume, Revision, Set, Target
+from sparsekd.errors import UsageError
+
+
+def command(
+    experiment: Annotated[
+        str, typer.Argument(help="The paper's table II to VI, or controls, recovery, svd.", metavar="EXPERIMENT")
+    ],
+    target: Target,
+    seeds: Annotated[str, typer.Option(metavar="A,B", help="Seeds of data order and sampling.")] = "42,123,456",
+    rates: Annotated[
+        str, typer.Option(metavar="A,B", help="Learning rates that every arm is tried with first.")
+    ] = "3e-5,1e-4,3e-4",
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/reproduce-NAME]")] = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """One of the paper's experiments on a model of yours, with controls: its claims, our ratios beside the paper's."""
+    from sparsekd import reproduce
+    from sparsekd.report import experiments
+
+    printing.quiet()
+    recipe = options.recipe_of(target, None, set_, revision, device)
+    each_seed, each_rate = _numbers("--seeds", seeds, int), _numbers("--rates", rates, float)
+    if dry_run:
+        planned = reproduce.estimate_of(experiment, recipe, each_seed, each_rate)
+        if as_json:
+            printing.print_json(planned)
+            return
+        print(f"arms          {', '.join(planned['arms'])}")
+        print(f"seeds         {seeds}")
+        printing.print_costs(planned)
+        return
+    folder = out or Path("runs") / f"reproduce-{options.name_of(target, recipe)}"
+    how = {"seeds": each_seed, "rates": each_rate, "resume": resume, "fresh": fresh}
+    found = reproduce.reproduce(experiment, recipe, folder, **how)
+    if not printing.prints_results():
+        return
+    if as_json:
+        printing.print_json(found)
+        return
+    printing.print_tables(experiments.all_tables(found))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text}: expected numbers with commas between them") from None
