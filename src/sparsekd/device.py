@@ -89,14 +89,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_named(message: Callable[[], str]) -> Iterator[None]:
-    """Makes running out of memory a `ResourceError` of this one line, unless what ran out knew what to do about it."""
+def memory_named(where: Callable[[], str], way_out: str) -> Iterator[None]:
+    """Makes running out of memory a `ResourceError` that says where and what to do, unless what ran out knew it."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise ResourceError(message()) from error
+        raise ResourceError(f"out of memory in {where()}: {way_out}") from error
 
 
 class Batches:

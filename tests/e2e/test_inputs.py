@@ -158,10 +158,10 @@ def test_with_an_online_teacher_top_k_and_corpus_decide_the_training(tiny_recipe
 
 
 def test_a_smaller_micro_batch_is_obeyed_when_a_training_goes_on(tiny_recipe: Path, tmp_path: Path) -> None:
-    from sparsekd.distillation import loop
+    from sparsekd.distillation import worker
 
     sizes: list[int] = []
-    original = loop._Worker.gradients
+    original = worker.Worker.gradients
 
     def watched(self: Any, ids: Any) -> Any:
         sizes.append(self.micro_batch_size)
@@ -170,7 +170,7 @@ def test_a_smaller_micro_batch_is_obeyed_when_a_training_goes_on(tiny_recipe: Pa
         return original(self, ids)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Worker, "gradients", watched)
+        patch.setattr(worker.Worker, "gradients", watched)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_recipe, tmp_path / "run", "distill.checkpoint_minutes=0")
         run(tiny_recipe, tmp_path / "run", "distill.micro_batch_size=1", until="distill")
@@ -306,7 +306,7 @@ def test_out_of_memory_in_the_pictures_is_one_line(tiny_recipe: Path, tmp_path: 
         raise SystemError("error return without exception set")  # Python's own, in matplotlib's deep calls
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    with pytest.raises(ResourceError, match=r"out of memory while drawing the report: .*call the same command again"):
+    with pytest.raises(ResourceError, match=r"out of memory in the report: .*call the same command again"):
         run(tiny_recipe, tmp_path / "run")
     assert not out_of_memory(SystemError("returned NULL without setting an exception"))  # a library's bug
     monkeypatch.undo()

@@ -18,8 +18,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsekd import distillation, pipeline
+from sparsekd import pipeline
 from sparsekd.console import Console
+from sparsekd.distillation.worker import Worker
 from sparsekd.recipe import load_recipe
 
 MODELS = ("round-01/compressed/model", "round-01/distilled/model")
@@ -99,7 +100,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _stop_in_training(recipe: str, out: Path) -> None:
     """A run that was stopped between two steps, as a signal stops it after it is saved."""
     steps = 0
-    original = distillation._Worker.gradients
+    original = Worker.gradients
 
     def counted(self: Any, ids: Any) -> Any:
         nonlocal steps
@@ -108,10 +109,10 @@ def _stop_in_training(recipe: str, out: Path) -> None:
             raise KeyboardInterrupt
         return original(self, ids)
 
-    distillation._Worker.gradients = counted
+    Worker.gradients = counted
     with contextlib.suppress(KeyboardInterrupt):
         pipeline.run(load_recipe(recipe), out, console=Console(quiet=True))
-    distillation._Worker.gradients = original
+    Worker.gradients = original
 
 
 def files_of(folder: Path, within: str = "") -> list[str]:

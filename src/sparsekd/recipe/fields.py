@@ -31,7 +31,7 @@ class Range:
         elif found := _INCLUSIVE.fullmatch(text):
             self._tests = [(operator.ge, float(found[1])), (operator.le, float(found[2]))]
         else:
-            raise ValueError(f"{text!r} is no range")
+            raise AssertionError(f"{text!r} is no range")
 
     def __contains__(self, value: int | float) -> bool:
         return math.isfinite(value) and all(test(value, bound) for test, bound in self._tests)

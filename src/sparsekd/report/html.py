@@ -10,10 +10,10 @@ from markupsafe import Markup
 from sparsekd.device import memory_named
 from sparsekd.report import experiments, figures, plots, tables
 
-_NO_MEMORY = "out of memory while drawing the report: all that it shows is finished, so call the same command again"
+_drawing = memory_named(lambda: "the report", "all that it shows is finished, so call the same command again")
 
 
-@memory_named(lambda: _NO_MEMORY)
+@_drawing
 def render(report: dict[str, Any]) -> str:
     """The page for `report.gather`'s data; every text in it is escaped, since model names and paths are not ours."""
     pictures = {"loss": plots.loss_curve(report["distillation"])}
@@ -43,7 +43,7 @@ def render(report: dict[str, Any]) -> str:
     )
 
 
-@memory_named(lambda: _NO_MEMORY)
+@_drawing
 def render_experiment(found: dict[str, Any]) -> str:
     """The page for what `reproduce` found."""
     return _template("experiment.html").render(

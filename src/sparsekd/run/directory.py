@@ -42,6 +42,9 @@ from sparsekd.run.reading import (
 )
 from sparsekd.run.stage import Stage
 
+_WAY_OUT = (
+    "lower its batch_size or corpus.seq_len; compress.offload and distill.gradient_checkpointing need less as well"
+)
 _OWN = re.compile(
     r"recipe\.yaml|log\.jsonl|corpus|dense|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)"
 )
@@ -81,7 +84,7 @@ class Run:
         run = cls(folder, recipe, console, shared)
         if not run.processes.is_main:
             run.processes.wait()
-            with memory_named(run._out_of_memory):
+            with memory_named(lambda: run.latest, _WAY_OUT):
                 yield run
             return
         exists = is_run(folder)
@@ -96,14 +99,8 @@ class Run:
             if not shared:
                 run._settle(exists, fresh)
             run.processes.wait()
-            with memory_named(run._out_of_memory):
+            with memory_named(lambda: run.latest, _WAY_OUT):
                 yield run
-
-    def _out_of_memory(self) -> str:
-        return (
-            f"out of memory in {self.latest}: lower its batch_size or corpus.seq_len; compress.offload and "
-            "distill.gradient_checkpointing need less as well"
-        )
 
     def _settle(self, exists: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
