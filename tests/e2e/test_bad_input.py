@@ -161,7 +161,7 @@ def test_unknown_model_and_other_folders(sparsekd: Any, tmp_path: Path, text_fil
 
 def test_stale_cache_is_named(sparsekd: Any, tiny_recipe: Path, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out"))
-    assert sparsekd("cache", str(tiny_recipe), *out).code == 0
+    assert sparsekd("compress", str(tiny_recipe), *out).code == 0
     shard = tmp_path / "out/round-01/cache/part-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0xFF

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.device import rank_and_count
+from sparsekd.device import rank_and_count, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, Layers, document_inputs, find_mlps, logits_of, shape
 
@@ -55,8 +55,10 @@ class Gram:
         self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
         self.num_tokens += len(x)
 
-    def mean(self) -> Tensor:
-        return self.sum / max(1, self.num_tokens)
+    def mean(self, device: torch.device | None = None) -> Tensor:
+        """On the host, or where what is on that `device` is solved."""
+        mean = self.sum / max(1, self.num_tokens)
+        return mean if device is None else mean.to(solver_device(device))
 
     def add_processes(self) -> None:
         """Makes the sum that of all processes."""

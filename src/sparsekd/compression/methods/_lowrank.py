@@ -13,6 +13,7 @@ from sparsekd.errors import UsageError
 from sparsekd.recipe import PASSING, Range
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from sparsekd.compression.calibration import Calibration
@@ -42,12 +43,13 @@ class Options:
     ranks_from: str | None = field(default=None, metadata=PASSING)
 
 
-Directions = Callable[["PreTrainedModel", "MLP", str, "Moments | None"], "Projection"]
+Directions = Callable[["Tensor", "MLP", str, "Moments | None"], "Projection"]
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank method: `directions` gives those of one matrix, most important first, from its MLP's moments."""
+    """A low-rank method: `directions` gives those of one matrix, most important first, from its weight, its MLP, its
+    name and the MLP's moments."""
 
     name: str
     directions: Directions
@@ -75,13 +77,15 @@ class LowRank:
 
     def directions_of(self, model: PreTrainedModel, calibration: Calibration) -> dict[str, Projection]:
         """The directions of every MLP matrix by its name."""
-        from sparsekd.models import find_mlps
+        from sparsekd.models import find_mlps, linear_weight
 
         moments = calibration.moments(self.curvature) if self.passes else {}
         found = {}
         for mlp in find_mlps(model):
             seen = moments.pop(mlp, None)  # not all of them and all directions in memory
-            found |= {name: self.directions(model, mlp, name, seen) for name in mlp.matrices}
+            for name in mlp.matrices:
+                weight = linear_weight(model.get_submodule(name)).detach()
+                found[name] = self.directions(weight, mlp, name, seen)
         return found
 
     def apply(self, model: PreTrainedModel, plan: Plan, calibration: Calibration, options: Options) -> Plan:

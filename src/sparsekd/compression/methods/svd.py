@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 from sparsekd.compression.methods._lowrank import LowRank
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import Tensor
 
     from sparsekd.compression.directions import Projection
     from sparsekd.compression.statistics import Moments
     from sparsekd.models import MLP
 
 
-def directions(model: PreTrainedModel, mlp: MLP, name: str, moments: Moments | None) -> Projection:
+def directions(weight: Tensor, mlp: MLP, name: str, moments: Moments | None) -> Projection:
     """The left singular vectors of the weight."""
     from sparsekd.compression.directions import from_input_gram
-    from sparsekd.models import linear_weight
 
-    return from_input_gram(linear_weight(model.get_submodule(name)).detach(), None)
+    return from_input_gram(weight, None)
 
 
 METHOD = LowRank("svd", directions)

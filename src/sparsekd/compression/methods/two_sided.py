@@ -12,26 +12,22 @@ from typing import TYPE_CHECKING
 from sparsekd.compression.methods._lowrank import LowRank
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import Tensor
 
     from sparsekd.compression.directions import Projection
     from sparsekd.compression.statistics import Moments
     from sparsekd.models import MLP
 
 
-def directions(model: PreTrainedModel, mlp: MLP, name: str, moments: Moments | None) -> Projection:
+def directions(weight: Tensor, mlp: MLP, name: str, moments: Moments | None) -> Projection:
     """The principal directions of the matrix's outputs in the metric of the curvature there."""
     from sparsekd.compression.directions import from_input_gram, from_output_gram
-    from sparsekd.device import solver_device
-    from sparsekd.models import linear_weight
 
     assert moments is not None
-    weight = linear_weight(model.get_submodule(name)).detach()
-    where = solver_device(weight.device)
     if name == mlp.output:
-        return from_output_gram(moments.output.mean().to(where), moments.output_curvature.mean().to(where))
-    curvature = moments.input_curvature[name].mean().to(where)
-    return from_input_gram(weight, moments.input.mean().to(where), curvature)
+        return from_output_gram(moments.output.mean(weight.device), moments.output_curvature.mean(weight.device))
+    curvature = moments.input_curvature[name].mean(weight.device)
+    return from_input_gram(weight, moments.input.mean(weight.device), curvature)
 
 
 # a forward pass to record, then forward and backward

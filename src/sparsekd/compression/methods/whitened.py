@@ -10,25 +10,21 @@ from typing import TYPE_CHECKING
 from sparsekd.compression.methods._lowrank import LowRank
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import Tensor
 
     from sparsekd.compression.directions import Projection
     from sparsekd.compression.statistics import Moments
     from sparsekd.models import MLP
 
 
-def directions(model: PreTrainedModel, mlp: MLP, name: str, moments: Moments | None) -> Projection:
+def directions(weight: Tensor, mlp: MLP, name: str, moments: Moments | None) -> Projection:
     """The principal directions of the matrix's outputs."""
     from sparsekd.compression.directions import from_input_gram, from_output_gram
-    from sparsekd.device import solver_device
-    from sparsekd.models import linear_weight
 
     assert moments is not None
-    weight = linear_weight(model.get_submodule(name)).detach()
-    where = solver_device(weight.device)
     if name == mlp.output:
-        return from_output_gram(moments.output.mean().to(where))
-    return from_input_gram(weight, moments.input.mean().to(where))
+        return from_output_gram(moments.output.mean(weight.device))
+    return from_input_gram(weight, moments.input.mean(weight.device))
 
 
 METHOD = LowRank("whitened", directions, passes=1.0)
