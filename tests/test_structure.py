@@ -2,6 +2,7 @@
 
 import ast
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,19 @@ def test_a_folder_is_used_through_what_it_exports(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_files_stay_small_and_ascii(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 600
+    assert text.count("\n") <= (410 if path.name == "losses.py" else 400)
     assert text.isascii()
     assert ast.get_docstring(ast.parse(text)), "every module says what it is"
+
+
+def test_most_files_are_read_on_a_few_screens() -> None:
+    assert statistics.median(path.read_text(encoding="utf-8").count("\n") for path in FILES) <= 150
+
+
+def test_each_folder_says_what_comes_in_and_what_goes_out() -> None:
+    for path in sorted(PACKAGE.glob("*/__init__.py")):
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert "In:" in said and "out:" in said, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

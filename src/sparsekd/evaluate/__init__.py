@@ -1,4 +1,6 @@
-"""What a model costs in quality: perplexity in two protocols, calibration, agreement with the teacher, tasks."""
+"""What a model costs in quality. In: models and a text, or tasks; out: perplexity in two protocols, calibration,
+agreement with the teacher, scores, each with its error.
+"""
 
 from sparsekd.evaluate.measure import Measurement, measure
 from sparsekd.evaluate.perplexity import Perplexity, perplexity, ratio

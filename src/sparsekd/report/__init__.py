@@ -1,4 +1,6 @@
-"""A run directory as something to show: `report.json`, one self-contained `report.html`, tables for the console."""
+"""A run as something to show. In: a run directory; out: `report.json`, one self-contained `report.html`, tables for the
+console.
+"""
 
 from __future__ import annotations
 

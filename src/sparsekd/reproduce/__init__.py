@@ -1,7 +1,8 @@
 """The paper's experiments on a model of your own, with the controls that it lacks.
 
 `reproduce` runs the arms of one experiment for each seed in one run directory, compares them as the paper does, and
-says of each of its claims whether it holds here. Experiments share arms, so one directory serves all of them.
+says of each of its claims whether it holds here. Experiments share arms, so one directory serves all of them. In: a
+recipe, seeds, learning rates; out: `reproduce-<experiment>.json` and a page.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 from sparsekd.report import figures, html, plots
 
-TABLES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "_tables.py"))
+TABLES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "_tables.py"))
 MORE = {"gsm8k": "c4", "code": "wikitext2", "stories": "c4"}
 
 
