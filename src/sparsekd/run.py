@@ -41,6 +41,7 @@ _OWN = re.compile(
 _VERSIONS = "versions"  # in inputs.json, beside the inputs
 _RECIPE = "recipe_sha256"  # in the run's manifest
 _FINISHED = "finished"  # in the run's manifest: names of stages, by which a lost stage.json is known from none yet
+_MANIFEST_LOST = "put back a copy of it, or start again with another --out"
 _PART_OF = "part_of"  # in what a stage keeps until it is finished: which stage that is
 _FILES = "files"  # in stage.json, beside the summary: sizes and hashes
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
@@ -249,12 +250,16 @@ def _is_run(folder: Path) -> bool:
     path = folder / "manifest.json"
     if not (path.is_file() and _KIND.encode() in path.read_bytes()):
         return False
-    return read_manifest(folder).get("kind") == _KIND
+    return records.read(path, way_out=_MANIFEST_LOST).get("kind") == _KIND
 
 
 def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """A run's manifest; raises `DataError` when it is damaged or lacks a key that is `needed`."""
-    return records.read(folder / "manifest.json", needed, "put back a copy of it, or start again with another --out")
+    """A run's manifest; raises `DataError` when it is damaged, another record or lacks a key that is `needed`."""
+    path = folder / "manifest.json"
+    manifest = records.read(path, needed, _MANIFEST_LOST)
+    if manifest.get("kind") != _KIND:
+        raise DataError(f"{path} is damaged: it is not what a run writes there; {_MANIFEST_LOST}")
+    return manifest
 
 
 def read_recipe(folder: Path) -> Recipe:
