@@ -169,6 +169,15 @@ def test_another_run_s_manifest_is_named(done: tuple[Path, Path]) -> None:
     assert inspection.verify(folder)["damaged stages"] == {}
 
 
+def test_another_record_in_the_manifest_s_place_is_named(done: tuple[Path, Path]) -> None:
+    folder, _ = done
+    shutil.copyfile(folder / "round-01/distilled/inputs.json", folder / "manifest.json")
+    says = rf"^{folder}/manifest\.json is damaged: it is not what a run writes there; "
+    for look in (inspection.describe, inspection.verify, report.write):
+        with pytest.raises(DataError, match=says):
+            look(folder)
+
+
 STAGES = ["corpus", "round-01/cache", "round-01/compressed", "round-01/distilled", "round-01/eval", "dense/tasks"]
 
 

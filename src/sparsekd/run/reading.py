@@ -15,6 +15,7 @@ KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifes
 VERSIONS = "versions"  # in inputs.json, beside the inputs
 RECIPE = "recipe_sha256"  # in the run's manifest
 FINISHED = "finished"  # in the run's manifest: names of stages, by which a lost stage.json is known from none yet
+_MANIFEST_LOST = "put back a copy of it, or start again with another --out"
 FILES = "files"  # in stage.json, beside the summary: sizes and hashes
 _FIRST_MOMENT = re.compile(r"run\.lock|manifest\.json\.tmp-\d+")  # what there is before the manifest
 
@@ -24,12 +25,16 @@ def is_run(folder: Path) -> bool:
     path = folder / "manifest.json"
     if not (path.is_file() and KIND.encode() in path.read_bytes()):
         return False
-    return read_manifest(folder).get("kind") == KIND
+    return records.read(path, way_out=_MANIFEST_LOST).get("kind") == KIND
 
 
 def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """A run's manifest; raises `DataError` when it is damaged or lacks a key that is `needed`."""
-    return records.read(folder / "manifest.json", needed, "put back a copy of it, or start again with another --out")
+    """A run's manifest; raises `DataError` when it is damaged, another record or lacks a key that is `needed`."""
+    path = folder / "manifest.json"
+    manifest = records.read(path, needed, _MANIFEST_LOST)
+    if manifest.get("kind") != KIND:
+        raise DataError(f"{path} is damaged: it is not what a run writes there; {_MANIFEST_LOST}")
+    return manifest
 
 
 def read_recipe(folder: Path) -> Recipe:
