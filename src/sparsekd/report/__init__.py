@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from sparsekd import files
 from sparsekd.errors import DataError
-from sparsekd.evaluate import Perplexity, ratio
+from sparsekd.evaluate import perplexity_of, ratio
 from sparsekd.recipe import Recipe, as_dict
+from sparsekd.records import Record
 from sparsekd.report import html
 from sparsekd.run import (
     CORPUS,
@@ -101,16 +101,12 @@ def write(folder: Path) -> dict[str, Any]:
 def _ratios(models: dict[str, Any]) -> dict[str, Any]:
     """Perplexity over the dense model's, with the standard error of the paired comparison, by model and text."""
     return {
-        name: {
-            text: dict(zip(("ratio", "standard_error"), _ratio(result, models["dense"][text]), strict=True))
-            for text, result in texts.items()
-        }
+        name: {text: _ratio(result, models["dense"][text]) for text, result in texts.items()}
         for name, texts in models.items()
         if name != "dense"
     }
 
 
-def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float | None]:
-    names = [field.name for field in dataclasses.fields(Perplexity)]
-    model, reference = (Perplexity(**{name: values[name] for name in names}) for values in (result, dense))
-    return ratio(model, reference)
+def _ratio(result: Record, dense: Record) -> dict[str, float | None]:
+    value, error = ratio(perplexity_of(result), perplexity_of(dense))
+    return {"ratio": value, "standard_error": error}

@@ -37,7 +37,7 @@ def render(report: dict[str, Any]) -> str:
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(report["compression"]),
-        seconds=tables.seconds(report),
+        seconds=tables.seconds(report["seconds"]),
         memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),
     )

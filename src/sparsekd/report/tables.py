@@ -208,9 +208,9 @@ def sizes(plan: dict[str, Any]) -> Rows:
     ]
 
 
-def seconds(timed: dict[str, Any]) -> Rows:
+def seconds(by_stage: dict[str, float]) -> Rows:
     """A row a stage: how long it took, or will take."""
-    return [[name, duration(value)] for name, value in timed["seconds"].items()]
+    return [[name, duration(value)] for name, value in by_stage.items()]
 
 
 def console_table(title: str, header: list[str], rows: Rows) -> Table:
