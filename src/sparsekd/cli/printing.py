@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsekd.records import Record
     from sparsekd.run import Estimate
 
 
@@ -16,7 +17,7 @@ def print_json(value: Any) -> None:
     print(as_json(value, "the result", indent=1))
 
 
-def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+def print_facts(facts: Record, as_json: bool) -> None:
     """A line for each fact, the values below each other."""
     if as_json:
         print_json(facts)
@@ -39,7 +40,7 @@ def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> No
         plain.print(tables.console_table(title, header, rows))
 
 
-def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
+def print_evaluation(found: Record, as_json: bool) -> None:
     """What was measured of each model on texts and tasks."""
     from sparsekd.report import tables
 
@@ -49,7 +50,7 @@ def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
     print_tables(tables.evaluation({"ratios": {}} | found))
 
 
-def print_report(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
+def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
     """What `report.gather` gives, and where the model and the page are."""
     from sparsekd.report import tables
 
