@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,8 @@ from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe, method_named
-from sparsekd.run import CORPUS, STAGES, Round, Run, Work, planned, settings_of, stages
+from sparsekd.records import Record
+from sparsekd.run import CORPUS, STAGES, Round, Run, Summary, Work, planned, settings_of, stages
 from sparsekd.teacher import merge_shares
 
 UNTIL = (*STAGES, "report")
@@ -33,7 +33,7 @@ def run(
     resume: bool = False,
     fresh: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Summary]:
     """Runs all rounds in `folder` and returns the summary of each stage of the last one by name; an `until` before
     `evaluate` ends within the first round.
 
@@ -58,7 +58,7 @@ def run(
         return summaries
 
 
-def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, Any]:
+def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, Summary]:
     """The stages of one round up to `until`, with the summary of each by name. Processes started together share
     teacher, statistics and training; the main one evaluates."""
     processes, summaries = work.run.processes, {}
@@ -79,7 +79,7 @@ def check_before_starting(recipe: Recipe) -> None:
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
 
 
-def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> dict[str, Any]:
+def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> Summary:
     """What one of several processes does for the first round's cache: any scheduler may start them, in any order.
 
     They share the run directory, whose corpus must be finished; `merge_cache` then makes the stage whole.
@@ -92,7 +92,7 @@ def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Conso
         return stages.cache.make(work, planned(recipe)[0], share)
 
 
-def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> dict[str, Any]:
+def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) -> Summary:
     """Finishes the first round's cache from what all shares have written; raises `DataError` naming a missing one."""
     with Run.open(folder, recipe, console or Console(), resume=True) as opened:
         work = Work(opened)
@@ -102,7 +102,7 @@ def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) ->
         return stage.finish(stages.cache.summary_of(merged, work.blocks))
 
 
-def spectrum(recipe: Recipe) -> dict[str, Any]:
+def spectrum(recipe: Recipe) -> Record:
     """The spectra of a model's MLP matrices on the recipe's corpus; keeps nothing."""
     options, placement = recipe.model, place(recipe.device, recipe.model.dtype)
     model, tokenizer = models.load(
@@ -120,7 +120,7 @@ def spectrum(recipe: Recipe) -> dict[str, Any]:
     return spectra.as_dict(compression.spectra_of(model, calibration, recipe.compress), recipe.compress)
 
 
-def _quality_gate(written: dict[str, Any]) -> None:
+def _quality_gate(written: Record) -> None:
     evaluated = written["evaluation"]["models"]
     worse = [
         text

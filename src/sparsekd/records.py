@@ -18,15 +18,16 @@ from sparsekd import files
 from sparsekd.errors import DataError
 
 _CHECKSUM = "checksum"
-Listing = dict[str, dict[str, Any]]
+Record = dict[str, Any]  # a JSON object, as it is written and read again
+Listing = dict[str, Record]
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: Record) -> None:
     """Writes a record atomically."""
     files.write_json(path, content | {_CHECKSUM: _checksum(content)})
 
 
-def read(path: Path, needed: Iterable[str] = (), way_out: str = "") -> dict[str, Any]:
+def read(path: Path, needed: Iterable[str] = (), way_out: str = "") -> Record:
     """The content of a record; raises `DataError` naming the file and the `way_out` when it is missing, is not what was
     written, or lacks one of the keys that are `needed`."""
     hint = f"; {way_out}" if way_out else ""
@@ -50,7 +51,7 @@ def exponential(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def _checksum(content: Record) -> str:
     return files.sha256(json.dumps(content))  # in the order of the keys, which a file keeps
 
 

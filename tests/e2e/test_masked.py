@@ -28,7 +28,7 @@ def test_a_pruned_model_goes_the_whole_path(
         plain = AutoModelForCausalLM.from_pretrained(folder)
         names = [name for mlp in find_mlps(plain) for name in mlp.matrices]
         masks.append([linear_weight(plain.get_submodule(name)) == 0 for name in names])
-        zeros = [matrix["zeros"] for matrix in planned["compression"]["matrices"]]
+        zeros = [matrix.zeros for matrix in planned.compression.matrices]
         assert [int(mask.sum()) for mask in masks[-1]] == zeros
-        assert models.num_parameters(model) == planned["compression"]["model_parameters_stored"]
+        assert models.num_parameters(model) == planned.compression.model_parameters_stored
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

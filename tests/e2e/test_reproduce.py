@@ -180,7 +180,7 @@ def test_the_recipes_for_gpus_on_tiny_models_of_their_architectures(
         corpus=tiny.corpus,
         cache=tiny.cache,
         evaluate=tiny.evaluate,
-        compress=replace(recipe.compress, num_tokens=384, rank_multiple=2),
+        compress=replace(recipe.compress.by(recipe.compress.method, rank_multiple=2), num_tokens=384),
         distill=replace(recipe.distill, batch_size=2, micro_batch_size=1, validations=8, patience=1),
     )
     found = reproduce(experiment, recipe, tmp_path / "run", seeds=[1], rates=[1e-3])

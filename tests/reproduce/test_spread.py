@@ -1,20 +1,25 @@
 """Comparisons over seeds and windows, and the recovery curve."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
+from sparsekd.evaluate import Perplexity
 from sparsekd.reproduce.patterns import Pattern, dense, distilled, verdict
 from sparsekd.reproduce.spread import Comparison, compare, fit_recovery, student
 
 TOKENS = [100] * 40
 
 
-def measured(per_token: float, noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
+def windows(nll: list[float], tokens: list[int]) -> Perplexity:
+    value, total = math.exp(sum(nll) / sum(tokens)), sum(tokens)
+    return Perplexity(value, None, 1.0, total, value, None, total, 64, 32, nll, tokens)
+
+
+def measured(per_token: float, noise: float = 0.0, seed: int = 0) -> Perplexity:
     drawn = np.random.default_rng(seed).normal(per_token, noise, len(TOKENS))
-    return {"window_nll": (drawn * 100).tolist(), "window_tokens": TOKENS}
+    return windows((drawn * 100).tolist(), TOKENS)
 
 
 def test_mean_and_deviation_are_over_seeds() -> None:
@@ -34,10 +39,9 @@ def test_one_seed_leaves_the_text_s_error_only() -> None:
 
 def test_few_windows_make_a_wider_interval() -> None:
     """Two windows whose differences are 0.1 and 0.3 nats: a standard error of 0.1 with one degree of freedom."""
-    low = {"window_nll": [300.0, 300.0], "window_tokens": [100, 100]}
-    high = {"window_nll": [310.0, 330.0], "window_tokens": [100, 100]}
+    low, high = windows([300.0, 300.0], [100, 100]), windows([310.0, 330.0], [100, 100])
     assert compare([high], [low]).half == pytest.approx(12.706 * 0.1, rel=1e-4)
-    harder = high | {"window_nll": [330.0, 350.0]}  # another seed: 0.2 nats more
+    harder = windows([330.0, 350.0], [100, 100])  # another seed: 0.2 nats more
     both = math.hypot(12.706 * 0.1, 12.706 * 0.2 / math.sqrt(2) / math.sqrt(2))
     assert compare([high, harder], [low] * 2).half == pytest.approx(both, rel=1e-4)
 
@@ -50,7 +54,7 @@ def test_student_s_quantiles() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_one_window_decides_nothing(seeds: int) -> None:
-    low, high = ({"window_nll": [nll], "window_tokens": [100]} for nll in (300.0, 400.0))
+    low, high = (windows([nll], [100]) for nll in (300.0, 400.0))
     found = compare([low] * seeds, [high] * seeds)
     assert found.value == pytest.approx(-1.0) and found.half is None
     assert found.as_dict()["interval"] is None
@@ -59,7 +63,7 @@ def test_one_window_decides_nothing(seeds: int) -> None:
 
 def test_what_text_and_reference_share_adds_no_error() -> None:
     text = measured(3.0, 2.0)
-    harder = {"window_nll": [nll + 10.0 for nll in text["window_nll"]], "window_tokens": text["window_tokens"]}
+    harder = windows([nll + 10.0 for nll in text.window_nll], text.window_tokens)
     found = compare([harder], [text])
     assert (found.value, found.half) == pytest.approx((0.1, 0.0))
 
@@ -78,7 +82,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 def test_an_interval_of_five_windows_covers_the_truth_as_often_as_it_says() -> None:
     rng, hits = np.random.default_rng(0), 0
     for nll in rng.normal(0.2, 0.1, (2000, 5)):
-        result, reference = ({"window_nll": nlls, "window_tokens": [1] * 5} for nlls in (nll.tolist(), [0.0] * 5))
+        result, reference = (windows(nlls, [1] * 5) for nlls in (nll.tolist(), [0.0] * 5))
         found = compare([result], [reference])
         assert found.half is not None
         hits += abs(found.value - 0.2) <= found.half

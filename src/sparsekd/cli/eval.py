@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsekd.cli import printing
 from sparsekd.cli.options import AsJson, Device, Revision
 from sparsekd.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsekd.records import Record
 
 
 def command(
@@ -55,24 +61,21 @@ def command(
     harness.check(names, folder)
     contents = {title: corpus.read_text(Text(path=str(path)), Corpus()) for path, title in _titles(text or []).items()}
     placement = place(device or "auto", dtype or "auto")
-    how: dict[str, Any] = {
-        "dtype": placement.dtype,
-        "device": placement.device,
-        "trust_remote_code": trust_remote_code,
-    }
+    load = functools.partial(
+        models.load, dtype=placement.dtype, device=placement.device, trust_remote_code=trust_remote_code
+    )
     model = model_name(model)
-    loaded, tokenizer = models.load(model, revision=revision, **how)
+    loaded, tokenizer = load(model, revision=revision)
     compared = {model: loaded}
     if teacher is not None:
         teacher = model_name(teacher, [model])
-        reference, its_tokenizer = models.load(teacher, **how)
+        reference, its_tokenizer = load(teacher)
         if models.tokenizer_hash(its_tokenizer) != models.tokenizer_hash(tokenizer):
             raise DataError(
                 f"--teacher {teacher}: its tokenizer is not that of {model}, so their tokens do not compare"
             )
         compared = {teacher: reference, model: loaded}
-    windows = {"context": context, "stride": stride, "max_tokens": max_tokens}
-    measured = _measure_texts(compared, tokenizer, contents, teacher, windows)
+    measured = _measure_texts(compared, tokenizer, contents, teacher, context, stride, max_tokens)
     scores = harness.run_tasks(loaded, tokenizer, names, root=folder, limit=limit) if names else {}
     found = {"models": measured, "tasks": {model: {name: score.as_dict() for name, score in scores.items()}}}
     printing.print_evaluation(found, as_json)
@@ -85,19 +88,34 @@ def _titles(paths: list[Path]) -> dict[Path, str]:
 
 
 def _measure_texts(
-    compared: dict[str, Any], tokenizer: Any, contents: dict[str, str], teacher: str | None, windows: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+    compared: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    contents: dict[str, str],
+    teacher: str | None,
+    context: int,
+    stride: int,
+    max_tokens: int | None,
+) -> dict[str, dict[str, Record]]:
     """What `measure` says, by model and text, with a bar for each text."""
     from sparsekd import corpus
     from sparsekd.console import Console
     from sparsekd.evaluate import measure
 
-    results: dict[str, dict[str, Any]] = {name: {} for name in compared}
+    results: dict[str, dict[str, Record]] = {name: {} for name in compared}
     for title, content in contents.items():
-        num_tokens = min(windows["max_tokens"] or sys.maxsize, len(corpus.encode(tokenizer, content)))
-        expected = num_tokens * windows["context"] // windows["stride"] * len(compared)
+        num_tokens = min(max_tokens or sys.maxsize, len(corpus.encode(tokenizer, content)))
+        expected = num_tokens * context // stride * len(compared)
         with Console().bar(f"evaluating {title}", expected) as bar:
-            found = measure(compared, tokenizer, content, teacher=teacher, on_tokens=bar.advance, **windows)
+            found = measure(
+                compared,
+                tokenizer,
+                content,
+                teacher=teacher,
+                context=context,
+                stride=stride,
+                max_tokens=max_tokens,
+                on_tokens=bar.advance,
+            )
         for name, measurement in found.items():
             results[name][title] = measurement.as_dict()
     return results

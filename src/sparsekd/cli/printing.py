@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsekd.records import Record
+    from sparsekd.run import Estimate
 
 
 def print_json(value: Any) -> None:
@@ -13,7 +17,7 @@ def print_json(value: Any) -> None:
     print(as_json(value, "the result", indent=1))
 
 
-def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+def print_facts(facts: Record, as_json: bool) -> None:
     """A line for each fact, the values below each other."""
     if as_json:
         print_json(facts)
@@ -36,7 +40,7 @@ def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> No
         plain.print(tables.console_table(title, header, rows))
 
 
-def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
+def print_evaluation(found: Record, as_json: bool) -> None:
     """What was measured of each model on texts and tasks."""
     from sparsekd.report import tables
 
@@ -46,7 +50,7 @@ def print_evaluation(found: dict[str, Any], as_json: bool) -> None:
     print_tables(tables.evaluation({"ratios": {}} | found))
 
 
-def print_report(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
+def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
     """What `report.gather` gives, and where the model and the page are."""
     from sparsekd.report import tables
 
@@ -60,44 +64,44 @@ def print_report(gathered: dict[str, Any], folder: Path, as_json: bool) -> None:
     if len(gathered["rounds"]) > 1:
         print_tables([("Rounds", *tables.rounds(gathered))])
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
-    print_tables([("Time", ["stage", ""], [*tables.seconds(gathered), total])])
+    print_tables([("Time", ["stage", ""], [*tables.seconds(gathered["seconds"]), total])])
     print(f"peak memory {tables.memory(gathered)}")
     print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
     print(f"report: {folder / 'report.html'}")
 
 
-def print_plan(planned: dict[str, Any], as_json: bool) -> None:
+def print_plan(planned: Estimate, as_json: bool) -> None:
     """What `run.estimate` gives."""
     from sparsekd.report import tables
 
     if as_json:
-        print_json(planned)
+        print_json(planned.as_dict())
         return
-    structure = planned["compression"]
+    structure = planned.compression.as_dict()
     rows = [row[:5] for row in tables.matrices(structure)]
     print_tables([("Matrices", tables.MATRIX_HEADER[:5], rows)])
     print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(structure))])
     print_costs(planned)
 
 
-def print_costs(planned: dict[str, Any]) -> None:
+def print_costs(planned: Estimate) -> None:
     """The device, bytes and time of a plan."""
     from sparsekd.report import tables
 
-    recipe = planned["recipe"]
-    print(f"device        {planned['device']}, {planned['dtype']}")
-    if recipe["distill"]["teacher"] == "online":
+    recipe = planned.recipe
+    print(f"device        {planned.device}, {planned.dtype}")
+    if recipe.distill.teacher == "online":
         print("teacher cache none: distill.teacher is online")
     else:
-        print(f"teacher cache {planned['cache_tokens']:,} tokens, before zstd")
-        for name, size in planned["cache"].items():
-            chosen = "  <- this recipe" if name == recipe["cache"]["codec"] else ""
-            total = tables.size(float(size["bytes"]))
-            print(f"  {name:<11} {size['bytes_per_token']:>4} bytes a token  {total:>9}{chosen}")
-    print(f"peak memory   about {planned['peak_memory_bytes'] / 1e9:.1f} GB")
-    for name, duration in tables.seconds(planned):
+        print(f"teacher cache {planned.cache_tokens:,} tokens, before zstd")
+        for name, size in planned.cache.items():
+            chosen = "  <- this recipe" if name == recipe.cache.codec else ""
+            total = tables.size(float(size.bytes))
+            print(f"  {name:<11} {size.bytes_per_token:>4} bytes a token  {total:>9}{chosen}")
+    print(f"peak memory   about {planned.peak_memory_bytes / 1e9:.1f} GB")
+    for name, duration in tables.seconds(planned.seconds):
         print(f"{name:<13} about {duration}")
-    print(f"{'total':<13} about {tables.duration(sum(planned['seconds'].values()))}")
+    print(f"{'total':<13} about {tables.duration(sum(planned.seconds.values()))}")
 
 
 def prints_results() -> bool:

@@ -39,17 +39,18 @@ def command(
     recipe = options.recipe_of(target, None, set_, revision, device)
     each_seed, each_rate = _numbers("--seeds", seeds, int), _numbers("--rates", rates, float)
     if dry_run:
-        planned = reproduce.estimate_of(experiment, recipe, each_seed, each_rate)
+        planned = reproduce.preview(experiment, recipe, each_seed, each_rate)
         if as_json:
-            printing.print_json(planned)
+            printing.print_json(planned.as_dict())
             return
-        print(f"arms          {', '.join(planned['arms'])}")
+        print(f"arms          {', '.join(planned.arms)}")
         print(f"seeds         {seeds}")
-        printing.print_costs(planned)
+        printing.print_costs(planned.costs)
         return
     folder = out or Path("runs") / f"reproduce-{options.name_of(target, recipe)}"
-    how = {"seeds": each_seed, "rates": each_rate, "resume": resume, "fresh": fresh}
-    found = reproduce.reproduce(experiment, recipe, folder, **how)
+    found = reproduce.reproduce(
+        experiment, recipe, folder, seeds=each_seed, rates=each_rate, resume=resume, fresh=fresh
+    )
     if not printing.prints_results():
         return
     if as_json:

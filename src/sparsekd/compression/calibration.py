@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -82,12 +82,19 @@ class Calibration:
             raise UsageError(f"{found}: expected at least {hidden}, better {enough}")
         if self.num_tokens < enough:
             self.warn(f"{found}: at least {enough} are advised")
-        return statistics.collect(self.model, self._tokens, curvature=curvature, seed=self.seed, **self._how)
+        return statistics.collect(
+            self.model,
+            self._tokens,
+            curvature=curvature,
+            seed=self.seed,
+            device=self.device,
+            separator=self.separator,
+        )
 
     @functools.cached_property
     def input_norms(self) -> dict[str, Float[Tensor, " F"]]:
         """The norm of every input of each MLP matrix over all tokens, by the matrix's name."""
-        return statistics.input_norms(self.model, self._tokens, **self._how)
+        return statistics.input_norms(self.model, self._tokens, device=self.device, separator=self.separator)
 
     def probe(self) -> Probe:
         """The true KL of a change of the model, on all of the text."""
@@ -96,10 +103,6 @@ class Calibration:
     @property
     def _tokens(self) -> list[Tensor]:
         return [batch.tokens for batch in self.batches]
-
-    @property
-    def _how(self) -> dict[str, Any]:
-        return {"device": self.device, "separator": self.separator}
 
     def _with(self, batches: Sequence[Batch]) -> Calibration:
         return Calibration(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from sparsekd.records import Record
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
     def model_reduction(self) -> float:
         return 1 - self.model_parameters_after / self.model_parameters_before
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
         totals["model_parameters_stored"] = self.model_parameters_stored

@@ -7,7 +7,6 @@ directions that never carry anything look like any other; the spectrum of the ou
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from sparsekd.device import in_float64, solver_device
 from sparsekd.errors import UsageError
 from sparsekd.models import linear_weight
 from sparsekd.recipe import Compress
+from sparsekd.records import Record
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def effective_rank(energy: Float[Tensor, " K"]) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def as_dict(spectra: list[Spectrum], section: Compress) -> dict[str, Any]:
+def as_dict(spectra: list[Spectrum], section: Compress) -> Record:
     """Plain values for JSON."""
     return {
         "method": section.method,

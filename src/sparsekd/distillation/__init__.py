@@ -1,7 +1,9 @@
 """Training to match the teacher. In: a student, blocks, a teacher; out: the trained student and its curves."""
 
 from sparsekd.distillation.history import METRICS as METRICS
+from sparsekd.distillation.history import History as History
 from sparsekd.distillation.history import Step as Step
+from sparsekd.distillation.history import history_of as history_of
 from sparsekd.distillation.history import reason_to_stop as reason_to_stop
 from sparsekd.distillation.loop import distill as distill
 from sparsekd.distillation.loop import measure as measure

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sparsekd import files, records
 from sparsekd.device import rank_and_count
 from sparsekd.errors import DataError
+from sparsekd.records import Record
 
 _KEPT = 2
 _T = TypeVar("_T")
@@ -50,7 +51,7 @@ class Checkpoints:
         self._agreed(lambda: _verified(folder))
         _fill(model, self._tensors(folder / "model.safetensors", model))
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Record) -> None:
         """Writes a checkpoint of `state`, JSON values with `step` and `best_step`, and removes what is not needed."""
         moments = {
             f"{name}.{key}": value
@@ -61,9 +62,7 @@ class Checkpoints:
         if self._is_main:
             self._remove_old(state["best_step"])
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-    ) -> dict[str, Any] | None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> Record | None:
         """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
 
         One that is damaged, or whose best weights are, is named through `say` and passed over. Raises `DataError` when
@@ -76,7 +75,7 @@ class Checkpoints:
             _fill_moments(model, optimizer, self._tensors(folder / "optimizer.safetensors", model))
         return state
 
-    def _newest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+    def _newest(self, say: Callable[[str], None]) -> Record | None:
         reason = None
         for folder in reversed(self._checkpoints()):
             try:
@@ -124,7 +123,7 @@ class Checkpoints:
             torch.distributed.broadcast(value, src=0)
             yield name, value
 
-    def _write(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+    def _write(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: Record) -> None:
         copies = {part: on_host(tensors, self._is_main) for part, tensors in parts.items()}
         if not self._is_main:
             return
@@ -202,7 +201,7 @@ def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: I
         optimizer.state[parameter][key] = _like(value, parameter)
 
 
-def _verified(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+def _verified(folder: Path, needed: tuple[str, ...] = ()) -> Record:
     """The folder's state; raises `DataError` naming the file that is missing, not what was written, or of another
     step."""
     path = folder / "state.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from sparsekd import files
+from sparsekd.records import Record
 
 METRICS = "metrics.jsonl"  # in the stage's folder: a line for every step and every validation
 
@@ -53,7 +53,12 @@ class History:
     parity_step: int | None = None  # of the first validation whose cross-entropy is not above the dense model's
     stop_reason: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def num_tokens(self) -> int:
+        """Trained on in all."""
+        return self.steps[-1].num_tokens
+
+    def as_dict(self) -> Record:
         return asdict(self)
 
     def add(self, validation: Validation) -> bool:
@@ -67,7 +72,8 @@ class History:
         return is_best
 
 
-def history_of(state: dict[str, Any]) -> History:
+def history_of(state: Record) -> History:
+    """From what `as_dict` gave, whatever stands beside it."""
     values = {key: state[key] for key in History.__dataclass_fields__}
     steps = [Step(**step) for step in state["steps"]]
     validations = [Validation(**validation) for validation in state["validations"]]
@@ -111,5 +117,5 @@ class Metrics:
         self._accelerator.log(numbers, step=line["step"])
 
 
-def _line(entry: Step | Validation) -> dict[str, Any]:
+def _line(entry: Step | Validation) -> Record:
     return {"kind": type(entry).__name__.lower()} | asdict(entry)

@@ -3,7 +3,7 @@ agreement with the teacher, scores, each with its error.
 """
 
 from sparsekd.evaluate.measure import Measurement, measure
-from sparsekd.evaluate.perplexity import Perplexity, perplexity, ratio
+from sparsekd.evaluate.perplexity import Perplexity, perplexity, perplexity_of, ratio
 
-__all__ = ["Measurement", "Perplexity", "measure", "perplexity", "ratio"]
+__all__ = ["Measurement", "Perplexity", "measure", "perplexity", "perplexity_of", "ratio"]
 from sparsekd.evaluate.windows import mean_and_error as mean_and_error

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekd.corpus import sources
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
 from sparsekd.recipe import expanded
+from sparsekd.records import Record
 
 _FOLDER = Path(__file__).parent / "tasks"
 _PREFIX = "local_"
@@ -45,7 +46,7 @@ class TaskResult:
     num_rows: int
     skipped: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         return asdict(self)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -23,6 +22,7 @@ from sparsekd.evaluate.calibration import Calibration, Confidences
 from sparsekd.evaluate.perplexity import Losses, Perplexity, scored_bytes
 from sparsekd.evaluate.windows import choose, predictions, split, token_ids
 from sparsekd.models import real_vocab_size
+from sparsekd.records import Record
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Measurement:
     calibration: Calibration
     agreement: Agreement | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         """Perplexity's fields, and `calibration` and `agreement` beside them."""
         agreement = None if self.agreement is None else asdict(self.agreement)
         return self.perplexity.as_dict() | {"calibration": asdict(self.calibration), "agreement": agreement}

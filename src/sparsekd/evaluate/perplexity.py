@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from sparsekd.evaluate.windows import (
     token_ids,
 )
 from sparsekd.models import real_vocab_size
+from sparsekd.records import Record
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class Perplexity:
     window_nll: list[float]
     window_tokens: list[int]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         return asdict(self)
+
+
+def perplexity_of(result: Record) -> Perplexity:
+    """From what `as_dict` gave, whatever stands beside it."""
+    return Perplexity(**{field.name: result[field.name] for field in fields(Perplexity)})
 
 
 class Losses:

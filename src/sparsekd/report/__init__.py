@@ -4,14 +4,13 @@ console.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from sparsekd import files
 from sparsekd.errors import DataError
-from sparsekd.evaluate import Perplexity, ratio
+from sparsekd.evaluate import perplexity_of, ratio
 from sparsekd.recipe import Recipe, as_dict
+from sparsekd.records import Record
 from sparsekd.report import html
 from sparsekd.run import (
     CORPUS,
@@ -29,7 +28,7 @@ _MADE_BY = ("versions", "machine")  # in the run's manifest
 _COSTS = ("seconds", "peak_memory_bytes")
 
 
-def gather(folder: Path) -> dict[str, Any]:
+def gather(folder: Path) -> Record:
     """Everything the report shows, from the finished stages of a run, of the last round in full; raises `DataError` if
     a stage is missing."""
     if not (folder / "recipe.yaml").exists():
@@ -65,7 +64,7 @@ def gather(folder: Path) -> dict[str, Any]:
     }
 
 
-def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
+def _summary(folder: Path, stage: str, place: str) -> Record:
     shown = ("scores",) if stage == "tasks" else (*STAGES[stage].shown, *_COSTS)
     summary = read_summary(folder / place, shown)  # an earlier version's has no checksum that vouches for the rest
     if summary is None:
@@ -74,13 +73,13 @@ def _summary(folder: Path, stage: str, place: str) -> dict[str, Any]:
     return summary
 
 
-def _tasks(folder: Path, recipe: Recipe, one: Round) -> dict[str, Any]:
+def _tasks(folder: Path, recipe: Recipe, one: Round) -> Record:
     """Scores of the dense model and of a round's own, by name."""
     places = one.models(recipe.model.name) if recipe.evaluate.tasks else {}
     return {name: _summary(folder, "tasks", str(tasks_folder(place)))["scores"] for name, place in places.items()}
 
 
-def _round(one: Round, stages: dict[str, Any]) -> dict[str, Any]:
+def _round(one: Round, stages: Record) -> Record:
     """A round as the table and the picture of all rounds show it."""
     return {
         "name": one.name,
@@ -92,7 +91,7 @@ def _round(one: Round, stages: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, Any]:
+def write(folder: Path) -> Record:
     """Writes report.json and report.html into the run directory and returns what they hold."""
     gathered = gather(folder)
     files.write_json(folder / "report.json", gathered)
@@ -100,19 +99,15 @@ def write(folder: Path) -> dict[str, Any]:
     return gathered
 
 
-def _ratios(models: dict[str, Any]) -> dict[str, Any]:
+def _ratios(models: Record) -> Record:
     """Perplexity over the dense model's, with the standard error of the paired comparison, by model and text."""
     return {
-        name: {
-            text: dict(zip(("ratio", "standard_error"), _ratio(result, models["dense"][text]), strict=True))
-            for text, result in texts.items()
-        }
+        name: {text: _ratio(result, models["dense"][text]) for text, result in texts.items()}
         for name, texts in models.items()
         if name != "dense"
     }
 
 
-def _ratio(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float | None]:
-    names = [field.name for field in dataclasses.fields(Perplexity)]
-    model, reference = (Perplexity(**{name: values[name] for name in names}) for values in (result, dense))
-    return ratio(model, reference)
+def _ratio(result: Record, dense: Record) -> dict[str, float | None]:
+    value, error = ratio(perplexity_of(result), perplexity_of(dense))
+    return {"ratio": value, "standard_error": error}

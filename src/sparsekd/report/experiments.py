@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
+from sparsekd.records import Record
 from sparsekd.report.tables import Titled, number, plus_minus
 
 
-def all_tables(found: dict[str, Any]) -> list[Titled]:
+def all_tables(found: Record) -> list[Titled]:
     """What `reproduce` found: the arms, the claims, and where there are any the attribution and the recovery."""
     tables = [_arms(found), _claims(found), _distributions(found)]
     if found["experiment"] == "II":
@@ -21,7 +21,7 @@ def all_tables(found: dict[str, Any]) -> list[Titled]:
     return [table for table in tables if table.rows]
 
 
-def _arms(found: dict[str, Any]) -> Titled:
+def _arms(found: Record) -> Titled:
     """A row an arm and text: perplexity to dense before and after training, the paper's beside it."""
     header = ["arm", "text", "removed", "rate", "pruned", "distilled", "to Dense+KD", "paper: pruned", "distilled"]
     rows = []
@@ -36,13 +36,13 @@ def _arms(found: dict[str, Any]) -> Titled:
     return Titled("Perplexity to the dense model's, mean over seeds \u00b1 their standard deviation", header, rows)
 
 
-def _rate(arm: dict[str, Any]) -> str:
+def _rate(arm: Record) -> str:
     """The learning rate, and those at which a trial's numbers did not stay finite."""
     diverged = [rate for rate, loss in arm.get("losses", {}).items() if loss is None]
     return f"{arm['learning_rate']:g}" + (f" ({', '.join(diverged)}: diverges)" if diverged else "")
 
 
-def _claims(found: dict[str, Any]) -> Titled:
+def _claims(found: Record) -> Titled:
     header = ["claim", "text", "ratio", "95 % interval", "claimed", "paper", "verdict"]
     rows = [
         [
@@ -59,9 +59,9 @@ def _claims(found: dict[str, Any]) -> Titled:
     return Titled("What the paper claims", header, rows)
 
 
-def _distributions(found: dict[str, Any]) -> Titled:
+def _distributions(found: Record) -> Titled:
     """A row a model and text: how far its distributions are from the dense model's, and how well calibrated."""
-    columns: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    columns: dict[str, Callable[[Record], float | None]] = {
         "KL to dense": lambda r: r["agreement"] and r["agreement"]["kl"]["value"],
         "same likeliest token": lambda r: r["agreement"] and r["agreement"]["top1"]["value"],
         "calibration error": lambda r: r["calibration"]["expected_calibration_error"],
@@ -92,12 +92,12 @@ def _spread(values: list[float | None]) -> str:
     return plus_minus(statistics.fmean(known), deviation, "{:.3f}".format)
 
 
-def _attribution(found: dict[str, Any]) -> Titled:
+def _attribution(found: Record) -> Titled:
     rows = [[a["cause"], a["text"], _ratio(a), _interval(a)] for a in found["attribution"]]
     return Titled("What changes perplexity, as a factor", ["cause", "text", "factor", "95 % interval"], rows)
 
 
-def _recovery(found: dict[str, Any]) -> Titled:
+def _recovery(found: Record) -> Titled:
     curve = found["recovery"]
     rows = [[f"{r} x Dense+KD", budget(t, curve["tokens"][-1])] for r, t in curve.get("tokens_for", {}).items()]
     return Titled("Tokens that the recovery curve asks for", ["perplexity on the validation blocks", "tokens"], rows)
@@ -112,7 +112,7 @@ def budget(tokens: float | None, measured: float) -> str:
     return f"{tokens:,.0f} ({tokens / measured:.2g} times those of the run)"
 
 
-def _protocols(found: dict[str, Any]) -> Titled:
+def _protocols(found: Record) -> Titled:
     """The first seed's models by this project's two protocols and, where the recipe has such a task, the harness's."""
     arms = {name: next(iter(by_seed.values())) for name, by_seed in found["arms"].items()}
     first = next(iter(arms.values()))
@@ -128,13 +128,13 @@ def _protocols(found: dict[str, Any]) -> Titled:
     return Titled("By protocol", ["model", "text or task", "strict, or the harness's", "paper's protocol"], rows)
 
 
-def _ratio(comparison: dict[str, Any]) -> str:
+def _ratio(comparison: Record) -> str:
     """The ratio with what a standard deviation over seeds, in nats, makes of it; without one, the ratio alone."""
     ratio, spread = comparison["ratio"], comparison["deviation"]
     return plus_minus(ratio, None if spread is None else ratio * spread, _precise)
 
 
-def _interval(comparison: dict[str, Any]) -> str:
+def _interval(comparison: Record) -> str:
     interval = comparison["interval"]
     return "unknown" if interval is None else " to ".join(map(_precise, interval))
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sparsekd.records import Record
 from sparsekd.report.plots import BLUE, COLORS, GREEN, GREY, LEGEND, ORANGE, figures, svg
 
 
-def all_figures(found: dict[str, Any]) -> dict[str, str]:
+def all_figures(found: Record) -> dict[str, str]:
     """The pictures that an experiment has, by title."""
     made = {"Calibration": _calibration(found)}
     if found["experiment"] in ("II", "III", "V", "svd"):
@@ -25,7 +26,7 @@ def all_figures(found: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def _reductions(found: dict[str, Any]) -> str:
+def _reductions(found: Record) -> str:
     """Perplexity to dense before and after distillation with 95 % bands, and every seed's point."""
     figure, all_axes = figures(len(found["texts"]))
     pruned = [name for name, arm in found["arms"].items() if next(iter(arm.values()))["mlp_reduction"]]
@@ -48,13 +49,13 @@ def _reductions(found: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _of_seed(found: dict[str, Any], names: list[str], seed: str, key: str, text: str) -> list[float]:
+def _of_seed(found: Record, names: list[str], seed: str, key: str, text: str) -> list[float]:
     stage = {"before": "compressed", "after": "distilled"}[key]
     models = [found["arms"][name][seed]["models"] for name in names]
     return [m[stage][text]["perplexity"] / m["dense"][text]["perplexity"] for m in models]
 
 
-def _attribution(found: dict[str, Any]) -> str:
+def _attribution(found: Record) -> str:
     """A bar a cause and text: the factor on perplexity with its 95 % interval."""
     causes = list(dict.fromkeys(row["cause"] for row in found["attribution"]))
     figure, all_axes = figures(1, height=0.2 * max(2.5, len(found["texts"])) * len(causes) + 1.2, width=9.6)
@@ -75,7 +76,7 @@ def _attribution(found: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _recovery(curve: dict[str, Any]) -> str:
+def _recovery(curve: Record) -> str:
     """Validation perplexity to the distilled dense model's against tokens, and the curve through it, carried on to ten
     times as far."""
     figure, all_axes = figures(1)
@@ -95,7 +96,7 @@ def _recovery(curve: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _teachers(found: dict[str, Any]) -> str:
+def _teachers(found: Record) -> str:
     """Both students with 95 % intervals, a line for each seed, and the paired ratio, which is known far better."""
     figure, all_axes = figures(len(found["texts"]))
     last, swapped = list(found["arms"])[-2:]
@@ -115,7 +116,7 @@ def _teachers(found: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _calibration(found: dict[str, Any]) -> str:
+def _calibration(found: Record) -> str:
     """Accuracy minus confidence against confidence, of the dense model and of the distilled arms; first seed."""
     figure, all_axes = figures(len(found["texts"]))
     arms = {name: next(iter(by_seed.values()))["models"] for name, by_seed in found["arms"].items()}
@@ -134,7 +135,7 @@ def _calibration(found: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _bounds(comparison: dict[str, Any]) -> tuple[float, float]:
+def _bounds(comparison: Record) -> tuple[float, float]:
     """The 95 % interval; where it is unknown, what is drawn as nothing."""
     low, high = comparison["interval"] or (math.nan, math.nan)
     return low, high

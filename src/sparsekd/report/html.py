@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jinja2
 from markupsafe import Markup
 
 from sparsekd.device import memory_named
+from sparsekd.records import Record
 from sparsekd.report import experiments, figures, plots, tables
 
 _drawing = memory_named(lambda: "the report", "all that it shows is finished, so call the same command again")
 
 
 @_drawing
-def render(report: dict[str, Any]) -> str:
+def render(report: Record) -> str:
     """The page for `report.gather`'s data; every text in it is escaped, since model names and paths are not ours."""
     pictures = {"loss": plots.loss_curve(report["distillation"])}
     if report["recipe"]["evaluate"]["texts"]:
@@ -37,14 +36,14 @@ def render(report: dict[str, Any]) -> str:
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(report["compression"]),
-        seconds=tables.seconds(report),
+        seconds=tables.seconds(report["seconds"]),
         memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),
     )
 
 
 @_drawing
-def render_experiment(found: dict[str, Any]) -> str:
+def render_experiment(found: Record) -> str:
     """The page for what `reproduce` found."""
     return _template("experiment.html").render(
         found=found, tables=experiments.all_tables(found), pictures=_drawn(figures.all_figures(found))

@@ -12,6 +12,8 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
+from sparsekd.records import Record
+
 # Okabe and Ito's colours; grey axes stand out on white and on black
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#808080"
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00")
@@ -30,7 +32,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def loss_curve(history: dict[str, Any]) -> str:
+def loss_curve(history: Record) -> str:
     """Training and validation loss against tokens trained on."""
     figure, axes = _figure()
     steps = history["steps"]
@@ -51,7 +53,7 @@ def loss_curve(history: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def ranks(plan: dict[str, Any]) -> str:
+def ranks(plan: Record) -> str:
     """Rank of each matrix by layer, as a share of full rank; the output energy lost; and, where the KL of cutting each
     matrix alone is known, what was predicted and, where it was probed, what was measured."""
     known = plan["predicted_kl"] is not None
@@ -76,7 +78,7 @@ def ranks(plan: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def spectrum(found: dict[str, Any]) -> str:
+def spectrum(found: Record) -> str:
     """Energy left out against rank kept (median and range over layers), effective ranks, and the predicted loss."""
     figure, (left, middle, right) = figures(3)
     for (name, members), color, marker in _by_kind(found["matrices"]):
@@ -101,7 +103,7 @@ def spectrum(found: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _left_out(matrix: dict[str, Any]) -> Any:
+def _left_out(matrix: Record) -> Any:
     """Energy left out at 101 shares of full rank."""
     full = min(matrix["in_features"], matrix["out_features"])
     lost = np.zeros(full + 1)
@@ -110,15 +112,15 @@ def _left_out(matrix: dict[str, Any]) -> Any:
     return np.maximum(np.interp(np.linspace(0, full, 101), np.arange(full + 1), lost), 1e-12)
 
 
-def _by_kind(matrices: list[dict[str, Any]]) -> Any:
+def _by_kind(matrices: list[Record]) -> Any:
     """(kind such as gate_proj, its matrices in depth order), colour, marker."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[Record]] = {}
     for matrix in matrices:
         kinds.setdefault(matrix["name"].rpartition(".")[2], []).append(matrix)
     return zip(kinds.items(), (BLUE, ORANGE, GREEN), "os^", strict=False)
 
 
-def perplexities(evaluation: dict[str, Any]) -> str:
+def perplexities(evaluation: Record) -> str:
     """Strict perplexity of the three models on each text, with standard errors."""
     models = evaluation["models"]
     texts = list(models["dense"])
@@ -134,7 +136,7 @@ def perplexities(evaluation: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def rounds(found: list[dict[str, Any]]) -> str:
+def rounds(found: list[Record]) -> str:
     """Perplexity to dense against what is removed, before and after each round's training."""
     texts = list(found[0]["models"]["dense"])
     figure, all_axes = figures(len(texts))
@@ -150,7 +152,7 @@ def rounds(found: list[dict[str, Any]]) -> str:
     return svg(figure)
 
 
-def calibration(evaluation: dict[str, Any]) -> str:
+def calibration(evaluation: Record) -> str:
     """Accuracy against confidence in bins of equal mass; below the diagonal a model is too sure of itself."""
     models = evaluation["models"]
     texts = list(models["dense"])

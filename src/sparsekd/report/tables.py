@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.table import Table
+
+from sparsekd.records import Record
 
 Rows = list[list[str]]
 
@@ -48,7 +50,7 @@ def plus_minus(value: float, error: float | None, show: Callable[[float], str] =
     return show(value) if error is None else f"{show(value)} \u00b1 {show(error)}"
 
 
-def evaluation(found: dict[str, Any]) -> list[Titled]:
+def evaluation(found: Record) -> list[Titled]:
     """All that was measured on texts and tasks, without the tables that have no row."""
     tables = [
         Titled("Perplexity", PERPLEXITY_HEADER, perplexities(found)),
@@ -59,7 +61,7 @@ def evaluation(found: dict[str, Any]) -> list[Titled]:
     return [table for table in tables if table.rows]
 
 
-def perplexities(evaluation: dict[str, Any]) -> Rows:
+def perplexities(evaluation: Record) -> Rows:
     """A row a text and model: strict perplexity +- standard error, ratio to dense, and the paper's protocol."""
     rows = []
     for text, name, result in _results(evaluation):
@@ -78,7 +80,7 @@ def perplexities(evaluation: dict[str, Any]) -> Rows:
     return rows
 
 
-def rounds(report: dict[str, Any]) -> tuple[list[str], Rows]:
+def rounds(report: Record) -> tuple[list[str], Rows]:
     """Header and a row a round: what is removed, and the perplexities to dense before and after training, by text."""
     texts = list(report["rounds"][0]["models"]["dense"])
     header = ["round", "removed", *(f"{text}, {when}" for text in texts for when in ("pruned", "distilled"))]
@@ -90,7 +92,7 @@ def rounds(report: dict[str, Any]) -> tuple[list[str], Rows]:
     return header, rows
 
 
-def calibrations(evaluation: dict[str, Any]) -> Rows:
+def calibrations(evaluation: Record) -> Rows:
     """A row a text and model: calibration error, and overconfidence, accuracy, Brier score, entropy +- error."""
     rows = []
     for text, name, result in _results(evaluation):
@@ -100,7 +102,7 @@ def calibrations(evaluation: dict[str, Any]) -> Rows:
     return rows
 
 
-def agreements(evaluation: dict[str, Any]) -> Rows:
+def agreements(evaluation: Record) -> Rows:
     """A row a text and model that was compared with its teacher: KL in nats a token and top-1 agreement +- error."""
     return [
         [text, _model(name), _estimate(result["agreement"]["kl"]), _estimate(result["agreement"]["top1"])]
@@ -109,7 +111,7 @@ def agreements(evaluation: dict[str, Any]) -> Rows:
     ]
 
 
-def agreements_by_frequency(evaluation: dict[str, Any]) -> Rows:
+def agreements_by_frequency(evaluation: Record) -> Rows:
     """The same for each fifth of the text, by how often the predicted token occurs in the training blocks."""
     return [
         [
@@ -126,7 +128,7 @@ def agreements_by_frequency(evaluation: dict[str, Any]) -> Rows:
     ]
 
 
-def tasks(evaluation: dict[str, Any]) -> Rows:
+def tasks(evaluation: Record) -> Rows:
     """A row a task, model and metric, with the harness's standard error, or why the task was skipped."""
     rows = []
     for task in dict.fromkeys(task for found in evaluation["tasks"].values() for task in found):
@@ -139,7 +141,7 @@ def tasks(evaluation: dict[str, Any]) -> Rows:
     return rows
 
 
-def _results(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _results(evaluation: Record) -> Iterator[tuple[str, str, Record]]:
     """(text, model, what was measured), the models of a text side by side."""
     for text in next(iter(evaluation["models"].values())):
         for name, results in evaluation["models"].items():
@@ -150,11 +152,11 @@ def _model(name: str) -> str:
     return {"compressed": "compressed, not distilled"}.get(name, name)
 
 
-def _estimate(found: dict[str, Any]) -> str:
+def _estimate(found: Record) -> str:
     return plus_minus(found["value"], found["standard_error"], "{:.3f}".format)
 
 
-def matrices(plan: dict[str, Any]) -> Rows:
+def matrices(plan: Record) -> Rows:
     """A row a matrix: what it was, what is left, and the share of its output energy that the truncation loses."""
     rows = []
     for m in plan["matrices"]:
@@ -174,12 +176,12 @@ def matrices(plan: dict[str, Any]) -> Rows:
     return rows
 
 
-def spectrum_title(found: dict[str, Any]) -> str:
+def spectrum_title(found: Record) -> str:
     """What the spectra were taken by, and of which cut the last columns speak."""
     return f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}"
 
 
-def spectrum(found: dict[str, Any]) -> Rows:
+def spectrum(found: Record) -> Rows:
     """A row a matrix: how many directions carry it, and what a uniform cut would lose."""
     return [
         [
@@ -195,7 +197,7 @@ def spectrum(found: dict[str, Any]) -> Rows:
     ]
 
 
-def sizes(plan: dict[str, Any]) -> Rows:
+def sizes(plan: Record) -> Rows:
     """Parameters before and after, of the MLPs and of the whole model."""
     return [
         [
@@ -208,9 +210,9 @@ def sizes(plan: dict[str, Any]) -> Rows:
     ]
 
 
-def seconds(timed: dict[str, Any]) -> Rows:
+def seconds(by_stage: dict[str, float]) -> Rows:
     """A row a stage: how long it took, or will take."""
-    return [[name, duration(value)] for name, value in timed["seconds"].items()]
+    return [[name, duration(value)] for name, value in by_stage.items()]
 
 
 def console_table(title: str, header: list[str], rows: Rows) -> Table:
@@ -233,7 +235,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def memory(gathered: dict[str, Any]) -> str:
+def memory(gathered: Record) -> str:
     """The most that a stage held of the host's memory, and of the device's where it is no CPU."""
     host, device = gathered["peak_memory_bytes"] / 1e9, gathered["peak_device_memory_bytes"]
     return f"{host:.1f} GB" if device is None else f"{host:.1f} GB host, {device / 1e9:.1f} GB device"

@@ -8,24 +8,24 @@ recipe, seeds, learning rates; out: `reproduce-<experiment>.json` and a page.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sparsekd import files, pipeline
 from sparsekd.console import Console
+from sparsekd.distillation import history_of
 from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, Teacher, as_dict, check
+from sparsekd.records import Record
 from sparsekd.report import html
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
 from sparsekd.reproduce.patterns import (
     DISTILLED,
     PATTERNS,
     PRUNED,
-    Found,
     Model,
     Pattern,
     attribution,
@@ -35,11 +35,11 @@ from sparsekd.reproduce.patterns import (
     pruned,
     verdict,
 )
-from sparsekd.reproduce.rates import search_rate
+from sparsekd.reproduce.rates import Rate, search_rate
+from sparsekd.reproduce.results import Arms, Found, Result
 from sparsekd.reproduce.spread import fit_recovery
-from sparsekd.run import Round, Run, Work, estimate, settings_of, stages
+from sparsekd.run import Estimate, Round, Run, Work, estimate, settings_of, stages
 
-Arms = dict[str, dict[int, dict[str, Any]]]  # what each arm came to, by name and seed
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
 
 
@@ -53,7 +53,7 @@ def reproduce(
     resume: bool = False,
     fresh: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Runs an experiment, one of `EXPERIMENTS`, and returns what `reproduce-<experiment>.json`, and as a page
     `.html`, then hold.
 
@@ -67,11 +67,11 @@ def reproduce(
         work = Work(opened)
         opened.keep_recipe(_settings(recipe, planned))
         opened.processes.main_first(lambda: stages.corpus.make(work))
-        arms: Arms = {}
+        arms: dict[str, dict[int, Result]] = {}
         for seed, rounds in planned.items():
             for name, round_ in rounds.items():
                 opened.console.say(f"{name}, seed {seed}:")
-                searched = None if seed == seeds[0] else arms[name][seeds[0]]
+                searched = None if seed == seeds[0] else arms[name][seeds[0]].rate
                 tasks = experiment == "II"  # the others compare perplexities only
                 arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
         found = gather(experiment, recipe, arms) | {"rates": list(rates)}
@@ -102,16 +102,30 @@ def plan_arms(
     return planned
 
 
-def estimate_of(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
-    """What `reproduce` would do, and nothing done: the arms, and the cache, memory and seconds of them all."""
+@dataclass(frozen=True)
+class Preview:
+    """What `reproduce` would do, and nothing done: the arms, and what they cost with all their seeds."""
+
+    experiment: str
+    arms: list[str]
+    seeds: list[int]
+    costs: Estimate
+
+    def as_dict(self) -> Record:
+        """Plain values for JSON."""
+        return {"experiment": self.experiment, "arms": self.arms, "seeds": self.seeds} | self.costs.as_dict()
+
+
+def preview(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> Preview:
+    """Plans the arms; raises the `UsageError`s of `reproduce`."""
     planned = plan_arms(experiment, recipe, seeds, rates)
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
-    return {"experiment": experiment, "arms": list(arms), "seeds": list(seeds)} | estimate(recipe, rounds, num_trials)
+    return Preview(experiment, list(arms), list(seeds), estimate(recipe, rounds, num_trials))
 
 
-def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, dict[str, Any]]:
+def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, Record]:
     """The settings of the arms' stages; the learning rates are those that are searched for."""
     found = settings_of(recipe, [round_ for rounds in planned.values() for round_ in rounds.values()])
     for values in found.values():
@@ -119,44 +133,34 @@ def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str,
     return found
 
 
-def _run(
-    work: Work, round_: Round, rates: Sequence[float], searched: dict[str, Any] | None, tasks: bool
-) -> dict[str, Any]:
-    """One arm with one seed: what it did and what was measured. `searched` is the arm with the seed whose learning
-    rate was searched for."""
+def _run(work: Work, round_: Round, rates: Sequence[float], searched: Rate | None, tasks: bool) -> Result:
+    """One arm with one seed: what it did and what was measured. `searched` is the rate that was searched for with
+    another seed."""
     made = pipeline.run_round(work, round_, until="compress")
-    found = search_rate(work, round_, rates) if searched is None else searched
-    trained = replace(round_, distill=replace(round_.distill, learning_rate=found["learning_rate"]))
-    history = stages.distill.make(work, trained)
-    evaluation = work.run.processes.main_first(lambda: stages.evaluate.measure_texts(work, trained))
-    return {
-        "mlp_reduction": made["compress"]["mlp_reduction"] if round_.compress else 0.0,
-        "learning_rate": found["learning_rate"],
-        "losses": found["losses"],  # of the rates that were tried; null: the training diverges
-        "tokens": history["steps"][-1]["num_tokens"],
-        "first_grad_norm": history["steps"][0]["grad_norm"],
-        "stop_reason": history["stop_reason"],
-        "validations": history["validations"],
-        "steps": [[step["step"], step["num_tokens"]] for step in history["steps"]],
-        "dense_ce": history["dense_ce"],
-        "models": evaluation["models"],
-        "tasks": work.run.processes.main_first(lambda: stages.evaluate.score_tasks(work, trained)) if tasks else {},
-    }
+    rate = search_rate(work, round_, rates) if searched is None else searched
+    trained = replace(round_, distill=replace(round_.distill, learning_rate=rate.learning_rate))
+    return Result(
+        made["compress"]["mlp_reduction"] if round_.compress else 0.0,
+        rate,
+        history_of(stages.distill.make(work, trained)),
+        work.run.processes.main_first(lambda: stages.evaluate.measure_texts(work, trained))["models"],
+        work.run.processes.main_first(lambda: stages.evaluate.score_tasks(work, trained)) if tasks else {},
+    )
 
 
-def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
+def gather(experiment: str, recipe: Recipe, arms: Arms) -> Record:
     """The comparisons of an experiment from its finished arms, as plain values."""
-    found = Found({name: {seed: arm["models"] for seed, arm in by_seed.items()} for name, by_seed in arms.items()})
+    found = Found(arms)
     first_arm = next(iter(arms.values()))
     seeds = list(first_arm)
     first = Seed(recipe, seeds[0])
-    gathered: dict[str, Any] = {
+    gathered: Record = {
         "experiment": experiment,
         "recipe": as_dict(recipe),
         "texts": found.texts,
         "seeds": seeds,
-        "tokens": next(reversed(arms.values()))[seeds[0]]["tokens"],  # of a training; the control may have had more
-        "arms": {name: {str(seed): arm for seed, arm in by_seed.items()} for name, by_seed in arms.items()},
+        "tokens": arms[list(arms)[-1]][seeds[0]].history.num_tokens,  # of a training; the control may have had more
+        "arms": {name: {str(seed): one.as_dict() for seed, one in by_seed.items()} for name, by_seed in arms.items()},
         "ratios": {name: ratios(found, experiment, name) for name in arms},
         "patterns": [
             _judged(experiment, pattern, text, found) for pattern in PATTERNS[experiment](first) for text in found.texts
@@ -174,7 +178,7 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> dict[str, Any]:
     return gathered
 
 
-def _judged(experiment: str, pattern: Pattern, text: str, found: Found) -> dict[str, Any]:
+def _judged(experiment: str, pattern: Pattern, text: str, found: Found) -> Record:
     comparison = found.compare(pattern.model, pattern.reference, text)
     known = paper(experiment, pattern.model), paper(experiment, pattern.reference)
     return {
@@ -190,9 +194,9 @@ def _judged(experiment: str, pattern: Pattern, text: str, found: Found) -> dict[
     }
 
 
-def ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
+def ratios(found: Found, experiment: str, arm: str) -> dict[str, Record]:
     """Perplexity over the dense model's before and after training, and after it over Dense+KD's, by text."""
-    by_text: dict[str, Any] = {"paper": {name: paper(experiment, Model(name, arm)) for name in (PRUNED, DISTILLED)}}
+    by_text: dict[str, Record] = {"paper": {name: paper(experiment, Model(name, arm)) for name in (PRUNED, DISTILLED)}}
     for text in found.texts:
         after = distilled(arm)
         compared = {"after": found.compare(after, dense(), text).as_dict()}
@@ -204,16 +208,16 @@ def ratios(found: Found, experiment: str, arm: str) -> dict[str, Any]:
     return by_text
 
 
-def recovery_curve(long_run: dict[Any, Any], control: dict[Any, Any]) -> dict[str, Any]:
+def recovery_curve(long_run: Mapping[int, Result], control: Mapping[int, Result]) -> Record:
     """The gap of the pruned model's cross-entropy on the validation blocks to the distilled dense model's best, by
     tokens trained on, mean over seeds; the curve through it; and the tokens it asks for three ratios of perplexity."""
-    goal = float(np.mean([min(v["ce"] for v in arm["validations"]) for arm in control.values()]))
-    first = next(iter(long_run.values()))
-    tokens_after = dict(first["steps"])
-    validated = [v["step"] for v in first["validations"][1:]]
-    ce = np.mean([[v["ce"] for v in arm["validations"][1:]] for arm in long_run.values()], axis=0)
-    tokens, gaps = [float(tokens_after[step]) for step in validated], (ce - goal).tolist()
-    curve: dict[str, Any] = {"tokens": tokens, "gaps": gaps, "dense_kd_ce": goal}
+    goal = float(np.mean([min(v.ce for v in arm.history.validations) for arm in control.values()]))
+    first = next(iter(long_run.values())).history
+    tokens_after = {step.step: step.num_tokens for step in first.steps}
+    tokens = [float(tokens_after[v.step]) for v in first.validations[1:]]
+    ce = np.mean([[v.ce for v in arm.history.validations[1:]] for arm in long_run.values()], axis=0)
+    gaps = (ce - goal).tolist()
+    curve: Record = {"tokens": tokens, "gaps": gaps, "dense_kd_ce": goal}
     if len(tokens) < 3:
         return curve
     fit = fit_recovery(tokens, gaps)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, percent, rounds
-from sparsekd.reproduce.spread import Comparison, compare
+from sparsekd.reproduce.spread import Comparison
 
 DENSE, PRUNED, DISTILLED = "dense", "compressed", "distilled"
 
@@ -167,25 +167,6 @@ def attribution(seed: Seed) -> dict[str, tuple[Model, Model]]:
         "... by cross-entropy only": (distilled("pruned CE"), pruned(shot)),
         "... by probabilities only": (distilled("pruned KL"), pruned(shot)),
     }
-
-
-class Found:
-    """The finished arms' evaluations by arm and seed, to be compared."""
-
-    def __init__(self, evaluations: dict[str, dict[int, dict[str, Any]]]):
-        self._evaluations = evaluations
-        self.texts = list(next(iter(next(iter(evaluations.values())).values()))[DENSE])
-
-    def results(self, model: Model, text: str) -> list[dict[str, Any]]:
-        """The model's measurements on a text, a seed each."""
-        arm = next(iter(self._evaluations)) if model.arm is None else model.arm
-        return [models[model.stage][text] for models in self._evaluations[arm].values()]
-
-    def has(self, model: Model) -> bool:
-        return model.arm in self._evaluations and all(model.stage in m for m in self._evaluations[model.arm].values())
-
-    def compare(self, model: Model, reference: Model, text: str) -> Comparison:
-        return compare(self.results(model, text), self.results(reference, text))
 
 
 def verdict(comparison: Comparison, pattern: Pattern) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,17 +14,26 @@ from sparsekd.run import Round, Work
 from sparsekd.run.stages import distill
 
 
-def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, Any]:
-    """Stage `search`: of `rates`, the `learning_rate` whose loss on the validation blocks is lowest after a quarter of
-    an epoch, by the round's own objective, and all `losses` by rate: None where the training diverges. One rate needs
-    no search. Raises `Diverged` where all of them do."""
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of an arm, and the losses of those that were tried, by rate: None where the training
+    diverges."""
+
+    learning_rate: float
+    losses: dict[str, float | None]
+
+
+def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> Rate:
+    """Stage `search`: of `rates`, the one whose loss on the validation blocks is lowest after a quarter of an epoch, by
+    the round's own objective. One rate needs no search. Raises `Diverged` where the training diverges at all of them.
+    """
     if len(rates) == 1:
-        return {"losses": {}, "learning_rate": rates[0]}
+        return Rate(rates[0], {})
     inputs = distill.inputs_of(work, round_)
     inputs["distill"] |= {"learning_rate": None}
     stage = work.run.stage(f"{round_.name}/search", inputs | {"rates": list(rates)})
     if stage.summary is not None:
-        return stage.summary
+        return Rate(stage.summary["learning_rate"], stage.summary["losses"])
     ids = work.blocks.order(round_.seed, 0, round_.share)
     data = distill.data_of(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
     losses: dict[str, float | None] = {}
@@ -45,7 +53,8 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> dict[str, 
     if not finite:
         raise Diverged(f"{round_.name}: the training diverges at every rate that was tried: give lower --rates")
     best = min(finite, key=lambda rate: losses[f"{rate:g}"] or math.inf)
-    return stage.finish({"losses": losses, "learning_rate": best})
+    stage.finish({"losses": losses, "learning_rate": best})
+    return Rate(best, losses)
 
 
 def _loss_at(work: Work, round_: Round, data: distillation.Data, rate: float) -> float | None:

@@ -12,12 +12,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from sparsekd.evaluate import mean_and_error
-from sparsekd.records import exponential
+from sparsekd.evaluate import Perplexity, mean_and_error
+from sparsekd.records import Record, exponential
 
 _NORMAL = 1.959964  # the standard normal distribution's 97.5 % quantile
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, by degrees of freedom
@@ -40,18 +39,18 @@ class Comparison:
         """Of the ratio."""
         return None if self.half is None else (exponential(self.value - self.half), exponential(self.value + self.half))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         interval = self.interval and list(self.interval)
         return {"ratio": self.ratio, "interval": interval, "nats": self.value, "deviation": self.deviation}
 
 
-def compare(results: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]]) -> Comparison:
-    """Log-perplexity of `results` over `references`, seed by seed; both as `Perplexity` is written, same windows."""
+def compare(results: Sequence[Perplexity], references: Sequence[Perplexity]) -> Comparison:
+    """Log-perplexity of `results` over `references`, seed by seed, of the same windows."""
     differences = [
-        np.array(result["window_nll"]) - np.array(reference["window_nll"])
+        np.array(result.window_nll) - np.array(reference.window_nll)
         for result, reference in zip(results, references, strict=True)
     ]
-    tokens = results[0]["window_tokens"]
+    tokens = results[0].window_tokens
     by_seed = [float(difference.sum()) / sum(tokens) for difference in differences]
     text_error = mean_and_error(np.mean(differences, axis=0).tolist(), tokens).standard_error
     half = None if text_error is None else student(len(tokens) - 1) * text_error

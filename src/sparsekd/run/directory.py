@@ -25,12 +25,14 @@ from sparsekd.console import Console
 from sparsekd.device import memory_named, place
 from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, as_yaml
+from sparsekd.records import Record
 from sparsekd.run.machine import machine, versions
 from sparsekd.run.processes import Processes
 from sparsekd.run.reading import (
     FINISHED,
     KIND,
     RECIPE,
+    Inputs,
     as_now,
     difference_of,
     is_free,
@@ -112,7 +114,7 @@ class Run:
             for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
                 files.remove(path)
 
-    def keep_recipe(self, settings: Mapping[str, dict[str, Any]]) -> None:
+    def keep_recipe(self, settings: Mapping[str, Record]) -> None:
         """Writes recipe.yaml, after making sure that no stage there was made with other `settings`, by its folder:
         what the recipe alone says of its inputs. Raises `MismatchError` naming stage and field, and leaves all as it
         was; evaluations have no settings, for they follow the recipe."""
@@ -131,7 +133,7 @@ class Run:
         if manifest.get(RECIPE) != files.sha256(text):
             records.write(self.folder / "manifest.json", manifest | {RECIPE: files.sha256(text)})
 
-    def stage(self, name: str, inputs: dict[str, Any], *, replaces: bool = False) -> Stage:
+    def stage(self, name: str, inputs: Inputs, *, replaces: bool = False) -> Stage:
         """The stage of that folder; with `replaces` one that was made from other inputs is made again, else it raises
         `MismatchError`."""
         return Stage(self, name, inputs, replaces)

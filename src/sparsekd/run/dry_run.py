@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from sparsekd import compression, models
 from sparsekd.corpus import Share
 from sparsekd.device import measured_flops, place
 from sparsekd.recipe import Compress, Recipe, as_dict, method_named
+from sparsekd.records import Record
 from sparsekd.run.rounds import Round, planned
 from sparsekd.teacher import CODECS, codec_for
 
@@ -33,9 +33,38 @@ class _Sizes:
     widest: int
 
 
-def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CacheSize:
+    """Of one codec, before zstd."""
+
+    bytes_per_token: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe's rounds will come to."""
+
+    recipe: Recipe
+    device: str
+    dtype: str
+    compression: compression.Plan  # of the largest reduction
+    cache_tokens: int  # of one cache
+    cache: dict[str, CacheSize]  # by codec
+    model_bytes: int
+    peak_memory_bytes: float
+    seconds: dict[str, float]  # by stage, of all rounds together
+
+    def as_dict(self) -> Record:
+        """Plain values for JSON, in the order of the fields."""
+        cache = {codec: asdict(size) for codec, size in self.cache.items()}
+        plain = {"recipe": as_dict(self.recipe), "compression": self.compression.as_dict(), "cache": cache}
+        return vars(self) | plain
+
+
+def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: int = 0) -> Estimate:
     """Parameters of each matrix before and after the largest reduction, bytes of one cache, peak memory, and seconds a
-    stage of all rounds together, as plain values.
+    stage of all rounds together.
 
     `rounds` are by default those of the recipe's run; `num_trials` of a learning rate come on top of their training.
     """
@@ -49,24 +78,24 @@ def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len
-    return {
-        "recipe": as_dict(recipe),
-        "device": str(placement.device),
-        "dtype": str(placement.dtype).removeprefix("torch."),
-        "compression": structure.as_dict(),
-        "cache_tokens": cached,
-        "cache": {name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
-        "model_bytes": sizes.parameters * placement.dtype.itemsize,
-        "peak_memory_bytes": _memory(recipe, sizes, structure, placement.dtype.itemsize),
-        "seconds": _seconds(recipe, rounds, num_trials, sizes, structure, cached, measured_flops(placement)),
-    }
+    return Estimate(
+        recipe=recipe,
+        device=str(placement.device),
+        dtype=str(placement.dtype).removeprefix("torch."),
+        compression=structure,
+        cache_tokens=cached,
+        cache={name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
+        model_bytes=sizes.parameters * placement.dtype.itemsize,
+        peak_memory_bytes=_memory(recipe, sizes, structure, placement.dtype.itemsize),
+        seconds=_seconds(recipe, rounds, num_trials, sizes, structure, cached, measured_flops(placement)),
+    )
 
 
-def _cache_size(codec: str, recipe: Recipe, vocab: int, tokens: int) -> dict[str, int]:
-    """Before zstd; a codec that is not the recipe's has its usual number of tokens for a position."""
+def _cache_size(codec: str, recipe: Recipe, vocab: int, tokens: int) -> CacheSize:
+    """A codec that is not the recipe's has its usual number of tokens for a position."""
     top_k = recipe.cache.top_k if codec == recipe.cache.codec else None
     bytes_per_token = codec_for(codec, top_k, vocab).bytes_per_token
-    return {"bytes_per_token": bytes_per_token, "bytes": tokens * bytes_per_token}
+    return CacheSize(bytes_per_token, tokens * bytes_per_token)
 
 
 def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:

@@ -16,11 +16,12 @@ from sparsekd.device import place
 from sparsekd.distillation import checkpoint
 from sparsekd.errors import DataError, UsageError
 from sparsekd.run.machine import machine, versions
-from sparsekd.run.reading import finished_stages, read_inputs, read_recipe, read_summary, way_out
+from sparsekd.run.reading import Summary, finished_stages, read_inputs, read_recipe, read_summary, way_out
 from sparsekd.run.rounds import ARMS, CORPUS, SHARED_CACHE, planned
 from sparsekd.run.stages import folders_of
 from sparsekd.teacher import Cache, Targets, tokens_hash
 
+Facts = dict[str, Any]  # what is shown, by its name
 _EXTRAS = {
     "datasets": "data",
     "gguf": "gguf",
@@ -30,7 +31,7 @@ _EXTRAS = {
 }
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> Facts:
     """Facts about a run, model, corpus or cache; raises `DataError` when it is damaged, `UsageError` for anything
     else."""
     if (path / "recipe.yaml").exists():
@@ -57,7 +58,7 @@ def _require_recipe(path: Path) -> None:
         raise DataError(f"{path / 'recipe.yaml'} is missing: give sparsekd run with the recipe and this --out again")
 
 
-def _describe_run(path: Path) -> dict[str, Any]:
+def _describe_run(path: Path) -> Facts:
     if (path / ARMS).is_dir():
         return _describe_reproduction(path)
     rounds = planned(read_recipe(path))
@@ -68,7 +69,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return facts | {"report": "written" if (path / "report.html").exists() else "not written"}
 
 
-def _describe_reproduction(path: Path) -> dict[str, Any]:
+def _describe_reproduction(path: Path) -> Facts:
     names = [CORPUS, *(name for name in _stages(path) if name.startswith(f"{ARMS}/"))]
     states = {name: _state(path, name, needs_model=False) for name in names}
     written = sorted(page.stem.removeprefix("reproduce-") for page in path.glob("reproduce-*.json"))
@@ -101,7 +102,7 @@ def _state(run: Path, name: str, needs_model: bool = True) -> str:
 
 def _checked(
     run: Path, name: str, needs_model: bool, warn: Callable[[str], None] = lambda text: None
-) -> dict[str, Any] | None:
+) -> Summary | None:
     """A stage's summary, None of one that is not finished; raises `DataError` when what the stage made is damaged: of a
     cache's shards and of checkpoints, which take long to read, only the sizes tell here."""
     stage = run / name
@@ -120,11 +121,11 @@ def _checked(
     return summary
 
 
-def _describe_model(path: Path) -> dict[str, Any]:
+def _describe_model(path: Path) -> Facts:
     models.require_whole(path)
     skeleton = models.skeleton(str(path))
     mlps = models.find_mlps(skeleton)
-    facts: dict[str, Any] = {
+    facts: Facts = {
         "kind": "model",
         "class": type(skeleton).__name__,
         "parameters": models.num_parameters(skeleton),
@@ -136,14 +137,14 @@ def _describe_model(path: Path) -> dict[str, Any]:
     return facts | {"MLP parameters": models.forms.dense_sizes(skeleton).mlp, "compressed": "no"}
 
 
-def _describe_cache(path: Path) -> dict[str, Any]:
+def _describe_cache(path: Path) -> Facts:
     if not (path / "manifest.json").exists():
         raise DataError(f"cache {path} is not finished: it has no manifest; run the same command again")
     cache = Cache(path)
     return {"kind": "cache", "blocks": len(list(cache.block_ids)), "bytes": cache.num_bytes, **cache.identity}
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path) -> Facts:
     """Reads all of a run, model, corpus or cache. Of a run it says which stages are damaged, and of its first cache, as
     of a cache alone, how much of the corpus it covers, damaged shards, blocks that teach nothing, the tail's mass, and
     the KL that the codec's rounding should cost.
@@ -223,7 +224,7 @@ def _damaged_stages(path: Path) -> dict[str, str]:
     return found
 
 
-def require_sound(facts: dict[str, Any], path: Path) -> None:
+def require_sound(facts: Facts, path: Path) -> None:
     """Raises `DataError` when `verify` found what must not be used."""
     names = ("damaged stages", "damaged shards", "missing blocks", "blocks of another corpus")
     wrong = {name: facts[name] for name in names if facts.get(name)}
@@ -234,7 +235,7 @@ def require_sound(facts: dict[str, Any], path: Path) -> None:
     raise DataError(f"{path}: {', '.join(found)}: {(messages or ['make it again with --fresh'])[0]}")
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose() -> Facts:
     """Versions, device and its reason, free disk here, and optional packages."""
     placement = place()
     extras = {

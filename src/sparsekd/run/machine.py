@@ -8,7 +8,6 @@ import platform
 import re
 import resource
 from pathlib import Path
-from typing import Any
 
 _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
@@ -32,6 +31,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str | int | None]:
     """What kind of machine, without the names of host or user."""
     return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}

@@ -10,7 +10,10 @@ from typing import Any
 from sparsekd import files, records
 from sparsekd.errors import DataError, MismatchError
 from sparsekd.recipe import Recipe, load_recipe
+from sparsekd.records import Record
 
+Inputs = Record  # what a stage is made from: inputs.json
+Summary = Record  # what came out of a stage: stage.json
 KIND = "sparsekd run"  # what makes a folder ours: many programs write a manifest.json, none with this in it
 VERSIONS = "versions"  # in inputs.json, beside the inputs
 RECIPE = "recipe_sha256"  # in the run's manifest
@@ -28,7 +31,7 @@ def is_run(folder: Path) -> bool:
     return records.read(path, way_out=_MANIFEST_LOST).get("kind") == KIND
 
 
-def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+def read_manifest(folder: Path, needed: Iterable[str] = ()) -> Record:
     """A run's manifest; raises `DataError` when it is damaged, another record or lacks a key that is `needed`."""
     path = folder / "manifest.json"
     manifest = records.read(path, needed, _MANIFEST_LOST)
@@ -58,7 +61,7 @@ def is_free(folder: Path) -> bool:
     return not names or ("run.lock" in names and all(_FIRST_MOMENT.fullmatch(name) for name in names))
 
 
-def read_inputs(folder: Path) -> dict[str, Any] | None:
+def read_inputs(folder: Path) -> Inputs | None:
     """What the stage in `folder` was made from; None where none was begun. Raises `DataError` when it is damaged, or
     missing where something was made: of what, nobody knows then."""
     path = folder / "inputs.json"
@@ -69,7 +72,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
     return {key: value for key, value in records.read(path, (), way_out(folder)).items() if key != VERSIONS}
 
 
-def as_now(inputs: dict[str, Any]) -> dict[str, Any]:
+def as_now(inputs: Inputs) -> Inputs:
     """Inputs as this version words them: version 0.1 had the options of ranks beside those of zeros."""
     section = inputs.get("compress")
     if not (isinstance(section, dict) and section.get("format") == "mask"):
@@ -94,7 +97,7 @@ def read_summary(
     warn: Callable[[str], None] = lambda text: None,
     *,
     needs_model: bool = True,
-) -> dict[str, Any] | None:
+) -> Summary | None:
     """What the stage in `folder` was finished with; None where none is.
 
     Raises `DataError` naming the first of its files that is missing or not what was written, or the key of those
@@ -142,7 +145,7 @@ def difference_of(found: Any, wanted: Any, name: str = "") -> str | None:
     return next((difference for difference in differences if difference is not None), None)
 
 
-def settings_in(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def settings_in(inputs: Inputs, wanted: Record) -> Record:
     """Of a stage's inputs the keys that the settings `wanted` have, and of each of its sections the same."""
     found = {key: inputs.get(key) for key in wanted}
     return {

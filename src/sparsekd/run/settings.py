@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from sparsekd.recipe import Recipe, inputs_of
+from sparsekd.records import Record
 from sparsekd.run.rounds import CORPUS, Round
 
 
-def settings_of(recipe: Recipe, rounds: Iterable[Round]) -> dict[str, dict[str, Any]]:
+def settings_of(recipe: Recipe, rounds: Iterable[Round]) -> dict[str, Record]:
     """The settings of all stages of `rounds`, by their folders."""
     return {folder: values for round_ in rounds for folder, values in settings(recipe, round_).items()}
 
 
-def settings(recipe: Recipe, round_: Round) -> dict[str, dict[str, Any]]:
+def settings(recipe: Recipe, round_: Round) -> dict[str, Record]:
     """What the recipe alone decides of the inputs of a round's stages, by their folders; evaluations follow it."""
     drawn = {"seed": round_.seed, "share": str(round_.share)}
     cached = {"teacher": "online", "top_k": recipe.cache.top_k}

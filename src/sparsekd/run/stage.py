@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsekd import files, records
 from sparsekd.device import peak_device_memory_bytes
 from sparsekd.errors import DataError
+from sparsekd.records import Record
 from sparsekd.run.machine import peak_memory_bytes, versions
 from sparsekd.run.reading import (
     FILES,
     VERSIONS,
+    Inputs,
+    Summary,
     answered_for,
     as_now,
     difference_of,
@@ -30,12 +33,12 @@ _PART_OF = "part_of"  # in what a stage keeps until it is finished: which stage 
 class Stage:
     """One stage's folder; `summary` is what an earlier call finished it with, or None."""
 
-    def __init__(self, run: Run, name: str, inputs: dict[str, Any], replaces: bool = False):
+    def __init__(self, run: Run, name: str, inputs: Inputs, replaces: bool = False):
         self._run, self.name, self.folder = run, name, run.folder / name
         self._inputs = inputs
         run.latest = name
         self._start = time.monotonic()
-        self.summary: dict[str, Any] | None = None
+        self.summary: Summary | None = None
         found = read_inputs(self.folder)
         difference = None if found is None else difference_of(as_now(found), inputs)
         if found is not None and difference is None:
@@ -67,7 +70,7 @@ class Stage:
         if changed:
             self._run.console.warn(f"{self.name} was made with {', '.join(changed)}: it is kept as it is")
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, summary: Summary) -> Summary:
         """Writes what came out, with time, memory and hashes; from here on the stage is reused."""
         seconds = time.monotonic() - self._start
         on_device = peak_device_memory_bytes(self._run.placement.device)
@@ -80,11 +83,11 @@ class Stage:
             self._run.log("stage", name=self.name, seconds=seconds)
         return self.summary
 
-    def keep(self, name: str, part: dict[str, Any]) -> None:
+    def keep(self, name: str, part: Record) -> None:
         """Writes a part of what will come out, for a later call if this one does not finish."""
         records.write(self.folder / name, part | {_PART_OF: self._mark(name)})
 
-    def kept(self, name: str) -> dict[str, Any] | None:
+    def kept(self, name: str) -> Record | None:
         """A part that was kept; None where there is none or, with a warning, where it is damaged or another stage's."""
         path = self.folder / name
         if not path.exists():

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus, files, models
 from sparsekd.corpus import Corpus
+from sparsekd.records import Record
 from sparsekd.run.directory import Run
 from sparsekd.run.reading import read_inputs
 from sparsekd.run.rounds import CORPUS, Place
@@ -30,7 +30,7 @@ class Work:
         self.recipe = run.recipe
         self.placement = run.placement
         self._dense: Loaded | None = None
-        self._identities: dict[str, dict[str, Any]] = {}
+        self._identities: dict[str, Record] = {}
 
     @functools.cached_property
     def blocks(self) -> Corpus:
@@ -41,7 +41,7 @@ class Work:
     def dense(self) -> str:
         return self.recipe.model.name
 
-    def identity(self, where: Place) -> dict[str, Any]:
+    def identity(self, where: Place) -> Record:
         """What decides the weights of the model at `where`: its content, or what its stage was made from."""
         if isinstance(where, Path):
             return {"folder": str(where), "made_from": files.fingerprint(read_inputs(self.run.folder / where))}

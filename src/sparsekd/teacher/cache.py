@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +21,7 @@ from sparsekd import files
 from sparsekd.errors import DataError, MismatchError
 from sparsekd.teacher.codecs import Codec, Samples, Targets
 from sparsekd.teacher.shards import (
+    Identity,
     blocks_of,
     codec_of,
     damage,
@@ -53,7 +54,7 @@ class Cache:
     size, or one that is missing, is noticed only when one of its blocks is read.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any] | None = None, *, strict: bool = True):
+    def __init__(self, folder: Path, identity: Identity | None = None, *, strict: bool = True):
         self.folder = folder
         self.identity, self.shards = read_manifest(folder / "manifest.json")
         if identity is not None:

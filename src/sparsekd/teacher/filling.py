@@ -27,13 +27,13 @@ from sparsekd.teacher.codecs import Codec, Samples, Targets, codec_for
 from sparsekd.teacher.merging import owns
 from sparsekd.teacher.online import Mixture, TeacherModel, context_of, distributions, teacher_logits
 from sparsekd.teacher.selecting import by_chunks, sampled_distribution, uniforms
-from sparsekd.teacher.shards import ALIGNMENT
+from sparsekd.teacher.shards import ALIGNMENT, Identity
 from sparsekd.teacher.writing import Writer
 
 
 def identity(
     model: TeacherModel, tokenizer_hash: str, corpus_fingerprint: str, codec: Codec, seed: int = 42
-) -> dict[str, Any]:
+) -> Identity:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     mixed = {"weights": model.weights} if isinstance(model, Mixture) else {}
     return mixed | {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsekd import files
 from sparsekd.corpus import Share
 from sparsekd.errors import DataError, UsageError
 from sparsekd.teacher.cache import Cache, require_blocks
 from sparsekd.teacher.shards import (
+    Identity,
     Shard,
     read_manifest,
     require_identity,
@@ -85,7 +85,7 @@ def forget_shares(folder: Path) -> None:
         files.remove(path)
 
 
-def finish(folder: Path, identity: dict[str, Any], shards: Sequence[Shard]) -> None:
+def finish(folder: Path, identity: Identity, shards: Sequence[Shard]) -> None:
     """Makes a cache whole: its manifest is written, what else is there goes."""
     write_manifest(folder / "manifest.json", identity, shards)
     forget_shares(folder)

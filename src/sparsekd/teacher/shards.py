@@ -11,15 +11,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsekd import records
 from sparsekd.errors import DataError, MismatchError
+from sparsekd.records import Record
 from sparsekd.teacher.codecs import Codec, codec_for
 
+Identity = Record  # what a cache was made from; with another one its shards do not mix
 _FORMAT = 2
 ALIGNMENT = "row t predicts token t+1"
 _SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
@@ -45,7 +47,7 @@ def shard_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def schema_of(codec: Codec, identity: dict[str, Any], block_ids: Sequence[int]) -> pa.Schema:
+def schema_of(codec: Codec, identity: Identity, block_ids: Sequence[int]) -> pa.Schema:
     """Of a shard; its metadata say what it was made from and which blocks it holds."""
     keys = [("block_id", pa.int64()), ("tokens_hash", pa.string()), ("num_rows", pa.int32())]
     metadata = {"format": _FORMAT, "identity": identity, "block_ids": list(block_ids)}
@@ -53,7 +55,7 @@ def schema_of(codec: Codec, identity: dict[str, Any], block_ids: Sequence[int]) 
     return schema.with_metadata({"sparsekd": json.dumps(metadata)})
 
 
-def codec_of(identity: dict[str, Any]) -> Codec:
+def codec_of(identity: Identity) -> Codec:
     return codec_for(identity["codec"], identity["top_k"], identity["vocab_size"])
 
 
@@ -62,7 +64,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def blocks_of(file: pq.ParquetFile, path: Path, identity: dict[str, Any]) -> list[int]:
+def blocks_of(file: pq.ParquetFile, path: Path, identity: Identity) -> list[int]:
     """The blocks that a shard says it holds; raises `MismatchError` when it says that it was made from other things."""
     with damage(path):
         metadata = json.loads(file.schema_arrow.metadata[b"sparsekd"])
@@ -71,11 +73,11 @@ def blocks_of(file: pq.ParquetFile, path: Path, identity: dict[str, Any]) -> lis
         return list(metadata["block_ids"])
 
 
-def write_manifest(path: Path, identity: dict[str, Any], shards: Iterable[Shard]) -> None:
+def write_manifest(path: Path, identity: Identity, shards: Iterable[Shard]) -> None:
     records.write(path, {"format": _FORMAT, "identity": identity, "shards": [shard._asdict() for shard in shards]})
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], list[Shard]]:
+def read_manifest(path: Path) -> tuple[Identity, list[Shard]]:
     """Identity and shards; raises `DataError` unless every shard is a plain file name of ours."""
     manifest = records.read(path, way_out=_WAY_OUT)
     with damage(path):
@@ -97,7 +99,7 @@ def require_sizes(folder: Path, shards: Iterable[Shard]) -> None:
             raise DataError(damaged(path, f"{size} bytes, expected {shard.bytes}"))
 
 
-def require_identity(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def require_identity(found: Identity, wanted: Identity, path: Path) -> None:
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise MismatchError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from sparsekd.teacher.cache import tokens_hash
 from sparsekd.teacher.codecs import Samples, Targets
 from sparsekd.teacher.merging import finish, manifest_of, owns_file
 from sparsekd.teacher.shards import (
+    Identity,
     Shard,
     blocks_of,
     codec_of,
@@ -36,14 +36,14 @@ class Writer:
     Made by `Writer.open`, which refuses a second process on the same share.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], share: Share):
+    def __init__(self, folder: Path, identity: Identity, share: Share):
         self.folder, self.identity, self.share = folder, identity, share
         self._codec = codec_of(identity)
         self._shards: dict[int, Shard] = {}
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, identity: dict[str, Any], share: Share = ALL) -> Iterator[Writer]:
+    def open(cls, folder: Path, identity: Identity, share: Share = ALL) -> Iterator[Writer]:
         """Takes the share; raises `UsageError` naming the process that has it already."""
         folder.mkdir(parents=True, exist_ok=True)
         what = f"part {share} of the cache {folder}"

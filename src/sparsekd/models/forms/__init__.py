@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, num_parameters
-from sparsekd.models.forms.description import VERSION, Dense, Description, description_of, read
+from sparsekd.models.forms.description import VERSION, Dense, Description, Layers, description_of, read
 
 PREFIX = "sparsekd_"  # of the model_type of a class of ours, which plain transformers refuses
 _NO_FORMS = {"description", "layers", "pivots"}
-Layers = Mapping[str, Mapping[str, Any]]
 
 
 @runtime_checkable
@@ -41,7 +40,7 @@ class Form(Protocol):
 
     CLASS: type | None  # mixed into the class of the base model; None: the model stays of its own class
 
-    def layers(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    def layers(self, model: PreTrainedModel) -> Layers:
         """What config.json says of each layer, read off the model."""
         ...
 
@@ -63,7 +62,7 @@ class Form(Protocol):
         """Facts for `inspect`; `compressed` is the first."""
         ...
 
-    def from_earlier(self, model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def from_earlier(self, model: PreTrainedModel, description: Mapping[str, Any]) -> Layers:
         """The layers of a description that an earlier version wrote; `model` is the dense one."""
         ...
 

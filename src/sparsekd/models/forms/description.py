@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparsekd.records import Record
+
+Layers = Mapping[str, Mapping[str, Any]]  # by the name of the module; the form says what stands in them
 VERSION = 2  # 1 had one format for all layers, and a key of its own for each form
 
 
@@ -25,10 +28,10 @@ class Description:
     method: str
     reduction: float  # fraction of the dense model's MLP parameters that is gone
     dense: Dense
-    layers: Mapping[str, Mapping[str, Any]]  # by the name of the module; the form says what stands in them
+    layers: Layers
     version: int = VERSION
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         return {"version": self.version, **{key: value for key, value in asdict(self).items() if key != "version"}}
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models.anatomy import MLP, find_mlps, is_linear, linear_weight, replace_module, shape
-from sparsekd.models.forms.description import Description
+from sparsekd.models.forms.description import Description, Layers
 from sparsekd.models.forms.layers import (
     KINDS,
     ColumnPivotLinear,
@@ -40,7 +40,7 @@ CLASS = Rebuilt  # mixed into the base's class
 # ---- the form
 
 
-def layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def layers(model: PreTrainedModel) -> Layers:
     """What config.json says of each layer that is compressed: its rank and kind."""
     return {name: {"rank": layer.rank, "kind": layer.kind} for name, layer in compressed_layers(model).items()}
 
@@ -50,7 +50,7 @@ def is_described(layer: Mapping[str, Any]) -> bool:
     return type(layer.get("rank")) is int and layer["rank"] > 0 and layer.get("kind") in KINDS
 
 
-def check(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+def check(model: PreTrainedModel, layers: Layers) -> None:
     """Raises `DataError` for a rank that config.json gives to what is no matrix of an MLP."""
     matrices = {name for mlp in find_mlps(model) for name in mlp.matrices}
     for name in layers:
@@ -84,7 +84,7 @@ def compressed_layers(model: PreTrainedModel) -> dict[str, CompressedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
-def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> Layers:
     """The layers of a description that version 1 wrote, which had one format for all; `model` is the dense one."""
     reading = {mlp.output for mlp in find_mlps(model)}
     ranks = description["ranks"]

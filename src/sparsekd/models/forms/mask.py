@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.description import Description, description_of
+from sparsekd.models.forms.description import Description, Layers, description_of
 
 CLASS = None  # the base's own
 
 
-def layers(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def layers(model: PreTrainedModel) -> Layers:
     """What config.json says of each matrix with zeros: how many."""
     counted = {name: num_zeros(model, name) for mlp in find_mlps(model) for name in mlp.matrices}
     return {name: {"zeros": zeros} for name, zeros in counted.items() if zeros}
@@ -33,7 +33,7 @@ def is_described(layer: Mapping[str, Any]) -> bool:
     return type(layer.get("zeros")) is int and layer["zeros"] > 0
 
 
-def check(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+def check(model: PreTrainedModel, layers: Layers) -> None:
     """Raises `DataError` naming the first matrix that has fewer zeros than pruning left in it."""
     matrices = {name for mlp in find_mlps(model) for name in mlp.matrices}
     for name, layer in layers.items():
@@ -65,7 +65,7 @@ def describe(description: Description) -> dict[str, str]:
     return {"compressed": f"{description.method}, {zeros} zeros in dense matrices", "format": "mask"}
 
 
-def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def from_earlier(model: PreTrainedModel, description: Mapping[str, Any]) -> Layers:
     """The layers of a description that version 1 wrote."""
     return {name: {"zeros": zeros} for name, zeros in description["zeros"].items()}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sparsekd.run.reading import Summary
 from sparsekd.run.rounds import CORPUS, Round
 from sparsekd.run.stages import cache, compress, corpus, distill, evaluate
 from sparsekd.run.work import Work
@@ -21,7 +21,7 @@ class StageKind:
 
     name: str  # the verb that runs until it
     folder: Callable[[Round], str | Path | None]  # in the run directory; None of a round that has no such stage
-    make: Callable[[Work, Round], dict[str, Any]]
+    make: Callable[[Work, Round], Summary]
     shown: tuple[str, ...]  # what a report needs of the summary
     together: bool = False  # several processes share the work; else the main one does it and the others wait
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from sparsekd import models, teacher
 from sparsekd.corpus import ALL, Corpus, Share
 from sparsekd.errors import MismatchError
-from sparsekd.run.reading import read_summary
+from sparsekd.run.reading import Summary, read_summary
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.stage import Stage
@@ -16,7 +15,7 @@ from sparsekd.run.work import Work
 from sparsekd.teacher import Cache, TeacherModel
 
 
-def make(work: Work, round_: Round, share: Share = ALL) -> dict[str, Any]:
+def make(work: Work, round_: Round, share: Share = ALL) -> Summary:
     """Stage `cache`: the teacher's distributions of all training and validation blocks, or one `share` of them."""
     options, blocks, processes = work.recipe.cache, work.blocks, work.run.processes
     stage = stage_of(work, round_)
@@ -64,7 +63,7 @@ def stage_of(work: Work, round_: Round) -> Stage:
     )
 
 
-def summary_of(cache: Cache, blocks: Corpus) -> dict[str, Any]:
+def summary_of(cache: Cache, blocks: Corpus) -> Summary:
     """What a finished cache comes to: sizes, and the identity that whoever opens it insists on."""
     num_tokens = sum(len(block.tokens) for block in blocks.blocks)
     facts = {"blocks": len(blocks.blocks), "tokens": num_tokens, "top_k": cache.top_k, "bytes": cache.num_bytes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +10,14 @@ import torch
 from sparsekd import compression, corpus, files
 from sparsekd.corpus import Corpus
 from sparsekd.recipe import Compress, method_named
-from sparsekd.run.reading import read_inputs
+from sparsekd.run.reading import Summary, read_inputs
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.stages.cache import open_cache
 from sparsekd.run.work import Work
 
 
-def make(work: Work, round_: Round) -> dict[str, Any]:
+def make(work: Work, round_: Round) -> Summary:
     """Stage `make`: the round's start with low-rank or masked MLPs, in `compressed/model`."""
     options = round_.compress
     assert options is not None

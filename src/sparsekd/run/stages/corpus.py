@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsekd import corpus, files, records
 from sparsekd.corpus import sources
 from sparsekd.distillation import require_document_mask
 from sparsekd.evaluate import harness
 from sparsekd.recipe import inputs_of
+from sparsekd.records import Record
+from sparsekd.run.reading import Summary
 from sparsekd.run.rounds import CORPUS, Round, planned
 from sparsekd.run.settings import settings
 from sparsekd.run.work import Work
 
 
-def make(work: Work, round_: Round | None = None) -> dict[str, Any]:
+def make(work: Work, round_: Round | None = None) -> Summary:
     """Stage `corpus`: the token blocks, built unless they are there, the texts to evaluate on, and the stage's summary.
 
     The texts may change later. Raises `DataError` for text of an evaluation in the blocks, whenever it was added.
@@ -83,7 +84,7 @@ def _texts_of_tasks(work: Work, names: Sequence[str]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def _guarded(work: Work, tasks: Iterable[str]) -> dict[str, Any]:
+def _guarded(work: Work, tasks: Iterable[str]) -> Record:
     """What decides the content of each evaluation text and of these tasks, by their places in the recipe."""
     recipe, root = work.recipe, work.recipe.corpus.root
     local = harness.local_files(list(tasks), root)

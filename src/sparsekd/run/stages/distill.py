@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from sparsekd import distillation, files, teacher
 from sparsekd.distillation import Teacher
-from sparsekd.run.reading import read_inputs
+from sparsekd.run.reading import Inputs, Summary, read_inputs
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.signals import stop_signals
@@ -19,7 +18,7 @@ from sparsekd.run.stages.cache import open_cache, open_teacher
 from sparsekd.run.work import Work
 
 
-def make(work: Work, round_: Round) -> dict[str, Any]:
+def make(work: Work, round_: Round) -> Summary:
     """Stage `distill`: the round's student trained to match its teacher, in `distilled/model`."""
     blocks, run = work.blocks, work.run
     stage = run.stage(str(round_.distilled), inputs_of(work, round_))
@@ -61,7 +60,7 @@ def make(work: Work, round_: Round) -> dict[str, Any]:
     return stage.finish(history.as_dict())
 
 
-def inputs_of(work: Work, round_: Round) -> dict[str, Any]:
+def inputs_of(work: Work, round_: Round) -> Inputs:
     """What a round's training is made from."""
     return settings(work.recipe, round_)[str(round_.distilled)] | {
         "start": work.identity(round_.student),

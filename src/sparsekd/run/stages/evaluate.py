@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +11,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekd import corpus, files
 from sparsekd.evaluate import harness, measure
 from sparsekd.recipe import inputs_of
+from sparsekd.records import Record
+from sparsekd.run.reading import Summary
 from sparsekd.run.rounds import Place, Round, tasks_folder
 from sparsekd.run.stage import Stage
 from sparsekd.run.work import Loaded, Work
 
 
-def make(work: Work, round_: Round) -> dict[str, Any]:
+def make(work: Work, round_: Round) -> Summary:
     """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
     return measure_texts(work, round_) | {"tasks": score_tasks(work, round_)}
 
 
-def score_tasks(work: Work, round_: Round) -> dict[str, Any]:
+def score_tasks(work: Work, round_: Round) -> dict[str, Record]:
     """The scores of the dense model and the round's own, by name; none without tasks in the recipe."""
     named = round_.models(work.dense) if work.recipe.evaluate.tasks else {}
     return {name: score_model(work, where) for name, where in named.items()}
 
 
-def measure_texts(work: Work, round_: Round) -> dict[str, Any]:
+def measure_texts(work: Work, round_: Round) -> Summary:
     """Stage `evaluate`: the dense model and the round's own on every text; what is there already is not measured
     again, and with other texts or settings all of it is."""
     options = work.recipe.evaluate
@@ -54,7 +55,7 @@ def measure_texts(work: Work, round_: Round) -> dict[str, Any]:
     return stage.finish({"models": results})
 
 
-def score_model(work: Work, where: Place) -> dict[str, Any]:
+def score_model(work: Work, where: Place) -> Record:
     """Stage `tasks`: a model's scores on the recipe's tasks. The dense model's serve all rounds. A task that was
     skipped is tried again: a local one when its file is there, of which the inputs tell."""
     options, root, console = work.recipe.evaluate, work.recipe.corpus.root, work.run.console

@@ -1,0 +1,64 @@
+"""What the arms came to, each with each seed, and the comparisons between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from sparsekd.distillation import History
+from sparsekd.evaluate import Perplexity, perplexity_of
+from sparsekd.records import Record
+from sparsekd.reproduce.patterns import DENSE, Model
+from sparsekd.reproduce.rates import Rate
+from sparsekd.reproduce.spread import Comparison, compare
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an arm came to with one seed."""
+
+    mlp_reduction: float
+    rate: Rate
+    history: History
+    models: dict[str, dict[str, Record]]  # what was measured, by stage and text, as it is written
+    tasks: dict[str, Record]  # the scores by stage; none where the experiment needs none
+
+    def as_dict(self) -> Record:
+        """Plain values for JSON."""
+        steps = self.history.steps
+        return {
+            "mlp_reduction": self.mlp_reduction,
+            "learning_rate": self.rate.learning_rate,
+            "losses": self.rate.losses,
+            "tokens": self.history.num_tokens,
+            "first_grad_norm": steps[0].grad_norm,
+            "stop_reason": self.history.stop_reason,
+            "validations": [asdict(validation) for validation in self.history.validations],
+            "steps": [[step.step, step.num_tokens] for step in steps],
+            "dense_ce": self.history.dense_ce,
+            "models": self.models,
+            "tasks": self.tasks,
+        }
+
+
+Arms = Mapping[str, Mapping[int, Result]]  # by the name of the arm and the seed
+
+
+class Found:
+    """The finished arms' perplexities by arm and seed, to be compared."""
+
+    def __init__(self, arms: Arms):
+        self._arms = arms
+        self.texts = list(next(iter(next(iter(arms.values())).values())).models[DENSE])
+
+    def results(self, model: Model, text: str) -> list[Perplexity]:
+        """The model's perplexities on a text, a seed each."""
+        arm = next(iter(self._arms)) if model.arm is None else model.arm
+        return [perplexity_of(result.models[model.stage][text]) for result in self._arms[arm].values()]
+
+    def has(self, model: Model) -> bool:
+        arm = self._arms.get(model.arm) if model.arm is not None else None
+        return arm is not None and all(model.stage in result.models for result in arm.values())
+
+    def compare(self, model: Model, reference: Model, text: str) -> Comparison:
+        return compare(self.results(model, text), self.results(reference, text))
