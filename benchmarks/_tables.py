@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsekd.evaluate import perplexity_of
 from sparsekd.reproduce import ratios
-from sparsekd.reproduce.patterns import Found
+from sparsekd.reproduce.results import Found
 from sparsekd.reproduce.spread import compare
 
 TABLES = Path(__file__).parent / "results" / "models"
@@ -66,7 +67,7 @@ def _rounded(value: Any) -> Any:
 
 def as_row(result: Result, dense: Result) -> Row:
     """The columns of a measurement; the ratio to the dense model's perplexity is paired over the windows."""
-    compared = compare([result], [dense])
+    compared = compare([perplexity_of(result)], [perplexity_of(dense)])
     row = {"to_dense": compared.ratio, "to_dense_interval": compared.interval}
     row |= {name: result[name] for name in _SAME}
     row |= {"tokens": result["num_tokens"], "paper_tokens": result["paper_num_tokens"]}

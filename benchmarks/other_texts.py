@@ -21,6 +21,7 @@ from reproduce_summary import markdown
 
 import sparsekd
 from sparsekd import corpus
+from sparsekd.evaluate import Perplexity, perplexity_of
 from sparsekd.recipe import load_recipe
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce.spread import Comparison, compare
@@ -103,10 +104,11 @@ def _show(measured: Measured) -> None:
 
 
 def _compare(measured: Measured, arm: str, other: str, text: str) -> Comparison:
-    results = [by_text[text] for by_text in measured[arm].values()]
-    if other == DENSE:
-        return compare(results, [measured[DENSE][None][text]] * len(results))
-    return compare(results, [measured[other][seed][text] for seed in measured[arm]])
+    def of(name: str, seed: int | None) -> Perplexity:
+        return perplexity_of(measured[name][seed][text])
+
+    references = [of(DENSE, None) if other == DENSE else of(other, seed) for seed in measured[arm]]
+    return compare([of(arm, seed) for seed in measured[arm]], references)
 
 
 def _cell(found: Comparison) -> str:

@@ -18,12 +18,14 @@ from typing import Any
 import _tables
 
 from sparsekd import files
+from sparsekd.evaluate import perplexity_of
 from sparsekd.recipe import load_recipe
 from sparsekd.report import experiments, figures
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce import RECOVERED, recovery_curve
 from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, Seed
-from sparsekd.reproduce.patterns import Found, Model, Pattern, attribution, verdict
+from sparsekd.reproduce.patterns import Model, Pattern, attribution, verdict
+from sparsekd.reproduce.results import Found
 from sparsekd.reproduce.spread import compare
 
 
@@ -66,7 +68,9 @@ def _to_dense(run: str) -> Titled:
     for name, by_text in results.items():
         for text, result in by_text.items() if name != _tables.DENSE else ():
             references = [results[reference][text] for reference in (_tables.DENSE, control) if reference in results]
-            compared = [compare([result], [reference]).as_dict() for reference in references]
+            compared = [
+                compare([perplexity_of(result)], [perplexity_of(reference)]).as_dict() for reference in references
+            ]
             cells = [f"{one['ratio']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})" for one in compared]
             rows.append([name, text, *cells, *[""] * (2 - len(cells))])
     header = ["arm, seed, stage", "text", "to dense (95 % interval)", "to Dense+KD"]

@@ -150,7 +150,7 @@ def _run(work: Work, round_: Round, rates: Sequence[float], searched: Rate | Non
 
 def gather(experiment: str, recipe: Recipe, arms: Arms) -> Record:
     """The comparisons of an experiment from its finished arms, as plain values."""
-    found = Found(arms)
+    found = Found({name: {seed: arm.models for seed, arm in by_seed.items()} for name, by_seed in arms.items()})
     first_arm = next(iter(arms.values()))
     seeds = list(first_arm)
     first = Seed(recipe, seeds[0])

@@ -12,6 +12,8 @@ from sparsekd.reproduce.patterns import DENSE, Model
 from sparsekd.reproduce.rates import Rate
 from sparsekd.reproduce.spread import Comparison, compare
 
+Measured = Mapping[str, Mapping[str, Record]]  # what was measured, by stage and text, as it is written
+
 
 @dataclass(frozen=True)
 class Result:
@@ -20,7 +22,7 @@ class Result:
     mlp_reduction: float
     rate: Rate
     history: History
-    models: dict[str, dict[str, Record]]  # what was measured, by stage and text, as it is written
+    models: Measured
     tasks: dict[str, Record]  # the scores by stage; none where the experiment needs none
 
     def as_dict(self) -> Record:
@@ -47,18 +49,18 @@ Arms = Mapping[str, Mapping[int, Result]]  # by the name of the arm and the seed
 class Found:
     """The finished arms' perplexities by arm and seed, to be compared."""
 
-    def __init__(self, arms: Arms):
+    def __init__(self, arms: Mapping[str, Mapping[int, Measured]]):
         self._arms = arms
-        self.texts = list(next(iter(next(iter(arms.values())).values())).models[DENSE])
+        self.texts = list(next(iter(next(iter(arms.values())).values()))[DENSE])
 
     def results(self, model: Model, text: str) -> list[Perplexity]:
         """The model's perplexities on a text, a seed each."""
         arm = next(iter(self._arms)) if model.arm is None else model.arm
-        return [perplexity_of(result.models[model.stage][text]) for result in self._arms[arm].values()]
+        return [perplexity_of(measured[model.stage][text]) for measured in self._arms[arm].values()]
 
     def has(self, model: Model) -> bool:
         arm = self._arms.get(model.arm) if model.arm is not None else None
-        return arm is not None and all(model.stage in result.models for result in arm.values())
+        return arm is not None and all(model.stage in measured for measured in arm.values())
 
     def compare(self, model: Model, reference: Model, text: str) -> Comparison:
         return compare(self.results(model, text), self.results(reference, text))
