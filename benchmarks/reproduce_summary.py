@@ -107,12 +107,21 @@ def _curves(arms: dict[str, Any]) -> Titled:
     """Of each round, over its seeds: the curve of the gap to Dense+KD on validation blocks, and what it asks for."""
     header, rows = ["round", "gap left, nats", "curve"], []
     for name in (name for name in arms if name not in (DENSE_KD, EQUAL_TOKENS)):
-        curve = recovery_curve(arms[name], arms[DENSE_KD])
+        curve = recovery_curve(_validated(arms[name]), _validated(arms[DENSE_KD]))
         fit, run_on = curve["fit"], curve["tokens"][-1]
         formula = f"{fit['floor']:.3f} + {fit['scale']:.3g} tokens^-{fit['power']:.2f}"
         budgets = [experiments.budget(tokens, run_on) for tokens in curve["tokens_for"].values()]
         rows.append([name, f"{curve['gaps'][-1]:.3f}", formula, *budgets])
     return Titled("Recovery of each round", [*header, *(f"tokens for {ratio:g} x" for ratio in RECOVERED)], rows)
+
+
+def _validated(arm: dict[str, Any]) -> list[list[tuple[int, float]]]:
+    """Of each seed, tokens trained on and the cross-entropy on the validation blocks."""
+    after = [dict(one["steps"]) for one in arm.values()]
+    return [
+        [(tokens.get(v["step"], 0), v["ce"]) for v in one["validations"]]
+        for tokens, one in zip(after, arm.values(), strict=True)
+    ]
 
 
 def markdown(table: Titled) -> Iterator[str]:

@@ -8,7 +8,7 @@ recipe, seeds, learning rates; out: `reproduce-<experiment>.json` and a page.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from sparsekd.reproduce.patterns import (
     verdict,
 )
 from sparsekd.reproduce.rates import Rate, search_rate
-from sparsekd.reproduce.results import Arms, Found, Result
+from sparsekd.reproduce.results import Arms, Curve, Found, Result
 from sparsekd.reproduce.spread import fit_recovery
 from sparsekd.run import Estimate, Round, Run, Work, estimate, settings_of, stages
 
@@ -174,7 +174,9 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> Record:
         ]
     if experiment == "recovery":
         long_run = next(name for name in arms if name != DENSE_KD)
-        gathered["recovery"] = recovery_curve(arms[long_run], arms[DENSE_KD])
+        gathered["recovery"] = recovery_curve(
+            [one.curve for one in arms[long_run].values()], [one.curve for one in arms[DENSE_KD].values()]
+        )
     return gathered
 
 
@@ -208,14 +210,12 @@ def ratios(found: Found, experiment: str, arm: str) -> dict[str, Record]:
     return by_text
 
 
-def recovery_curve(long_run: Mapping[int, Result], control: Mapping[int, Result]) -> Record:
+def recovery_curve(long_run: Sequence[Curve], control: Sequence[Curve]) -> Record:
     """The gap of the pruned model's cross-entropy on the validation blocks to the distilled dense model's best, by
     tokens trained on, mean over seeds; the curve through it; and the tokens it asks for three ratios of perplexity."""
-    goal = float(np.mean([min(v.ce for v in arm.history.validations) for arm in control.values()]))
-    first = next(iter(long_run.values())).history
-    tokens_after = {step.step: step.num_tokens for step in first.steps}
-    tokens = [float(tokens_after[v.step]) for v in first.validations[1:]]
-    ce = np.mean([[v.ce for v in arm.history.validations[1:]] for arm in long_run.values()], axis=0)
+    goal = float(np.mean([min(ce for _, ce in curve) for curve in control]))
+    tokens = [float(count) for count, _ in long_run[0][1:]]
+    ce = np.mean([[ce for _, ce in curve[1:]] for curve in long_run], axis=0)
     gaps = (ce - goal).tolist()
     curve: Record = {"tokens": tokens, "gaps": gaps, "dense_kd_ce": goal}
     if len(tokens) < 3:

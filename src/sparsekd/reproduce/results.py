@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from sparsekd.distillation import History
@@ -12,6 +12,7 @@ from sparsekd.reproduce.patterns import DENSE, Model
 from sparsekd.reproduce.rates import Rate
 from sparsekd.reproduce.spread import Comparison, compare
 
+Curve = Sequence[tuple[int, float]]  # tokens trained on, cross-entropy on the validation blocks
 Measured = Mapping[str, Mapping[str, Record]]  # what was measured, by stage and text, as it is written
 
 
@@ -24,6 +25,12 @@ class Result:
     history: History
     models: Measured
     tasks: dict[str, Record]  # the scores by stage; none where the experiment needs none
+
+    @property
+    def curve(self) -> Curve:
+        """Cross-entropy on the validation blocks by the tokens trained on."""
+        tokens_after = {step.step: step.num_tokens for step in self.history.steps}
+        return [(tokens_after.get(v.step, 0), v.ce) for v in self.history.validations]
 
     def as_dict(self) -> Record:
         """Plain values for JSON."""
