@@ -169,6 +169,18 @@ def test_another_run_s_manifest_is_named(done: tuple[Path, Path]) -> None:
     assert inspection.verify(folder)["damaged stages"] == {}
 
 
+def test_a_recipe_that_is_no_text_any_more_is_named_and_written_again(done: tuple[Path, Path]) -> None:
+    folder, recipe = done
+    path = folder / "recipe.yaml"
+    content = path.read_bytes()
+    path.write_bytes(content[:50] + b"\xa0" + content[51:])
+    for look in (inspection.describe, inspection.verify, report.write):
+        with pytest.raises(DataError, match=r"recipe\.yaml is damaged"):
+            look(folder)
+    run(recipe, folder)
+    assert path.read_bytes() == content
+
+
 def test_another_record_in_the_manifest_s_place_is_named(done: tuple[Path, Path]) -> None:
     folder, _ = done
     shutil.copyfile(folder / "round-01/distilled/inputs.json", folder / "manifest.json")

@@ -127,7 +127,7 @@ class Run:
         path = self.folder / "recipe.yaml"
         if not self.processes.is_main:
             return
-        if not (path.exists() and path.read_text(encoding="utf-8") == text):
+        if not (path.exists() and path.read_bytes() == text.encode()):
             files.write_text(path, text)
         manifest = read_manifest(self.folder)
         if manifest.get(RECIPE) != files.sha256(text):
