@@ -10,7 +10,7 @@ from training import data
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from sparsekd import teacher as teacher_stage
-from sparsekd.compression import statistics
+from sparsekd.compression import batches_of, statistics
 from sparsekd.compression.probe import Probe
 from sparsekd.distillation import objective
 from sparsekd.distillation.objective import make_batch
@@ -62,11 +62,13 @@ def test_evaluation_sees_float32_logits(low: PreTrainedModel, blocks: torch.Tens
 def test_the_probe_finds_no_damage_in_a_whole_model(low: PreTrainedModel, blocks: torch.Tensor) -> None:
     """The teacher's distributions are exact, so noise of the model's own logits would count as damage."""
 
-    @torch.no_grad()
-    def of_exact(block: torch.Tensor) -> Any:
-        return teacher_stage.top_k_distribution(exact(low, block[None])[0, :-1], 32)
+    class Exact:
+        @torch.no_grad()
+        def read(self, block_id: int, tokens: Any) -> Any:
+            block = torch.from_numpy(tokens.astype("int64"))[None]
+            return teacher_stage.top_k_distribution(exact(low, block)[0, :-1], 32)
 
-    assert abs(Probe(low, blocks[:4].split(2), of_exact).of_all()) < 1e-6
+    assert abs(Probe(low, batches_of(blocks[:4], 2), Exact()).of_all()) < 1e-6
 
 
 def test_statistics_draw_labels_and_take_gradients_of_float32_logits(

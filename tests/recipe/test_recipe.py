@@ -60,7 +60,7 @@ def test_values_are_coerced_to_the_declared_types(tmp_path: Path) -> None:
         ("distill: {alpha: null}", "distill.alpha is None: expected float"),
         ("corpus: {pack: 1}", "corpus.pack is 1: expected bool"),
         ("model: {name: true}", "model.name is True: expected str"),
-        ("compress: {method: magic}", "compress.method is 'magic': expected one of svd, two-sided, "),
+        ("compress: {method: magic}", "compress.method is 'magic': expected one of "),
         ("compress: {method: [svd]}", "compress.method is ['svd']: expected str"),
         ("distill: 3", "distill must be a section, found 3"),
         ("corpus: {sources: [a]}", "corpus.sources must be a section, found ['a']"),
