@@ -7,11 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import paragraphs
+from tiny import paragraphs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsekd import corpus, tokens
+from sparsekd import corpus
+from sparsekd.corpus import tokens
 from sparsekd.recipe import Corpus, Source
 
 PROSE = "\n\n".join(paragraphs(40, seed=3))

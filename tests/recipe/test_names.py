@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sparsekd.rounds import planned
-from test_cli import refused, sparsekd  # noqa: F401 (fixtures)
 
 from sparsekd.errors import DataError, UsageError
 from sparsekd.recipe import load_recipe
 from sparsekd.recipe.names import EMBEDDED_MODEL, model_name
+from sparsekd.run import planned
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_teachers_of_a_recipe(here: Path, tiny_recipe: Path, monkeypatch: Any) -
     assert load_recipe("./llama").model.name == "llama"
 
 
-def test_eval_with_a_teacher_that_is_the_model_itself(here: Path, sparsekd: Any, text_file: Path) -> None:  # noqa: F811
+def test_eval_with_a_teacher_that_is_the_model_itself(here: Path, sparsekd: Any, text_file: Path) -> None:
     options = ("--text", text_file, "--context", "64", "--stride", "64", "--max-tokens", "128", "--json")
     usual = sparsekd("eval", "llama", "--teacher", "llama", *options)
     assert usual.code == 0, usual.err
@@ -63,6 +62,6 @@ def test_eval_with_a_teacher_that_is_the_model_itself(here: Path, sparsekd: Any,
     assert sparsekd("eval", "./llama/", "--teacher", str(here / "llama"), *options).json == usual.json
 
 
-def test_the_home_of_nobody_is_one_line(here: Path, refused: Any, text_file: Path) -> None:  # noqa: F811
+def test_the_home_of_nobody_is_one_line(here: Path, refused: Any, text_file: Path) -> None:
     refused("run", "~nobody-here/x", "--dry-run", error=UsageError)
     refused("eval", "llama", "--text", "~nobody-here/x.txt", error=DataError)
