@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from _record import record
 from torch import Tensor, nn
 
-from sparsekd.models.forms.layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
+from sparsekd.models.forms._layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
 from sparsekd.models.forms.lowrank import rank_for
 
 TOKENS, HIDDEN, NEURONS, ROUNDS = 2048, 576, 1536, 15

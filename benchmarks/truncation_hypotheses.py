@@ -38,7 +38,7 @@ from sparsekd import compression
 from sparsekd.compression.statistics import Gram
 from sparsekd.distillation.objective import Objective
 from sparsekd.models.anatomy import find_mlps
-from sparsekd.models.forms.layers import CompressedLinear
+from sparsekd.models.forms._layers import CompressedLinear
 from sparsekd.models.forms.lowrank import rank_for
 from sparsekd.models.layerwise import Layers
 

@@ -18,7 +18,7 @@ from sparsekd.compression.calibration import batches_of
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.layers import CompressedLinear
+from sparsekd.models.forms._layers import CompressedLinear
 from sparsekd.models.forms.lowrank import FORMATS, put
 from sparsekd.teacher.cache import Targets
 

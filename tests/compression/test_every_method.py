@@ -113,7 +113,7 @@ def test_a_description_of_a_later_version_is_named(make_model: Any, tokenizer: A
 
 
 def test_the_layers_that_an_export_hands_out_know_torch_alone() -> None:
-    source = Path(forms.layers.__file__).read_text()
+    source = Path(forms._layers.__file__).read_text()
     imported = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert all(
         line.split()[1].partition(".")[0] in {"__future__", "collections", "typing", "torch"} for line in imported

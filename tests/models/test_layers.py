@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 import sparsekd
 from sparsekd import compression
-from sparsekd.models.forms.layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
+from sparsekd.models.forms._layers import ColumnPivotLinear, LowRankLinear, RowPivotLinear
+from sparsekd.models.forms._pivots import common_pivots
 from sparsekd.models.forms.lowrank import FORMATS, make_layer, num_weights, rank_for
-from sparsekd.models.forms.pivots import common_pivots
 
 LAYERS = {"lowrank": LowRankLinear, "pivot rows": RowPivotLinear, "pivot columns": ColumnPivotLinear}
 

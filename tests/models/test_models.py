@@ -21,7 +21,7 @@ from transformers import (
 from sparsekd import compression, models
 from sparsekd.errors import DataError, ResourceError, UsageError
 from sparsekd.models import anatomy
-from sparsekd.models.forms.layers import KINDS, CompressedLinear
+from sparsekd.models.forms._layers import KINDS, CompressedLinear
 from sparsekd.models.forms.lowrank import FORMATS, kind_of
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]

@@ -1,7 +1,7 @@
 """Open models, dense and compressed.
 
 A compressed model is an ordinary transformers model. Where its form needs layers of its own, it is of a class made on
-the fly: `SparseKDLlamaForCausalLM` is `LlamaForCausalLM` with `forms.layers.Rebuilt` mixed in, which puts the layers
+the fly: `SparseKDLlamaForCausalLM` is `LlamaForCausalLM` with `forms._layers.Rebuilt` mixed in, which puts the layers
 where `config.sparsekd` says. Its `model_type`, `sparsekd_llama`, is unknown to plain transformers, which therefore
 refuses the folder instead of filling the MLPs with random numbers. Other forms keep the class and the type of the
 dense model.

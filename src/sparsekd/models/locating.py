@@ -72,6 +72,7 @@ def weight_files(name: str, place: Location, revision: str | None) -> list[Path]
 
 
 def raw_config(place: Location, revision: str | None) -> dict[str, Any]:
+    """A model's config.json as it stands there; raises `DataError` when it is damaged or missing."""
     path = cached_file(place.source, "config.json", revision=revision)
     if path is None:  # of a Hub id; a folder without it is no model
         raise DataError(f"model {place.source}: it has no config.json")
@@ -93,6 +94,7 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def explained(name: str, error: Exception) -> DataError | UsageError | ResourceError:
+    """An error of ours for what transformers, safetensors or gguf raised."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if out_of_memory(error):
         return ResourceError(f"model {name} does not fit into memory: {reason}")

@@ -23,11 +23,10 @@ from sparsekd.errors import UsageError
 from sparsekd.recipe.methods import method_named, method_names
 from sparsekd.recipe.names import model_name, teacher_weights
 from sparsekd.recipe.presets import PRESETS
-from sparsekd.recipe.rules import check, check_compress, check_distill, dotted
+from sparsekd.recipe.rules import TOO_MANY, check, check_compress, check_distill, dotted
 from sparsekd.recipe.sections import Compress, Distill, Recipe
 
 _LONGEST = 100_000  # characters of a recipe: they are read in seconds
-_TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
 
 
 def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -140,7 +139,7 @@ def _fields(
     """The values of a section's keys, coerced to the types that `hints` have for them; `inside` are keys of a section
     in it that an unknown key may be meant for, with their places."""
     for key in value:
-        if key not in tuple(hints):  # a tuple: a key may be a list, which has no hash
+        if key not in hints:
             close = difflib.get_close_matches(str(key), [*hints, *inside], n=1, cutoff=0.5)
             close = [inside.get(found, found) for found in close]
             hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(hints)}"
@@ -167,21 +166,20 @@ def _with_own_section(value: Mapping[Any, Any], hints: Mapping[str, Any], kinds:
     method = value.get("method", Compress.method)
     if not (isinstance(method, str) and method in kinds):
         return dict(value)
-    known = {key: hint for kind in kinds.values() for key, hint in _defaults(kind).items()}
-    own = _defaults(kinds[method])
-    beside = {key: item for key, item in value.items() if key not in {*hints, *kinds} and key in known}
-    moved = {key: item for key, item in beside.items() if key in own}
-    foreign = {key for key in beside if key not in own}
-    for key in foreign:
-        if beside[key] not in (known[key], "mask"):
-            owners = [name for name, kind in kinds.items() if key in _defaults(kind)]
+    kept, own = {}, {}
+    for key, item in value.items():
+        defaults = {name: _defaults(kind)[key] for name, kind in kinds.items() if key in _defaults(kind)}
+        if key in hints or key in kinds or not defaults:
+            kept[key] = item
+        elif method in defaults:
+            own[key] = item
+        elif item not in (*defaults.values(), "mask"):  # the format that wanda had to be given
             raise UsageError(
-                f"compress.{key} is {_short(beside[key])}, which is an option of {', '.join(owners)}, not of {method}: "
+                f"compress.{key} is {_short(item)}, which is an option of {', '.join(defaults)}, not of {method}: "
                 "leave it out"
             )
-    kept = {key: item for key, item in value.items() if key not in moved and key not in foreign}
     section = value.get(method) or {}
-    return kept | ({method: section | moved} if moved and isinstance(section, dict) else {})
+    return kept | ({method: section | own} if own and isinstance(section, dict) else {})
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
@@ -199,7 +197,7 @@ def _scalar(kind: type, value: Any, where: str, name: str) -> Any:
         if kind is bool and isinstance(value, bool):
             return value
         if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            if abs(float(value)) >= _TOO_MANY:
+            if abs(float(value)) >= TOO_MANY:
                 raise UsageError(f"{where}: {name} is {_short(value)}: expected less than 2^53 either way")
             return int(float(value))
         if kind is float and not isinstance(value, bool):

@@ -14,7 +14,7 @@ from sparsekd.recipe.fields import Range
 from sparsekd.recipe.methods import method_named, method_names
 from sparsekd.recipe.sections import Compress, Distill, Recipe
 
-_TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
+TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
 )
@@ -27,7 +27,7 @@ def check(recipe: Recipe) -> None:
     num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     _check_ranges(
         [
-            ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < _TOO_MANY),
+            ("seed", recipe.seed, "less than 2^53 either way", abs(recipe.seed) < TOO_MANY),
             (
                 "split_corpus",
                 recipe.split_corpus,

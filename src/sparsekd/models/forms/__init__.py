@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, num_parameters
-from sparsekd.models.forms.description import VERSION, Dense, Description, Layers, description_of, read
+from sparsekd.models.forms._description import VERSION, Dense, Description, Layers, description_of, read
 
 PREFIX = "sparsekd_"  # of the model_type of a class of ours, which plain transformers refuses
-_NO_FORMS = {"description", "layers", "pivots"}
 
 
 @runtime_checkable
@@ -69,7 +68,7 @@ class Form(Protocol):
 
 def names() -> list[str]:
     """All forms."""
-    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _NO_FORMS)
+    return sorted(file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_"))
 
 
 def form_named(name: str) -> Form:
@@ -130,7 +129,8 @@ def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, 
         config.__class__ = rebuilt.config_class
         model.__class__ = rebuilt
     marked: Any = config
-    marked.sparsekd = Description(form_name, method, reduction, dense, form.layers(model)).as_dict()
+    described = Description(form=form_name, method=method, reduction=reduction, dense=dense, layers=form.layers(model))
+    marked.sparsekd = described.as_dict()
 
 
 @functools.cache
@@ -168,7 +168,13 @@ def from_earlier(found: Any, dense: PreTrainedModel) -> Any:
     What it lacks is left for `form_in` to name."""
     name = "mask" if found.get("format") == "mask" else "lowrank"
     try:
-        layers = form_named(name).from_earlier(dense, found)
-        return Description(name, found["method"], found["reduction"], dense_sizes(dense), layers).as_dict()
+        described = Description(
+            form=name,
+            method=found["method"],
+            reduction=found["reduction"],
+            dense=dense_sizes(dense),
+            layers=form_named(name).from_earlier(dense, found),
+        )
+        return described.as_dict()
     except (KeyError, TypeError, AttributeError):
         return found

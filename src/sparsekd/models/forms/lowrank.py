@@ -1,4 +1,4 @@
-"""Form `lowrank`: MLP matrices as two factors, or as pivots and combinations of them (`layers.py`).
+"""Form `lowrank`: MLP matrices as two factors, or as pivots and combinations of them (`_layers.py`).
 
 The neurons of an MLP can be renumbered: rows of gate and up (of both halves, where the two are one matrix), columns of
 down. The pivot format uses this freedom once, when it is made, so that the pivots of all three matrices come first.
@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models.anatomy import MLP, find_mlps, is_linear, linear_weight, replace_module, shape
-from sparsekd.models.forms.description import Description, Layers
-from sparsekd.models.forms.layers import (
+from sparsekd.models.forms._description import Description, Layers
+from sparsekd.models.forms._layers import (
     KINDS,
     ColumnPivotLinear,
     CompressedLinear,
@@ -30,7 +30,7 @@ from sparsekd.models.forms.layers import (
     Rebuilt,
     RowPivotLinear,
 )
-from sparsekd.models.forms.pivots import combinations, common_pivots
+from sparsekd.models.forms._pivots import combinations, common_pivots
 
 Factors = tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]  # up, down
 FORMATS = ("pivot", "lowrank")

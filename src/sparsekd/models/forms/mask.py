@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, linear_weight
-from sparsekd.models.forms.description import Description, Layers, description_of
+from sparsekd.models.forms._description import Description, Layers, description_of
 
 CLASS = None  # the base's own
 

@@ -20,19 +20,20 @@ class Dense:
     model: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What was left, how it was chosen, and what each layer needs to be made again before its weights are read."""
 
+    version: int = VERSION
     form: str
     method: str
     reduction: float  # fraction of the dense model's MLP parameters that is gone
     dense: Dense
     layers: Layers
-    version: int = VERSION
 
     def as_dict(self) -> Record:
-        return {"version": self.version, **{key: value for key, value in asdict(self).items() if key != "version"}}
+        """Plain values for JSON, in the order of the fields."""
+        return asdict(self)
 
 
 def description_of(model: Any) -> Description | None:
