@@ -19,7 +19,7 @@ from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe, method_named
 from sparsekd.records import Record
-from sparsekd.run import CORPUS, STAGES, Round, Run, Summary, Work, planned, settings_of, stages
+from sparsekd.run import CORPUS, OF_ROUND, STAGES, Round, Run, Summary, Work, planned, settings_of, stages
 from sparsekd.teacher import merge_shares
 
 UNTIL = (*STAGES, "report")
@@ -62,10 +62,10 @@ def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, S
     """The stages of one round up to `until`, with the summary of each by name. Processes started together share
     teacher, statistics and training; the main one evaluates."""
     processes, summaries = work.run.processes, {}
-    for stage in list(STAGES.values())[1 : UNTIL.index(until) + 1]:
-        if stage.folder(round_) is not None:
+    for name, stage in OF_ROUND.items():
+        if UNTIL.index(name) <= UNTIL.index(until) and stage.folder(round_) is not None:
             step = functools.partial(stage.make, work, round_)
-            summaries[stage.name] = step() if stage.together else processes.main_first(step)
+            summaries[name] = step() if stage.together else processes.main_first(step)
             processes.wait()  # what comes next reads what the main process has just written
     return summaries
 
@@ -79,7 +79,7 @@ def check_before_starting(recipe: Recipe) -> None:
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
 
 
-def cache_part(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> Summary:
+def cache_share(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> Summary:
     """What one of several processes does for the first round's cache: any scheduler may start them, in any order.
 
     They share the run directory, whose corpus must be finished; `merge_cache` then makes the stage whole.

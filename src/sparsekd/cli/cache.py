@@ -43,13 +43,13 @@ def command(
     printing.quiet()
     folder = out or options.default_folder(target, recipe)
     if shard is not None:
-        summary = pipeline.cache_part(recipe, folder, _part(shard))
+        summary = pipeline.cache_share(recipe, folder, _share(shard))
     else:
         summary = pipeline.merge_cache(recipe, folder)
     printing.print_json({"cache": summary}) if as_json else print(f"done: {folder}")
 
 
-def _part(shard: str) -> Share:
+def _share(shard: str) -> Share:
     from sparsekd.corpus import Share
 
     number, slash, count = shard.partition("/")

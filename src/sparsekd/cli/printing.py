@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
     from sparsekd.files import as_json
 
     print(as_json(value, "the result", indent=1))

@@ -82,6 +82,7 @@ def shuffled(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def fingerprint_of(corpus: Corpus) -> str:
+    """Of the blocks and of which are for what; the texts are not in it."""
     digest = hashlib.sha256()
     for block in corpus.blocks:
         digest.update(f"{block.source} {len(block.tokens)};".encode())

@@ -63,6 +63,7 @@ def task_key(name: str) -> str:
 
 
 def by_key(texts: Mapping[str, str], tasks: Mapping[str, str]) -> dict[str, str]:
+    """Texts and the content of tasks, by what the recipe calls them."""
     return {text_key(name): text for name, text in texts.items()} | {task_key(n): text for n, text in tasks.items()}
 
 

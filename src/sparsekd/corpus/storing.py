@@ -34,6 +34,7 @@ def save(corpus: Corpus, folder: Path) -> None:
 
 
 def save_texts(corpus: Corpus, folder: Path) -> None:
+    """Writes the evaluation texts, and then the manifest that lists them."""
     for name, text in corpus.texts.items():
         files.write_text(text_path(folder, name), text)
     manifest = {

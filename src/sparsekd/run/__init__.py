@@ -17,6 +17,7 @@ from sparsekd.run.rounds import planned as planned
 from sparsekd.run.rounds import split as split
 from sparsekd.run.rounds import tasks_folder as tasks_folder
 from sparsekd.run.settings import settings_of as settings_of
+from sparsekd.run.stages import OF_ROUND as OF_ROUND
 from sparsekd.run.stages import STAGES as STAGES
 from sparsekd.run.stages import folders_of as folders_of
 from sparsekd.run.work import Work as Work

@@ -130,6 +130,7 @@ def answered_for(folder: Path) -> Iterator[Path]:
 
 
 def other_run(folder: Path, difference: str) -> MismatchError:
+    """The error for a stage that was made from other things, with the first that differs."""
     return MismatchError(
         f"{folder} holds another run: {difference}; choose another --out, remove that folder to make the stage again, "
         "or replace the whole run with --fresh"

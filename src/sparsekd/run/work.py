@@ -34,7 +34,7 @@ class Work:
 
     @functools.cached_property
     def blocks(self) -> Corpus:
-        """The finished corpus; `make_corpus` makes it."""
+        """The finished corpus; its stage makes it."""
         return corpus.load(self.run.folder / CORPUS)
 
     @property

@@ -148,6 +148,7 @@ class Cache:
 
 
 def require_blocks(folder: Path, found: Iterable[int], wanted: Iterable[int]) -> None:
+    """Raises `DataError` unless all that are `wanted` were found."""
     needed = set(wanted)
     missing = needed - set(found)
     if missing:

@@ -24,15 +24,18 @@ _SHARE_MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
 
 
 def owns(share: Share, shard: int) -> bool:
+    """Whether a shard is of a share: every `count`th one is."""
     return shard % share.count == share.number - 1
 
 
 def owns_file(share: Share, name: str) -> bool:
+    """Whether a file is: its shards, and its manifest."""
     shard = shard_number(name)
     return name == manifest_of(share) if shard is None else owns(share, shard)
 
 
 def manifest_of(share: Share) -> str:
+    """The name of a share's manifest; that of all of the cache is the cache's own."""
     return "manifest.json" if share.count == 1 else f"manifest-{share.number}-of-{share.count}.json"
 
 

@@ -55,6 +55,7 @@ TeacherModel = PreTrainedModel | Mixture
 
 
 def context_of(model: TeacherModel) -> int | None:
+    """The longest block that a model takes; None where its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 

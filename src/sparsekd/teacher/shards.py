@@ -38,6 +38,7 @@ class Shard(NamedTuple):
 
 
 def shard_name(number: int) -> str:
+    """A shard's file."""
     return f"part-{number:05d}.parquet"
 
 
@@ -56,10 +57,12 @@ def schema_of(codec: Codec, identity: Identity, block_ids: Sequence[int]) -> pa.
 
 
 def codec_of(identity: Identity) -> Codec:
+    """How the rows of a cache are packed."""
     return codec_for(identity["codec"], identity["top_k"], identity["vocab_size"])
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
+    """Opens a shard; what a damaged one leads to is one `DataError`."""
     with damage(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
 
@@ -74,6 +77,7 @@ def blocks_of(file: pq.ParquetFile, path: Path, identity: Identity) -> list[int]
 
 
 def write_manifest(path: Path, identity: Identity, shards: Iterable[Shard]) -> None:
+    """Writes a manifest; with that of the whole cache it is finished."""
     records.write(path, {"format": _FORMAT, "identity": identity, "shards": [shard._asdict() for shard in shards]})
 
 
@@ -92,6 +96,7 @@ def read_manifest(path: Path) -> tuple[Identity, list[Shard]]:
 
 
 def require_sizes(folder: Path, shards: Iterable[Shard]) -> None:
+    """Raises `DataError` for a shard that is missing or has another size than it is listed with."""
     for shard in shards:
         path = folder / shard.name
         size = path.stat().st_size if path.exists() else 0
@@ -100,6 +105,7 @@ def require_sizes(folder: Path, shards: Iterable[Shard]) -> None:
 
 
 def require_identity(found: Identity, wanted: Identity, path: Path) -> None:
+    """Raises `MismatchError` naming the first thing that differs of what two parts of a cache were made from."""
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise MismatchError(
@@ -123,5 +129,6 @@ def damage(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, error: object) -> str:
+    """The line that names a damaged file, what is wrong, and what to do."""
     reason = " ".join(str(error).split())  # pyarrow's take several lines
     return f"{path} is damaged: {reason or type(error).__name__}; {_WAY_OUT}"

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method costs, for the dry run."""
+    """What a method asks for: text, time, and a file."""
 
     passes: float = 0.0  # over the tokens of the statistics, in plain forward passes
     probe_tokens: int = 0  # on which each matrix's true damage is measured
     solver_flops: float = 0.0  # for each matrix, times its smaller side to the third power
+    reads: str | None = None  # a file that decides the result, known to a run by its content
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class Method(Protocol):
         """Raises `UsageError` for options that do not go together."""
 
     def needs(self, options: Any) -> Needs:
-        """What the statistics and the solver cost."""
+        """What the options ask for."""
         ...
 
     def plan(self, model: PreTrainedModel, reduction: float, options: Any) -> Plan:

@@ -67,7 +67,7 @@ class LowRank:
             )
 
     def needs(self, options: Options) -> Needs:
-        return Needs(self.passes, options.probe_tokens, solver_flops=25.0)
+        return Needs(self.passes, options.probe_tokens, solver_flops=25.0, reads=options.ranks_from)
 
     def plan(self, model: PreTrainedModel, reduction: float, options: Options) -> Plan:
         """Uniform ranks."""

@@ -1,4 +1,4 @@
-"""The stages of a run as data: the one table that the pipeline, the dry run, the report and `inspect` read.
+"""The stages of a run as data: the one table that the pipeline, the report and `inspect` read.
 
 A stage is a file here: `make` takes the run's work and the round, reuses what is finished, and returns the summary.
 """
@@ -26,10 +26,9 @@ class StageKind:
     together: bool = False  # several processes share the work; else the main one does it and the others wait
 
 
-STAGES = {
+OF_ROUND = {
     stage.name: stage
     for stage in (
-        StageKind("corpus", lambda _: CORPUS, corpus.make, ("tokens", "sources")),
         StageKind("cache", lambda one: one.cache, cache.make, ("tokens", "top_k", "bytes"), together=True),
         StageKind(
             "compress",
@@ -48,9 +47,10 @@ STAGES = {
         StageKind("evaluate", lambda one: one.evaluation, evaluate.make, ("models",)),
     )
 }
+STAGES = {"corpus": StageKind("corpus", lambda _: CORPUS, corpus.make, ("tokens", "sources"))} | OF_ROUND
 
 
 def folders_of(round_: Round) -> dict[str, str]:
-    """The folder of each stage of a round, in order; the corpus is the run's."""
-    placed = {name: stage.folder(round_) for name, stage in STAGES.items() if name != "corpus"}
+    """The folder of each stage of a round, in order."""
+    placed = {name: stage.folder(round_) for name, stage in OF_ROUND.items()}
     return {name: str(folder) for name, folder in placed.items() if folder is not None}

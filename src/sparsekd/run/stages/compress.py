@@ -18,16 +18,15 @@ from sparsekd.run.work import Work
 
 
 def make(work: Work, round_: Round) -> Summary:
-    """Stage `make`: the round's start with low-rank or masked MLPs, in `compressed/model`."""
+    """Stage `compress`: the round's start made smaller, in `compressed/model`."""
     options = round_.compress
     assert options is not None
-    probed = method_named(options.method).needs(options.options).probe_tokens
-    ranks_from = getattr(options.options, "ranks_from", None)
+    needs = method_named(options.method).needs(options.options)
     inputs = settings(work.recipe, round_)[str(round_.compressed)] | {
         "model": work.identity(round_.start),
         "corpus": work.blocks.fingerprint,
-        "ranks": files.file_sha256(Path(ranks_from)) if ranks_from else None,
-        "probed": read_inputs(work.run.folder / round_.cache) if probed else None,
+        "ranks": files.file_sha256(Path(needs.reads)) if needs.reads else None,
+        "probed": read_inputs(work.run.folder / round_.cache) if needs.probe_tokens else None,
     }
     stage = work.run.stage(str(round_.compressed), inputs)
     if stage.summary is not None:
@@ -44,7 +43,7 @@ def make(work: Work, round_: Round) -> Summary:
         seed=round_.seed,
         device=work.placement.device,
         separator=work.blocks.separator,
-        teacher=open_cache(work, round_, work.blocks.train_ids.tolist()) if probed and is_cached else None,
+        teacher=open_cache(work, round_, work.blocks.train_ids.tolist()) if needs.probe_tokens and is_cached else None,
         warn=work.run.console.warn,
     )
     plan = compression.apply(student, calibration, options)

@@ -61,10 +61,8 @@ def make(work: Work, round_: Round | None = None) -> Summary:
 def _add_texts(work: Work, folder: Path) -> None:
     """Takes in what the recipe evaluates on now and did not when the leak guard last looked, if the blocks have none
     of it."""
-    recipe, seen = (
-        work.recipe,
-        records.read(folder / corpus.GUARDED, way_out=f"remove {folder} to make the corpus again"),
-    )
+    recipe = work.recipe
+    seen = records.read(folder / corpus.GUARDED, way_out=f"remove {folder} to make the corpus again")
     changed = [name for name, made_from in _guarded(work, recipe.evaluate.tasks).items() if seen.get(name) != made_from]
     if not changed:
         return
