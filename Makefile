@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
-# about an hour: what gets through damage, hostile inputs and too little memory, then 120 kills
+# about 40 minutes: what gets through damage, hostile inputs and too little memory, then 120 kills
 fuzz: .venv/installed
 	$(BIN)/python benchmarks/faults.py; faults=$$?; $(BIN)/python benchmarks/crash.py && exit $$faults
 

@@ -1,6 +1,6 @@
 """Attacks finished runs of a tiny model and the inputs of the program, and counts what gets through.
 
-    python benchmarks/faults.py                  about an hour: `make fuzz`
+    python benchmarks/faults.py                  half an hour: `make fuzz`
     python benchmarks/faults.py --quick          a sample of it: `make test`
     python benchmarks/faults.py --replay 'flip run round-01/eval/stage.json 12 8'
     python benchmarks/faults.py --replay 'model 0 19'

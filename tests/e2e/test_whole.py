@@ -190,6 +190,15 @@ def test_another_record_in_the_manifest_s_place_is_named(done: tuple[Path, Path]
             look(folder)
 
 
+def test_another_record_in_the_place_of_stage_json_is_named(done: tuple[Path, Path], sparsekd: Any) -> None:
+    folder, _ = done
+    path = folder / "round-01/eval/stage.json"
+    shutil.copyfile(folder / "round-01/eval/dense-text-other.json", path)
+    says = f"{path} is damaged: seconds is missing; remove {path.parent} to make the stage again"
+    outcome = sparsekd("inspect", "--verify", folder)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (3, f"sparsekd: {folder}: 1 damaged stages: {says}")
+
+
 STAGES = ["corpus", "round-01/cache", "round-01/compressed", "round-01/distilled", "round-01/eval", "dense/tasks"]
 
 

@@ -343,6 +343,7 @@ def _arguments(base: Path, place: Path, chance: random.Random) -> list[str]:
     known = [str(place / name) for name in inside] + [str(base / name) for name in ("recipe.yaml", "model", "text.txt")]
     verb = chance.choice(_VERBS)
     is_planned = verb in ("run", "corpus", "cache", "compress", "distill", "reproduce") and chance.random() < 0.8
+    is_planned = is_planned or verb == "reproduce"  # whose experiments are minutes of work
     if not is_planned and verb not in (
         "eval",
         "report",

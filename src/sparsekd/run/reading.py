@@ -107,7 +107,7 @@ def read_summary(
     path = folder / "stage.json"
     if not path.exists():
         return None
-    summary = records.read(path, needed, way_out(folder))
+    summary = records.read(path, ("seconds", *needed), way_out(folder))  # of every version, and of no other record
     if FILES in summary:
         records.require(path, summary.pop(FILES), way_out(folder), None if needs_model else "model")
     else:
