@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import DENSE, FULL, MAMBA, TINY, TOKENS, made
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     MambaConfig,
     MixtralConfig,
@@ -31,13 +31,7 @@ EXPECTED = {
     "gpt2": ("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
     "gpt_neox": ("gpt_neox.layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
 }
-TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
-SIZES: dict[str, Any] = TINY | TOKENS | {"intermediate_size": 64, "num_hidden_layers": 4, "num_key_value_heads": 2}
 FEW = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4}
-FULL = {"layer_types": ["full_attention"] * 4}
-MAMBA = {"mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_head": 8, "shared_intermediate_size": 64}
-FOURFOLD = {"intermediate_size": 128}  # of architectures whose MLPs are four times as wide as the hidden state
 MIXTURES: dict[str, dict[str, Any]] = {
     # a dense first layer
     "afmoe": {},
@@ -74,45 +68,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     # an MLP for some layers, mixtures for others
     "nemotron_h": {"num_hidden_layers": 52},
-}
-DENSE: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
-    "bloom": FOURFOLD,
-    "codegen": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, **FOURFOLD},
-    "cohere2": {},
-    "falcon": FOURFOLD,
-    "falcon_h1": {},
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "gemma3n_text": {"intermediate_size": [64, 64, 96, 96], "num_kv_shared_layers": 0, "laurel_rank": 8, **FULL},
-    "gemma4_text": {},
-    "glm4": {},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, **FOURFOLD},
-    "gpt_neox": {},
-    "granite": {},
-    "granitemoehybrid": {**MAMBA, "num_local_experts": 0},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "jamba": {"num_experts": 1},
-    "lfm2": {"block_auto_adjust_ff_dim": False},
-    "llama": {},
-    "mistral": {},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4, **FOURFOLD},
-    "nemotron": {"head_dim": 8},
-    "olmo2": {},
-    "olmo_hybrid": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "persimmon": {},
-    "phi": {},
-    "phi3": {},
-    "qwen2": {},
-    "qwen3": {},
-    "qwen3_next": {"num_experts": 0},
-    "smollm3": {},
-    "stablelm": {},
-    "starcoder2": {},
-    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 4, "attention_heads": 4},
-    "xlnet": {"d_model": 32, "d_inner": 64, "n_layer": 4, "n_head": 4},
 }
 
 
@@ -192,9 +147,8 @@ def test_a_model_without_an_mlp_is_refused(config: Any) -> None:
 
 
 def skeleton(model_type: str, **changes: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(model_type, **(SIZES | changes))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return made(model_type, **changes)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -208,7 +162,7 @@ def test_a_mixture_of_experts_is_refused(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_a_dense_decoder_has_one_mlp_in_each_layer(model_type: str) -> None:
-    model = skeleton(model_type, **DENSE[model_type])
+    model = skeleton(model_type)
     assert len(anatomy.find_mlps(model)) == len(anatomy.find_layers(model)) == 4
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from transformers import PreTrainedModel
+
+from sparsekd.errors import UsageError
+from sparsekd.models import forms
 from sparsekd.records import Record
 
 
@@ -28,6 +32,7 @@ class MatrixPlan:
     probed_kl: float | None = None  # measured at the probed rank
     predicted_at_probed_rank: float | None = None  # without the probe
     zeros: int = 0  # pruned weights
+    neurons: int | None = None  # left of the MLP that the matrix belongs to; form `width`
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,22 @@ class Plan:
         totals["model_parameters_stored"] = self.model_parameters_stored
         found = {"predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
+
+
+def require_form(model: PreTrainedModel, allowed: tuple[str, ...], method: str) -> None:
+    """Raises `UsageError` for a compressed model that is of no `allowed` form: such a one cannot be cut further."""
+    described = forms.description_of(model)
+    if described is not None and described.form not in allowed:
+        raise UsageError(
+            f"compress.method is {method}, but {next(iter(described.layers))} is {described.form} already: prune the "
+            "dense model instead"
+        )
+
+
+def require_more(reduction: float, removed: float) -> None:
+    """Raises `UsageError` for a reduction that the model, of which a share is `removed`, has already."""
+    if reduction <= removed:
+        raise UsageError(
+            f"reduction is {reduction:g}, but {removed:.1%} of the dense MLP parameters are removed already: "
+            "expected more"
+        )

@@ -18,7 +18,7 @@ from sparsekd import files
 from sparsekd.compression.allocation import Curve, allocate, allocate_energy
 from sparsekd.compression.directions import Projection
 from sparsekd.compression.methods._lowrank import Options
-from sparsekd.compression.plan import MatrixPlan, Plan
+from sparsekd.compression.plan import MatrixPlan, Plan, require_more
 from sparsekd.compression.probe import Probe
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import find_mlps, linear_weight, num_parameters, shape
@@ -47,12 +47,7 @@ def uniform(model: PreTrainedModel, reduction: float, options: Options) -> Plan:
 
 
 def _check_reachable(uniform: Plan, parameters_now: int, options: Options) -> None:
-    removed = 1 - parameters_now / uniform.mlp_parameters_before
-    if uniform.reduction <= removed:
-        raise UsageError(
-            f"reduction is {uniform.reduction:g}, but {removed:.1%} of the dense MLP parameters are removed already: "
-            "expected more"
-        )
+    require_more(uniform.reduction, 1 - parameters_now / uniform.mlp_parameters_before)
     if uniform.mlp_reduction < uniform.reduction - 1e-9:
         raise UsageError(
             f"reduction is {uniform.reduction:g}: with ranks in multiples of {options.rank_multiple} at most "

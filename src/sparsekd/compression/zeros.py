@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.compression.plan import MatrixPlan, Plan
+from sparsekd.compression.plan import MatrixPlan, Plan, require_form
 from sparsekd.errors import UsageError
 from sparsekd.models import find_mlps, forms, linear_weight, num_parameters, shape
 
@@ -24,15 +24,11 @@ from sparsekd.models import find_mlps, forms, linear_weight, num_parameters, sha
 def uniform(model: PreTrainedModel, reduction: float, method: str) -> Plan:
     """The same share of zeros in every row of every matrix, a row's bias counted as one of its parameters.
 
-    Works on a model without weights too. Raises `UsageError` for a low-rank model, and for a masked one that has as
-    many zeros already.
+    Works on a model without weights too. Raises `UsageError` for a model of another form, and for a masked one
+    that has as many zeros already.
     """
+    require_form(model, ("mask",), method)
     described = forms.description_of(model)
-    if described is not None and described.form != "mask":
-        raise UsageError(
-            f"compress.method is {method}, but {next(iter(described.layers))} is {described.form} already: prune the "
-            "dense model instead"
-        )
     matrices = []
     for name in (name for mlp in find_mlps(model) for name in mlp.matrices):
         module = model.get_submodule(name)

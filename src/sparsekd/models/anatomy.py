@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import UsageError
 
+# what configs call the width of an MLP
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_inner")
 # what attention modules know and MLPs do not
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads", "n_head", "n_heads")
 
@@ -35,7 +37,8 @@ class MLP:
 
 
 def find_mlps(model: PreTrainedModel) -> list[MLP]:
-    """The MLPs in depth order; a config that names its intermediate size must agree.
+    """The MLPs in depth order. A config that names their width must agree, but for one that neurons were removed from,
+    whose module knows its `dense_neurons`.
 
     Raises `UsageError` if none is found, or if they are a part only of what a mixture of experts has in their place.
     """
@@ -61,8 +64,9 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
 def _shaped_like_mlps(model: PreTrainedModel) -> list[MLP]:
     config = model.config.get_text_config()
     hidden = config.hidden_size
-    known = getattr(config, "intermediate_size", None)  # one number, or one for each layer
-    sizes = {known} if isinstance(known, int) else set(known or ())
+    sizes: set[int] = set()
+    for known in (getattr(config, key, None) for key in _WIDTHS):  # one number, or one for each layer
+        sizes |= {known} if isinstance(known, int) else set(known or ())
     found = []
     for name, module in model.named_modules():
         if is_attention(module):  # it can have the shapes of an MLP
@@ -77,12 +81,11 @@ def _shaped_like_mlps(model: PreTrainedModel) -> list[MLP]:
         if len(linears) != len(inputs) + 1:
             continue
         intermediate = linears[output][0]
-        if intermediate == hidden and hidden not in sizes:
+        known = hasattr(module, "dense_neurons") or intermediate in sizes
+        if not known and (sizes or intermediate == hidden):
             continue
         widths = [linears[key][1] for key in inputs]
         if widths not in ([intermediate], [intermediate, intermediate], [2 * intermediate]):
-            continue
-        if sizes and intermediate not in sizes:
             continue
         found.append(MLP(inputs, output))
     return found

@@ -128,11 +128,11 @@ def _config_and_class(name: str, place: Location, options: dict[str, Any]) -> tu
     description = raw.get("sparsekd")
     if isinstance(description, dict) and "version" not in description:
         description = forms.from_earlier(description, _dense_modules(config, options["trust_remote_code"]))
-    form = forms.form_in(description, place.source)
-    if base is None or form.CLASS is None:
+    forms.require_described(description, place.source)
+    if base is None:
         config.sparsekd = description
         return config, AutoModelForCausalLM
-    model_class = forms.rebuilt_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], form.CLASS)
+    model_class = forms.rebuilt_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])
     return model_class.config_class.from_dict(raw | {"sparsekd": description}), model_class
 
 

@@ -72,7 +72,9 @@ class LowRank:
     def plan(self, model: PreTrainedModel, reduction: float, options: Options) -> Plan:
         """Uniform ranks."""
         from sparsekd.compression import ranks
+        from sparsekd.compression.plan import require_form
 
+        require_form(model, ("lowrank", "mask"), self.name)
         return ranks.uniform(model, reduction, options)
 
     def directions_of(self, model: PreTrainedModel, calibration: Calibration) -> dict[str, Projection]:

@@ -7,7 +7,6 @@ asks the form; nobody asks the method.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -17,9 +16,9 @@ from transformers import PreTrainedModel
 
 from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, num_parameters
+from sparsekd.models.forms._classes import PREFIX as PREFIX
+from sparsekd.models.forms._classes import base_class, rebuilt_class
 from sparsekd.models.forms._description import VERSION, Dense, Description, Layers, description_of, read
-
-PREFIX = "sparsekd_"  # of the model_type of a class of ours, which plain transformers refuses
 
 
 @runtime_checkable
@@ -37,10 +36,13 @@ class Guard(Protocol):
 class Form(Protocol):
     """A file of this folder."""
 
-    CLASS: type | None  # mixed into the class of the base model; None: the model stays of its own class
-
     def layers(self, model: PreTrainedModel) -> Layers:
         """What config.json says of each layer, read off the model."""
+        ...
+
+    def base_opens(self, model: PreTrainedModel) -> tuple[bool, Mapping[str, Any]]:
+        """Whether the class of the base model makes the form's layers by itself, and what its config has to say beside
+        `sparsekd`. A class of ours makes them where it does not."""
         ...
 
     def is_described(self, layer: Mapping[str, Any]) -> bool:
@@ -121,32 +123,24 @@ def dense_sizes(model: PreTrainedModel) -> Dense:
 
 
 def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, dense: Dense) -> None:
-    """Writes in the config of `model`, which has the form's layers already, what it is, and makes it of the form's
-    class, in place."""
+    """Writes in the config of `model`, which has the form's layers already, what it is, and makes it of the class that
+    opens such a model, in place."""
     form, config = form_named(form_name), model.config
-    if form.CLASS is not None and not config.model_type.startswith(PREFIX):
-        rebuilt = rebuilt_class(type(model), form.CLASS)
-        config.__class__ = rebuilt.config_class
-        model.__class__ = rebuilt
-    marked: Any = config
     described = Description(form=form_name, method=method, reduction=reduction, dense=dense, layers=form.layers(model))
+    is_base, settings = form.base_opens(model)
+    base = base_class(type(model))
+    fitting = base if is_base else rebuilt_class(base)
+    if type(model) is not fitting:
+        model.__class__, config.__class__ = fitting, fitting.config_class
+        vars(config).pop("model_type", None)  # of a config that was read, whose class says it too
+    for key, value in settings.items():
+        setattr(config.get_text_config(), key, value)
+    marked: Any = config
     marked.sparsekd = described.as_dict()
 
 
-@functools.cache
-def rebuilt_class(base: Any, mixin: type) -> Any:
-    """The class of `base` models in which `mixin` puts the layers that `config.sparsekd` describes."""
-    base_config = base.config_class
-    config_class = type(
-        f"SparseKD{base_config.__name__}",
-        (base_config,),
-        {"model_type": PREFIX + base_config.model_type, "__doc__": f"{base_config.__name__} with `sparsekd` layers."},
-    )
-    return type(f"SparseKD{base.__name__}", (mixin, base), {"config_class": config_class})
-
-
-def form_in(found: Any, source: str) -> Form:
-    """The form that a config describes; raises `DataError` when it does not say what each layer is."""
+def require_described(found: Any, source: str) -> None:
+    """Raises `DataError` when a config does not say of what form a model is, and what each layer is."""
     version = found.get("version") if isinstance(found, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise DataError(
@@ -160,12 +154,11 @@ def form_in(found: Any, source: str) -> Form:
             f"model {source}: `sparsekd` in config.json is damaged: expected version, form ({' or '.join(names())}), "
             "method, reduction, dense and layers"
         )
-    return form
 
 
 def from_earlier(found: Any, dense: PreTrainedModel) -> Any:
     """A description that version 1 wrote, as one of now; `dense` is the model that was compressed, without weights.
-    What it lacks is left for `form_in` to name."""
+    What it lacks is left for `require_described` to name."""
     name = "mask" if found.get("format") == "mask" else "lowrank"
     try:
         described = Description(

@@ -1,11 +1,11 @@
-"""The layers of form `lowrank`: what stands in place of a dense linear layer. Knows torch and nothing else, so that an
-export can hand this file out as it is.
+"""The layers that stand in place of a model's dense ones, and how they are made again from its config. Knows torch and
+nothing else, so that an export can hand this file out as it is.
 
-Every kind writes the same matrices, W = up @ down of rank R. `two-factors` stores both factors. The pivot kinds store
-R rows or R columns of W itself and the others as combinations of them, which saves R^2 numbers, so full rank costs
-exactly the dense layer (PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: the neurons
-of an MLP can be put in any order, so one that suits all its matrices is written into the weights and costs nothing
-when the model runs.
+Form `width` has linear layers like the base's, of other sizes; the kinds below are of form `lowrank`. All of them write
+the same matrices, W = up @ down of rank R. `two-factors` stores both factors. The pivot kinds store R rows or R columns
+of W itself and the others as combinations of them, which saves R^2 numbers, so full rank costs exactly the dense layer
+(PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: the neurons of an MLP can be put in
+any order, so one that suits all its matrices is written into the weights and costs nothing when the model runs.
 
 Shape letters: I input features, O output features, R rank.
 """
@@ -136,15 +136,42 @@ class Rebuilt:
 
 
 def rebuild(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces the linear layers named in `layers` by ones of their kind and rank, whose weights are not set yet."""
+    """Replaces what is named in `layers`, linear layers by ones of their kind and rank, MLPs by ones of their width.
+    The weights are not set yet."""
     for name, described in layers.items():
+        if "neurons" in described:
+            _narrow(model.get_submodule(name), described)
+            continue
         parent, _, child = name.rpartition(".")
         dense = model.get_submodule(name)
-        # transformers' Conv1D keeps its matrix the other way round
-        outputs, inputs = dense.weight.shape if isinstance(dense, nn.Linear) else reversed(dense.weight.shape)
+        inputs, outputs = _sizes(dense)
         layer: Any = KINDS[described["kind"]]
         replaced = layer(inputs, outputs, described["rank"], dense.bias is not None)
         setattr(model.get_submodule(parent), child, replaced)
+
+
+def _narrow(mlp: Any, described: Mapping[str, Any]) -> None:
+    """Gives the matrices in a module so many neurons."""
+    *inputs, output = (mlp.get_submodule(child) for child in described["matrices"])
+    width, hidden = _sizes(output)
+    narrow = [resized(layer, hidden, _sizes(layer)[1] // width * described["neurons"]) for layer in inputs]
+    narrow.append(resized(output, described["neurons"], hidden))
+    for child, layer in zip(described["matrices"], narrow, strict=True):
+        setattr(mlp, child, layer)
+    mlp.dense_neurons = described["dense"]
+
+
+def resized(layer: Any, in_features: int, out_features: int) -> Any:
+    """A linear layer like this one, of other sizes, whose weights are not set yet."""
+    if isinstance(layer, nn.Linear):
+        return type(layer)(in_features, out_features, bias=layer.bias is not None)
+    return type(layer)(out_features, in_features)  # transformers' Conv1D, which has a bias
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Input and output features; transformers' Conv1D keeps its matrix the other way round."""
+    outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
+    return inputs, outputs
 
 
 def _is_plain(layer: nn.Module) -> bool:

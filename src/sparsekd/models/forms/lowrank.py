@@ -1,14 +1,13 @@
 """Form `lowrank`: MLP matrices as two factors, or as pivots and combinations of them (`_layers.py`).
 
-The neurons of an MLP can be renumbered: rows of gate and up (of both halves, where the two are one matrix), columns of
-down. The pivot format uses this freedom once, when it is made, so that the pivots of all three matrices come first.
+The neurons of an MLP can be renumbered. The pivot format uses this freedom once, when it is made, so that the pivots of
+all three matrices come first.
 
 Shape letters: I input features, O output features, R rank, N neurons.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,21 +19,20 @@ from transformers import PreTrainedModel
 
 from sparsekd.device import in_float64
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models.anatomy import MLP, find_mlps, is_linear, linear_weight, replace_module, shape
+from sparsekd.models.anatomy import MLP, find_mlps, linear_weight, replace_module, shape
 from sparsekd.models.forms._description import Description, Layers
 from sparsekd.models.forms._layers import (
     KINDS,
     ColumnPivotLinear,
     CompressedLinear,
     LowRankLinear,
-    Rebuilt,
     RowPivotLinear,
 )
+from sparsekd.models.forms._neurons import num_neurons, require_alike, rows_of
 from sparsekd.models.forms._pivots import combinations, common_pivots
 
 Factors = tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]  # up, down
 FORMATS = ("pivot", "lowrank")
-CLASS = Rebuilt  # mixed into the base's class
 
 
 # ---- the form
@@ -43,6 +41,11 @@ CLASS = Rebuilt  # mixed into the base's class
 def layers(model: PreTrainedModel) -> Layers:
     """What config.json says of each layer that is compressed: its rank and kind."""
     return {name: {"rank": layer.rank, "kind": layer.kind} for name, layer in compressed_layers(model).items()}
+
+
+def base_opens(model: PreTrainedModel) -> tuple[bool, dict[str, Any]]:
+    """No base has such layers."""
+    return False, {}
 
 
 def is_described(layer: Mapping[str, Any]) -> bool:
@@ -178,19 +181,19 @@ def put(model: PreTrainedModel, factors: dict[str, Factors], layer_format: str) 
     """Replaces each linear layer named in `factors` by a layer of that format, after all of them are made: an error
     leaves the model as it was. The names must contain all layers that are compressed already. Empties `factors`."""
     if layer_format == "pivot":
-        _check_renumbering(model)
+        require_alike(model, "format pivot")
     made: dict[str, nn.Module] = {}
     moved: list[tuple[Tensor, Tensor]] = []
     for mlp in find_mlps(model):
         names = [name for name in mlp.matrices if name in factors]
-        neurons = shape(model.get_submodule(mlp.output))[0]
+        neurons = num_neurons(model, mlp)
         order = (
             _order(mlp, {name: factors[name] for name in names}, neurons) if layer_format == "pivot" and names else None
         )
         for name in mlp.matrices:
             module, reads = model.get_submodule(name), name == mlp.output
             bias: Tensor | None = getattr(module, "bias", None)
-            rows = None if order is None or reads else _rows(order, shape(module)[1])
+            rows = None if order is None or reads else rows_of(order, neurons, shape(module)[1])
             if bias is not None and rows is not None:
                 bias = bias[rows]
             if name in factors:
@@ -211,50 +214,3 @@ def put(model: PreTrainedModel, factors: dict[str, Factors], layer_format: str) 
 def _order(mlp: MLP, factors: Mapping[str, Factors], neurons: int) -> Int[Tensor, " N"]:
     """The order of the neurons that puts pivots of every matrix first; of a fused gate and up, pivots of the gate."""
     return common_pivots([down.T if name == mlp.output else up[:neurons] for name, (up, down) in factors.items()])
-
-
-def _rows(order: Int[Tensor, " N"], out_features: int) -> Int[Tensor, " O"]:
-    return torch.cat([order + start for start in range(0, out_features, len(order))])
-
-
-def _check_renumbering(model: PreTrainedModel) -> None:
-    """Raises `UsageError` where something beside the linear layers tells the neurons of an MLP apart."""
-    mlps = find_mlps(model)
-    for mlp in mlps:
-        parent, neurons = _parent(model, mlp), shape(model.get_submodule(mlp.output))[0]
-        others = [p for child in parent.children() if not is_linear(child) for p in child.parameters()]
-        if neurons != shape(model.get_submodule(mlp.output))[1] and any(p.shape == (neurons,) for p in others):
-            raise _not_renumbered(mlp, "has a parameter for each neuron")
-    if compressed_layers(model):
-        return  # it was found before
-    fused = next((mlp for mlp in mlps if _is_fused(model, mlp)), None)
-    if fused is not None and not _halves_are_gate_and_up(model, fused):
-        raise _not_renumbered(fused, "does not read its fused matrix as two halves")
-
-
-def _not_renumbered(mlp: MLP, why: str) -> UsageError:
-    return UsageError(f"{mlp.output.rpartition('.')[0]} {why}: format pivot cannot be used, lowrank can")
-
-
-def _parent(model: PreTrainedModel, mlp: MLP) -> nn.Module:
-    return model.get_submodule(mlp.output.rpartition(".")[0])
-
-
-def _is_fused(model: PreTrainedModel, mlp: MLP) -> bool:
-    return shape(model.get_submodule(mlp.inputs[0]))[1] == 2 * shape(model.get_submodule(mlp.output))[0]
-
-
-def _halves_are_gate_and_up(model: PreTrainedModel, mlp: MLP) -> bool:
-    """Whether a copy of the MLP whose neurons are all moved by one computes the same."""
-    parent = _parent(model, mlp)
-    moved = copy.deepcopy(parent)
-    fused, output = (moved.get_submodule(name.rpartition(".")[2]) for name in mlp.matrices)
-    order = torch.arange(shape(output)[0], device=model.device).roll(1)
-    rows = _rows(order, shape(fused)[1])
-    linear_weight(fused).copy_(linear_weight(fused)[rows])
-    linear_weight(output).copy_(linear_weight(output)[:, order])
-    if isinstance(fused.bias, Tensor):
-        fused.bias.copy_(fused.bias[rows])
-    x = torch.randn(16, shape(fused)[0], generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-    expected = parent(x)
-    return bool(torch.allclose(moved(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())))

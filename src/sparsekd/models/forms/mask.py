@@ -14,8 +14,6 @@ from sparsekd.errors import DataError
 from sparsekd.models.anatomy import find_mlps, linear_weight
 from sparsekd.models.forms._description import Description, Layers, description_of
 
-CLASS = None  # the base's own
-
 
 def layers(model: PreTrainedModel) -> Layers:
     """What config.json says of each matrix with zeros: how many."""
@@ -26,6 +24,11 @@ def layers(model: PreTrainedModel) -> Layers:
 def num_zeros(model: PreTrainedModel, name: str) -> int:
     """The zeros in a matrix of the model."""
     return int((linear_weight(model.get_submodule(name)) == 0).sum())
+
+
+def base_opens(model: PreTrainedModel) -> tuple[bool, dict[str, Any]]:
+    """The base's own class, as it is."""
+    return True, {}
 
 
 def is_described(layer: Mapping[str, Any]) -> bool:
