@@ -227,10 +227,10 @@ def test_zeros_that_other_training_filled_are_named(new_masked: Any, tokenizer: 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("mask", "expected version, form .lowrank or mask., method, reduction, dense and layers"),
+        ("mask", "expected version, form .* method, reduction, dense and layers"),
         (
             {"format": "mask", "method": "wanda", "reduction": 0.5},
-            "expected version, form .lowrank or mask., method, reduction, dense and layers",
+            "expected version, form .* method, reduction, dense and layers",
         ),
         (
             {"format": "mask", "method": "wanda", "reduction": 0.5, "zeros": {"lm_head": 3}},

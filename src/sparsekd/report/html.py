@@ -21,21 +21,23 @@ def render(report: Record) -> str:
         pictures["calibration"] = plots.calibration(report["evaluation"])
         if len(report["rounds"]) > 1:
             pictures["rounds"] = plots.rounds(report["rounds"])
-    masked = any(matrix["zeros"] for matrix in report["compression"]["matrices"])
-    if not masked:
-        pictures["ranks"] = plots.ranks(report["compression"])
+    structure = report["compression"]
+    left = tables.left(structure)
+    if left != "zeros":
+        pictures["structure"] = (plots.widths if left == "neurons" else plots.ranks)(structure)
     return _template("report.html").render(
         report=report,
-        masked=masked,
+        masked=left == "zeros",
+        heading={"zeros": "Zeros by matrix", "neurons": "Neurons by layer", "ranks": "Ranks by layer"}[left],
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
         size_header=tables.SIZE_HEADER,
-        sizes=tables.sizes(report["compression"]),
+        sizes=tables.sizes(structure),
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
         matrix_header=tables.MATRIX_HEADER,
-        matrices=tables.matrices(report["compression"]),
+        matrices=tables.matrices(structure),
         seconds=tables.seconds(report["seconds"]),
         memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from typing import Any
@@ -75,6 +76,22 @@ def ranks(plan: Record) -> str:
         right[0].set(xlabel="layer", ylabel="KL predicted (nats a token)", yscale="log")
         if any(m["probed_kl"] for m in plan["matrices"]):
             right[0].set_title("open: measured, at the rank first planned", fontsize=9)
+    return svg(figure)
+
+
+def widths(plan: Record) -> str:
+    """Neurons kept in each layer, as a share of the dense width; and, where it is known, the KL of cutting each layer's
+    MLP alone that was predicted."""
+    mlps = [list(lines) for _, lines in itertools.groupby(plan["matrices"], lambda m: m["name"].rpartition(".")[0])]
+    known = plan["predicted_kl"] is not None
+    figure, (left, *right) = figures(2 if known else 1)
+    style: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 4}
+    # all parameters of a matrix that writes neurons belong to one of them
+    left.plot(range(len(mlps)), [m["parameters_after"] / m["parameters_before"] for m, *_ in mlps], **style)
+    left.set(xlabel="layer", ylabel="neurons / dense width", ylim=(0, 1.05))
+    if known:
+        right[0].plot(range(len(mlps)), [sum(m["predicted_kl"] or 0 for m in mlp) or math.nan for mlp in mlps], **style)
+        right[0].set(xlabel="layer", ylabel="KL predicted (nats a token)", yscale="log")
     return svg(figure)
 
 

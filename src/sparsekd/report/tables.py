@@ -29,7 +29,7 @@ SIZE_HEADER = ["", "before", "after", "removed"]
 MATRIX_HEADER = [
     "matrix",
     "shape",
-    "rank",
+    "left",
     "parameters",
     "after",
     "output energy lost",
@@ -156,6 +156,20 @@ def _estimate(found: Record) -> str:
     return plus_minus(found["value"], found["standard_error"], "{:.3f}".format)
 
 
+def left(plan: Record) -> str:
+    """What the cut leaves of the matrices: zeros, neurons or ranks."""
+    found = (name for name in ("zeros", "neurons") if any(m.get(name) for m in plan["matrices"]))
+    return next(found, "ranks")
+
+
+def _left(matrix: Record) -> str:
+    """The same of one matrix, with its number."""
+    for name in ("zeros", "neurons"):  # a run of version 0.1 has no neurons
+        if matrix.get(name):
+            return f"{matrix[name]:,} {name}"
+    return f"rank {matrix['rank']:,}" if matrix["rank"] else "dense"
+
+
 def matrices(plan: Record) -> Rows:
     """A row a matrix: what it was, what is left, and the share of its output energy that the truncation loses."""
     rows = []
@@ -165,7 +179,7 @@ def matrices(plan: Record) -> Rows:
             [
                 m["name"],
                 f"{m['out_features']} x {m['in_features']}",
-                f"{m['zeros']:,} zeros" if m["zeros"] else str(m["rank"] or "dense"),
+                _left(m),
                 f"{m['parameters_before']:,}",
                 f"{m['parameters_after']:,}",
                 "" if lost is None else f"{lost:.2%}",
