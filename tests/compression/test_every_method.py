@@ -24,10 +24,12 @@ from sparsekd.run import dry_run, inspection
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 METHODS = {method_named(name).FORM: name for name in names()}  # one for each form that has any
+# of tiny models
+OPTIONS: dict[str, dict[str, Any]] = {"neurons": {"multiple": 2}}
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 300, (12, 32), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 300, (40, 32), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -35,9 +37,10 @@ def tokens() -> torch.Tensor:
 def test_every_method_on_every_architecture(
     method: str, architecture: str, make_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    dense, section = make_model(architecture), compress_section({"method": method, "reduction": 0.3})
-    model = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, method=method)
-    again = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, method=method)
+    dense, options = make_model(architecture), {"method": method} | OPTIONS.get(method, {})
+    section = compress_section({"reduction": 0.3} | options)
+    model = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, **options)
+    again = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, **options)
     assert models.weights_hash(model) == models.weights_hash(again)
     description = forms.description_of(model)
     assert description is not None
@@ -56,15 +59,16 @@ def test_every_method_on_every_architecture(
         name: value.shape for name, value in model.state_dict().items()
     }
     with pytest.raises(UsageError, match="already: expected more"):
-        sparsekd.compress(loaded, tokens(), reduction=0.2, method=method)
-    sparsekd.compress(loaded, tokens(), reduction=0.5, method=method)
+        sparsekd.compress(loaded, tokens(), reduction=0.2, **options)
+    sparsekd.compress(loaded, tokens(), reduction=0.5, **options)
     further = forms.description_of(loaded)
     assert further is not None and further.dense == description.dense and further.reduction == 0.5
 
 
 @pytest.mark.parametrize("form", METHODS)
 def test_every_form_from_end_to_end(form: str, tiny_recipe: Path, tmp_path: Path) -> None:
-    settings = (f"compress.method={METHODS[form]}", "compress.reduction=0.3", "rounds=[0.2,0.4]")
+    own = (f"compress.{METHODS[form]}.{name}={value}" for name, value in OPTIONS.get(METHODS[form], {}).items())
+    settings = (f"compress.method={METHODS[form]}", *own, "compress.reduction=0.3", "rounds=[0.2,0.4]")
     recipe = load_recipe(str(tiny_recipe), (*settings, "distill.train=compressed"))
     estimated = dry_run.estimate(recipe)
     pipeline.run(recipe, tmp_path / "run")

@@ -7,6 +7,7 @@ on a `device` other than the model's.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -18,8 +19,10 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression import statistics
 from sparsekd.compression.probe import Probe, Teacher
+from sparsekd.compression.walk import Walk
+from sparsekd.device import fast_products
 from sparsekd.errors import UsageError
-from sparsekd.models import MLP
+from sparsekd.models import MLP, find_mlps, shape
 
 
 class Batch(NamedTuple):
@@ -75,13 +78,7 @@ class Calibration:
 
         Raises `UsageError` for fewer tokens than the hidden size has dimensions.
         """
-        hidden = self.model.config.get_text_config().hidden_size
-        enough = statistics.TOKENS_PER_DIMENSION * hidden  # below it the statistics are fitted to the sample
-        found = f"statistics of {hidden} dimensions from {self.num_tokens} tokens"
-        if self.num_tokens < hidden:
-            raise UsageError(f"{found}: expected at least {hidden}, better {enough}")
-        if self.num_tokens < enough:
-            self.warn(f"{found}: at least {enough} are advised")
+        self._require_enough(self.model.config.get_text_config().hidden_size)
         return statistics.collect(
             self.model,
             self._tokens,
@@ -91,6 +88,23 @@ class Calibration:
             separator=self.separator,
         )
 
+    def output_curvature(self, num_tokens: int) -> dict[MLP, statistics.Gram]:
+        """The curvature of the KL at the output of each MLP, from about `num_tokens` tokens; the caller takes it over.
+
+        Raises `UsageError` for fewer tokens than the MLPs have neurons.
+        """
+        self._require_enough(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
+        counts = itertools.accumulate((tokens.numel() for tokens in self._tokens), initial=0)
+        few = [tokens for tokens, before in zip(self._tokens, counts, strict=False) if before < num_tokens]
+        with fast_products(self.device or self.model.device):
+            return statistics.output_curvature(
+                self.model, few, seed=self.seed, device=self.device, separator=self.separator
+            )
+
+    def walk(self) -> Walk:
+        """The text, before the first layer."""
+        return Walk(self.model, self._tokens, self.device, self.separator)
+
     @functools.cached_property
     def input_norms(self) -> dict[str, Float[Tensor, " F"]]:
         """The norm of every input of each MLP matrix over all tokens, by the matrix's name."""
@@ -99,6 +113,14 @@ class Calibration:
     def probe(self) -> Probe:
         """The true KL of a change of the model, on all of the text."""
         return Probe(self.model, [(batch.ids, batch.tokens) for batch in self.batches], self.teacher, self.separator)
+
+    def _require_enough(self, dimensions: int) -> None:
+        enough = statistics.TOKENS_PER_DIMENSION * dimensions  # below it the statistics are fitted to the sample
+        found = f"statistics of {dimensions} dimensions from {self.num_tokens} tokens"
+        if self.num_tokens < dimensions:
+            raise UsageError(f"{found}: expected at least {dimensions}, better {enough}")
+        if self.num_tokens < enough:
+            self.warn(f"{found}: at least {enough} are advised")
 
     @property
     def _tokens(self) -> list[Tensor]:

@@ -64,7 +64,7 @@ def from_output_gram(gram: Float[Tensor, "O O"], curvature: Float[Tensor, "O O"]
     if curvature is None:
         energy, basis = torch.linalg.eigh(in_float64(gram))
         return Projection(basis.flip(1).float(), None, energy.flip(0).clamp_min(0))
-    metric = _regularised(in_float64(curvature))
+    metric = regularised(in_float64(curvature))
     values, vectors = torch.linalg.eigh(metric)
     root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
     energy, basis = torch.linalg.eigh(root @ in_float64(gram) @ root)
@@ -87,7 +87,7 @@ def from_input_gram(
     weighted = exact @ root  # W S
     if curvature is None:
         return _directions(weighted)
-    metric = _regularised(in_float64(curvature))
+    metric = regularised(in_float64(curvature))
     rows = metric.sqrt()[:, None]
     found = _directions(rows * weighted)
     return Projection((found.left / rows).float(), metric, found.energy)
@@ -108,7 +108,7 @@ def _directions(weighted: Float[Tensor, "O I"]) -> Projection:
     return Projection(basis.float(), None, energy[:kept].clamp_min(0))
 
 
-def _regularised(curvature: Tensor) -> Tensor:
+def regularised(curvature: Tensor) -> Tensor:
     """A matrix or a diagonal, mixed with a multiple of the identity that has the same mean diagonal."""
     diagonal = curvature.diagonal() if curvature.ndim == 2 else curvature
     mean = diagonal.mean().clamp_min(1e-30)  # of outputs that the loss ignores; its root has an inverse in float32

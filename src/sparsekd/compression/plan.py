@@ -43,6 +43,7 @@ class Plan:
     model_parameters_before: int  # of the dense model
     reduction: float  # that was asked for
     predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
+    predicted_kl_by_allocation: dict[str, float] | None = None  # where a method knows of more than one
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
 
     @property
@@ -74,7 +75,8 @@ class Plan:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
         totals["model_parameters_stored"] = self.model_parameters_stored
-        found = {"predicted_kl": self.predicted_kl, "measured_kl": self.measured_kl}
+        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl")
+        found = {name: getattr(self, name) for name in losses}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
 
 

@@ -39,6 +39,12 @@ NORM_CAP = 4.0
 TOKENS_PER_DIMENSION = 10  # fewer make a poor second moment: directions are then fitted to the sample
 
 
+def weights_of(x: Float[Tensor, "N F"], cap: float = NORM_CAP) -> Float[Tensor, "N 1"]:
+    """What a token counts times: 1, and less where its norm is more than `cap` times the median."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return (cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
+
+
 class Gram:
     """Running sum of `x x^T`, or of its diagonal: products in the activations' precision, sums in float64."""
 
@@ -50,9 +56,9 @@ class Gram:
     def add(self, x: Float[Tensor, "N F"]) -> None:
         x = x.detach().float()
         if self.cap is not None:
-            norm = x.norm(dim=-1, keepdim=True)
-            x = x * (self.cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
-        self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
+            x = x * weights_of(x, self.cap)
+        with torch.autocast(x.device.type, enabled=False):
+            self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
         self.num_tokens += len(x)
 
     def mean(self, device: torch.device | None = None) -> Tensor:
@@ -121,6 +127,26 @@ def collect(
     return moments
 
 
+def output_curvature(
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    separator: int | None = None,
+) -> dict[MLP, Gram]:
+    """The curvature at the output of each MLP alone; all else as in `collect`."""
+    hidden = model.config.get_text_config().hidden_size
+    found = {mlp: Gram(hidden, cap=None) for mlp in find_mlps(model)}
+    handles = [model.get_submodule(mlp.output).register_forward_hook(_reads_gradient(g)) for mlp, g in found.items()]
+    try:
+        _run_all(model, batches, {mlp: [gram] for mlp, gram in found.items()}, device, separator, seed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def input_norms(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "_ _"]],
@@ -160,7 +186,7 @@ def _run_all(
     layers, home = Layers(model), model.device
     device = device or home
     rank, world = rank_and_count()
-    with _without_weight_gradients(model), _all_but_layers_on(model, layers, device):
+    with _without_weight_gradients(model), all_but_layers_on(model, layers, device):
         for number, batch in enumerate(batches):
             if number % world != rank:
                 continue
@@ -262,7 +288,7 @@ def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _all_but_layers_on(model: PreTrainedModel, layers: Layers, device: torch.device) -> Iterator[None]:
+def all_but_layers_on(model: PreTrainedModel, layers: Layers, device: torch.device) -> Iterator[None]:
     """Embedding, final norm and output projection stay on `device`; the decoder layers come and go."""
     home = model.device
     if device == home:

@@ -52,6 +52,21 @@ class Layers:
                 handle.remove()
         return hidden
 
+    def entering(self, call: Callable[[], Any]) -> Float[Tensor, "B L H"]:
+        """What the first layer reads when `call` runs the model; no layer runs. `record` as for `run`."""
+        found: list[Tensor] = []
+
+        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+        handle = self.modules[0].register_forward_pre_hook(on_input, with_kwargs=True)
+        try:
+            with self._passing_on(list(range(len(self.modules)))):
+                call()
+        finally:
+            handle.remove()
+        return found[0]
+
     def run(
         self, call: Callable[[], Result], hidden: Float[Tensor, "B L H"], first: int, stop: int | None = None
     ) -> tuple[Result, Float[Tensor, "B L H"]]:

@@ -124,7 +124,10 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     together = int(recipe.evaluate.agreement)  # models beside the dense one
     evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_stored) + (2 + together) * logits
     directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices if m.rank is not None)
-    truncation = 4 * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + directions
+    needs = method_named(recipe.compress.method).needs(recipe.compress.options)
+    streams = needs.streams * recipe.compress.num_tokens * 4 * sizes.hidden
+    kept = directions + streams + needs.neuron_grams * 8 * sizes.widest**2
+    truncation = 4 * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + kept
     return _RUNTIME_BYTES + max(training, evaluation, truncation)
 
 

@@ -25,6 +25,8 @@ class Needs:
     passes: float = 0.0  # over the tokens of the statistics, in plain forward passes
     probe_tokens: int = 0  # on which each matrix's true damage is measured
     solver_flops: float = 0.0  # for each matrix, times its smaller side to the third power
+    streams: int = 0  # hidden states of all tokens that are kept at once
+    neuron_grams: int = 0  # matrices of an MLP's neurons by its neurons, in float64, at once
     reads: str | None = None  # a file that decides the result, known to a run by its content
 
 

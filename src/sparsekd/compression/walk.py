@@ -1,0 +1,113 @@
+"""A model's decoder layers, one after the other, over all blocks: what a layer's neurons are, and what it hands on.
+
+Nothing of a layer is kept when its turn is over but the hidden states that the next one reads, so that of statistics of
+intermediate size those of one layer are in memory.
+
+Shape letters: B blocks, L positions, N tokens, H hidden size, I neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekd.compression.statistics import all_but_layers_on
+from sparsekd.device import fast_products, rank_and_count
+from sparsekd.models import Layers, document_inputs, find_mlps
+
+
+class Walk:
+    """This process's share of the batches on their way through the layers; `hidden` is what the next layer reads."""
+
+    hidden: list[Float[Tensor, "B L H"]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Int[Tensor, "_ _"]],
+        device: torch.device | None = None,
+        separator: int | None = None,
+    ):
+        """`device` and `separator` as in `statistics.collect`."""
+        self.model, self.device = model, device or model.device
+        self._layers, self._mlps = Layers(model), find_mlps(model)
+        rank, world = rank_and_count()
+        own = [batch for number, batch in enumerate(batches) if number % world == rank]
+        self._inputs = [document_inputs(batch.to(self.device), separator) for batch in own]
+        with self._other_parts():
+            if own:
+                short = {name: value[:1, :2] for name, value in self._inputs[0].items()}
+                self._layers.record(lambda: self._decode(short))
+            self.hidden = [self._layers.entering(lambda inputs=inputs: self._decode(inputs)) for inputs in self._inputs]
+
+    def copy(self) -> Walk:
+        """Another walk from where this one is."""
+        other: Any = Walk.__new__(Walk)
+        vars(other).update(vars(self) | {"hidden": list(self.hidden)})
+        return other
+
+    def look(self, layer: int) -> Iterator[tuple[Float[Tensor, "N I"], Float[Tensor, "N H"]]]:
+        """The neurons of a layer's MLP and the layer's output, a batch at a time; `hidden` stays what it was."""
+        for neurons, after in self._outputs(layer):
+            yield neurons.flatten(0, -2).float(), after.flatten(0, -2)
+
+    def step(self, layer: int) -> Iterator[tuple[Float[Tensor, "N I"], Float[Tensor, "N H"]]]:
+        """As `look`; in the end `hidden` is what the layer hands on."""
+        outputs = []
+        for neurons, after in self._outputs(layer):
+            outputs.append(after)
+            yield neurons.flatten(0, -2).float(), after.flatten(0, -2)
+        self.hidden = outputs
+
+    def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seen: list[Tensor] = []
+        output = self.model.get_submodule(self._mlps[layer].output)
+        handle = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            with self._visiting(layer):
+                for inputs, hidden in zip(self._inputs, self.hidden, strict=True):
+                    after = self._run(layer, inputs, hidden)
+                    yield seen.pop(), after
+        finally:
+            handle.remove()
+
+    def adds_its_mlp(self, layer: int) -> bool:
+        """Whether the layer's output is its MLP's with something added: where a norm comes between, it is not."""
+        output = self.model.get_submodule(self._mlps[layer].output)
+        inputs, hidden = ({k: v[:1] for k, v in self._inputs[0].items()}, self.hidden[0][:1])
+        with self._visiting(layer):
+            before = self._run(layer, inputs, hidden)
+            moved = before.std() * torch.linspace(-1, 1, before.shape[-1], device=before.device)
+            handle = output.register_forward_hook(lambda _, __, value: value + moved.to(value))
+            try:
+                after = self._run(layer, inputs, hidden)
+            finally:
+                handle.remove()
+        return bool(torch.allclose(after - before, moved.expand_as(after).to(after), atol=0.1 * float(before.std())))
+
+    def _run(self, layer: int, inputs: dict[str, Tensor], hidden: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
+        return self._layers.run(lambda: self._decode(inputs), hidden, layer, layer + 1)[1]
+
+    def _decode(self, inputs: dict[str, Tensor]) -> None:
+        with torch.no_grad(), fast_products(self.device):
+            self.model.get_decoder()(**inputs, use_cache=False)
+
+    def _other_parts(self) -> Any:
+        return all_but_layers_on(self.model, self._layers, self.device)
+
+    @contextmanager
+    def _visiting(self, number: int) -> Iterator[None]:
+        """The layer is on the device of the walk, and so is all that is no layer."""
+        layer, home = self._layers.modules[number], self.model.device
+        with self._other_parts():
+            nn.Module.to(layer, self.device)
+            try:
+                yield
+            finally:
+                nn.Module.to(layer, home)
