@@ -41,8 +41,8 @@ TOKENS_PER_DIMENSION = 10  # fewer make a poor second moment: directions are the
 
 def weights_of(x: Float[Tensor, "N F"], cap: float = NORM_CAP) -> Float[Tensor, "N 1"]:
     """What a token counts times: 1, and less where its norm is more than `cap` times the median."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return (cap * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
+    norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return (cap * norm.median() / norm).clamp_max(1.0)
 
 
 class Gram:

@@ -55,14 +55,14 @@ class Walk:
     def look(self, layer: int) -> Iterator[tuple[Float[Tensor, "N I"], Float[Tensor, "N H"]]]:
         """The neurons of a layer's MLP and the layer's output, a batch at a time; `hidden` stays what it was."""
         for neurons, after in self._outputs(layer):
-            yield neurons.flatten(0, -2).float(), after.flatten(0, -2)
+            yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
 
     def step(self, layer: int) -> Iterator[tuple[Float[Tensor, "N I"], Float[Tensor, "N H"]]]:
         """As `look`; in the end `hidden` is what the layer hands on."""
         outputs = []
         for neurons, after in self._outputs(layer):
             outputs.append(after)
-            yield neurons.flatten(0, -2).float(), after.flatten(0, -2)
+            yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
         self.hidden = outputs
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:

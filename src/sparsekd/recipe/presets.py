@@ -16,8 +16,8 @@ DEMO: dict[str, Any] = {
         # an article quotes what a held-out one quotes, and functions share comments with held-out ones
         "overlap": "drop",
     },
-    "compress": {"method": "two-sided", "num_tokens": 8192, "two-sided": {"allocation": "global"}},
-    "distill": {"micro_batch_size": 2},
+    "compress": {"method": "neurons", "reduction": 0.35, "num_tokens": 15_360},
+    "distill": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 2e-4},
     "evaluate": {
         "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},
         "max_tokens": 4096,

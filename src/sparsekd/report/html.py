@@ -33,6 +33,7 @@ def render(report: Record) -> str:
         rounds=tables.rounds(report),
         size_header=tables.SIZE_HEADER,
         sizes=tables.sizes(structure),
+        prefill=tables.prefill(report["evaluation"]),
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
         frequencies=tables.agreements_by_frequency(report["evaluation"]),

@@ -224,6 +224,18 @@ def sizes(plan: Record) -> Rows:
     ]
 
 
+def prefill(evaluation: Record) -> str | None:
+    """How fast the last model reads a prompt beside the dense one; None where they were not timed side by side."""
+    found = evaluation.get("prefill")  # a run of version 0.1 has none
+    if found is None:
+        return None
+    dense, other = (found["seconds"][name] for name in ("dense", list(found["seconds"])[-1]))
+    return (
+        f"prefill {dense / other:.2f} times as fast as the dense model's, in PyTorch on this machine "
+        f"({found['blocks']} blocks of {found['length']} tokens, the median of seven passes in turns)"
+    )
+
+
 def seconds(by_stage: dict[str, float]) -> Rows:
     """A row a stage: how long it took, or will take."""
     return [[name, duration(value)] for name, value in by_stage.items()]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus, files
 from sparsekd.evaluate import harness, measure
+from sparsekd.evaluate.speed import prefill
 from sparsekd.recipe import inputs_of
 from sparsekd.records import Record
 from sparsekd.run.reading import Summary
@@ -47,12 +48,15 @@ def measure_texts(work: Work, round_: Round) -> Summary:
         return stage.summary
     # side by side with the dense model only where they are compared, and one of them at a time: memory
     together = [("dense", name) for name in named if name != "dense"] if options.agreement else [(n,) for n in named]
+    speed: Record | None = None  # of the last one beside the dense model
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
         for text in options.texts:
             _measure(compared, text, work.blocks.texts[text], stage)
+        if options.agreement and options.texts:
+            speed = prefill(compared.models)
     results = {name: {text: stage.kept(_result(name, text)) for text in options.texts} for name in named}
-    return stage.finish({"models": results})
+    return stage.finish({"models": results, "prefill": speed})
 
 
 def score_model(work: Work, where: Place) -> Record:
