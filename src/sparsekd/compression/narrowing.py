@@ -88,17 +88,33 @@ def narrow(model: PreTrainedModel, planned: Plan, calibration: Calibration, opti
 
     Raises `DataError` for neurons that are not finite, or all zero.
     """
-    mlps = find_mlps(model)
-    metrics = calibration.output_curvature(_CURVATURE_TOKENS * model.config.get_text_config().hidden_size)
-    walk = calibration.walk()
-    start, removals = walk.copy(), {}
-    for layer, mlp in enumerate(mlps):
-        removals[mlp] = _removal_of(model, mlp, metrics.pop(mlp), walk, layer)
-    chosen = _divided(model, planned, removals, options)
+    removals = removals_of(model, calibration)
+    chosen = divided(model, planned, removals, options.multiple)[options.allocation]
     neurons = {line.name: line.neurons or 0 for line in chosen.matrices}
     kept = {mlp: found.kept(neurons[mlp.output]).cpu() for mlp, found in removals.items()}
-    width.keep(model, kept, *_compensated(model, kept, start))
+    width.keep(model, kept, *_compensated(model, kept, calibration.walk()))
     return chosen
+
+
+def removals_of(model: PreTrainedModel, calibration: Calibration) -> dict[MLP, Removal]:
+    """In which order the neurons of each MLP go and what that costs, in the model as it is; errors as in `narrow`."""
+    metrics = calibration.output_curvature(_CURVATURE_TOKENS * model.config.get_text_config().hidden_size)
+    walk = calibration.walk()
+    return {mlp: _removal_of(model, mlp, metrics.pop(mlp), walk, layer) for layer, mlp in enumerate(find_mlps(model))}
+
+
+def divided(model: PreTrainedModel, planned: Plan, removals: Mapping[MLP, Removal], multiple: int) -> dict[str, Plan]:
+    """A plan for each allocation, with what its widths are predicted to cost; `planned` has one width."""
+    curves = [_curve(model, mlp, found, multiple) for mlp, found in removals.items()]
+    fixed = sum(num_parameters(model.get_submodule(mlp.output)) for mlp in removals) - sum(
+        linear_weight(model.get_submodule(mlp.output)).numel() for mlp in removals
+    )
+    by_layer = allocate(curves, (1 - planned.reduction) * planned.mlp_parameters_before - fixed)
+    names = (mlp.output.rpartition(".")[0] for mlp in removals)
+    plans = {"global": widths.plan_of(planned, dict(zip(names, by_layer, strict=True))), "uniform": planned}
+    plans = {allocation: _with_losses(plan, removals) for allocation, plan in plans.items()}
+    both = {allocation: plan.predicted_kl or 0.0 for allocation, plan in plans.items()}
+    return {allocation: replace(plan, predicted_kl_by_allocation=both) for allocation, plan in plans.items()}
 
 
 def _removal_of(model: PreTrainedModel, mlp: MLP, metric: Gram, walk: Walk, layer: int) -> Removal:
@@ -127,20 +143,6 @@ def _check(gram: Float[Tensor, "I I"], mlp: MLP) -> None:
 
 def _has_bias(model: PreTrainedModel, mlp: MLP) -> bool:
     return getattr(model.get_submodule(mlp.output), "bias", None) is not None
-
-
-def _divided(model: PreTrainedModel, planned: Plan, removals: Mapping[MLP, Removal], options: Options) -> Plan:
-    """The plan with the widths that the options ask for; it says what either kind of them is predicted to cost."""
-    one_width = _with_losses(planned, removals)
-    curves = [_curve(model, mlp, found, options.multiple) for mlp, found in removals.items()]
-    fixed = sum(num_parameters(model.get_submodule(mlp.output)) for mlp in removals) - sum(
-        linear_weight(model.get_submodule(mlp.output)).numel() for mlp in removals
-    )
-    by_layer = allocate(curves, (1 - planned.reduction) * planned.mlp_parameters_before - fixed)
-    names = (mlp.output.rpartition(".")[0] for mlp in removals)
-    divided = _with_losses(widths.plan_of(planned, dict(zip(names, by_layer, strict=True))), removals)
-    both = {"global": divided.predicted_kl or 0.0, "uniform": one_width.predicted_kl or 0.0}
-    return replace(divided if options.allocation == "global" else one_width, predicted_kl_by_allocation=both)
 
 
 def _curve(model: PreTrainedModel, mlp: MLP, found: Removal, multiple: int) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from sparsekd.records import Record
@@ -38,6 +39,9 @@ MATRIX_HEADER = [
 ]
 
 SPECTRUM_HEADER = ["matrix", "shape", "effective rank", "of the weight", "rank kept", "energy lost", "predicted KL"]
+_KEPT = (0.95, 0.85, 0.65, 0.5, 0.35, 0.2)  # of the neurons
+_ALLOCATIONS = ("global", "uniform")
+DAMAGE_HEADER = ["reads the neurons", "neurons", *(f"{share:.0%}" for share in _KEPT), *_ALLOCATIONS]
 
 
 def number(value: float) -> str:
@@ -190,14 +194,9 @@ def matrices(plan: Record) -> Rows:
     return rows
 
 
-def spectrum_title(found: Record) -> str:
-    """What the spectra were taken by, and of which cut the last columns speak."""
-    return f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}"
-
-
-def spectrum(found: Record) -> Rows:
+def spectrum(found: Record) -> Titled:
     """A row a matrix: how many directions carry it, and what a uniform cut would lose."""
-    return [
+    rows = [
         [
             m["name"],
             f"{m['out_features']} x {m['in_features']}",
@@ -209,6 +208,23 @@ def spectrum(found: Record) -> Rows:
         ]
         for m in found["matrices"]
     ]
+    return Titled(f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}", SPECTRUM_HEADER, rows)
+
+
+def damage(found: Record) -> Titled:
+    """A row an MLP: the predicted KL of keeping a share of its neurons, between multiples by a straight line, and its
+    width with a width a layer and with one width; last the sums of what these cost."""
+    rows = []
+    for mlp in found["mlps"]:
+        curve = np.interp([share * mlp["neurons"] for share in _KEPT], mlp["kept"], mlp["predicted_kl"])
+        widths = [f"{mlp['neurons_by_allocation'][name]:,}" for name in _ALLOCATIONS]
+        rows.append([mlp["name"], f"{mlp['neurons']:,}", *(f"{kl:.2g}" for kl in curve), *widths])
+    sums = [f"{found['predicted_kl_by_allocation'][name]:.3g}" for name in _ALLOCATIONS]
+    rows.append(["predicted KL of all", *[""] * (1 + len(_KEPT)), *sums])
+    title = (
+        f"Predicted KL (nats a token) of keeping a share of the neurons; widths for {found['reduction']:.0%} removed"
+    )
+    return Titled(title, DAMAGE_HEADER, rows)
 
 
 def sizes(plan: Record) -> Rows:
