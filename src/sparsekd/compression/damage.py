@@ -1,7 +1,7 @@
 """What each width of each MLP is predicted to cost: for the method `neurons` what spectra are for low rank.
 
 A curve that stays low for long is of an MLP with neurons to spare. `global` divides the budget so that a parameter
-saves as much in one MLP as in any other; how far its sum lies below that of one width is what widths by layer are worth.
+saves as much in one MLP as in any other; how far its sum lies below that of one width is what a width a layer is worth.
 """
 
 from __future__ import annotations

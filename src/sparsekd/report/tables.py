@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from sparsekd.compression import widths
 from sparsekd.records import Record
 
 Rows = list[list[str]]
@@ -217,8 +218,8 @@ def damage(found: Record) -> Titled:
     rows = []
     for mlp in found["mlps"]:
         curve = np.interp([share * mlp["neurons"] for share in _KEPT], mlp["kept"], mlp["predicted_kl"])
-        widths = [f"{mlp['neurons_by_allocation'][name]:,}" for name in _ALLOCATIONS]
-        rows.append([mlp["name"], f"{mlp['neurons']:,}", *(f"{kl:.2g}" for kl in curve), *widths])
+        given = [f"{mlp['neurons_by_allocation'][name]:,}" for name in _ALLOCATIONS]
+        rows.append([mlp["name"], f"{mlp['neurons']:,}", *(f"{kl:.2g}" for kl in curve), *given])
     sums = [f"{found['predicted_kl_by_allocation'][name]:.3g}" for name in _ALLOCATIONS]
     rows.append(["predicted KL of all", *[""] * (1 + len(_KEPT)), *sums])
     title = (
@@ -238,6 +239,15 @@ def sizes(plan: Record) -> Rows:
         ]
         for part, title in (("mlp", "MLPs"), ("model", "whole model"))
     ]
+
+
+def allocations(report: Record) -> str | None:
+    """What the widths that were chosen are predicted to give up, and what the other allocation's would have; None where
+    the method knows of one only."""
+    plan, section = report["compression"], report["recipe"]["compress"]
+    if plan.get("predicted_kl_by_allocation") is None:  # a run of version 0.1 has none
+        return None
+    return widths.compared(plan, section["method"], section[section["method"]]["allocation"])
 
 
 def seconds(by_stage: dict[str, float]) -> Rows:
