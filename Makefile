@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test fuzz
 
 demo: .venv/installed
-	$(BIN)/sparsekd run smollm2-135m --reduction 0.15 --out runs/demo
+	$(BIN)/sparsekd run smollm2-135m --out runs/demo
 
 test: .venv/installed
 	$(BIN)/ruff check .

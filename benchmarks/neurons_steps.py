@@ -6,7 +6,6 @@ DIR is the folder that recipes/local-mixture.yaml describes. The order of the ne
 once; the arms differ in what the kept ones then do:
 
     sliced              nothing: the removed ones are left out
-    own inputs          they are fitted again on the inputs of the dense model
     correction 0, ...   they are fitted on the inputs of the narrowed model, and take over this share of what its
                         residual stream lacks; 0.5 is what the product does
 
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import record, summary
+from _record import record
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,20 +58,21 @@ def main() -> None:
     dense = perplexities(model)
     calibration = Calibration(model, batches_of(blocks, 4), seed=recipe.seed)
     start = time.monotonic()
-    removals = narrowing.removals(model, calibration)
+    removals = narrowing.removals_of(model, calibration)
     seconds = {"order": time.monotonic() - start}
-    plan = narrowing.divided(model, plan_for(model, recipe.compress), removals, recipe.compress.options)
+    multiple = recipe.compress.options.multiple
+    plan = narrowing.divided(model, plan_for(model, recipe.compress), removals, multiple)["global"]
     neurons = {line.name: line.neurons or 0 for line in plan.matrices}
     kept = {mlp: found.kept(neurons[mlp.output]) for mlp, found in removals.items()}
     arms: dict[str, Any] = {}
-    for name in ("sliced", "own inputs", "correction 0", "correction 0.5", "correction 1"):
+    for name in ("sliced", "correction 0", "correction 0.5", "correction 1"):
         start = time.monotonic()
         narrowed = copy.deepcopy(model)
         width.keep(narrowed, kept, outputs_of(name, narrowed, kept, calibration), {})
         seconds[name] = time.monotonic() - start
         arms[name] = {text: value / dense[text] for text, value in perplexities(narrowed).items()}
         print(name, arms[name], flush=True)
-    figures = {"reduction": given.reduction, "tokens": blocks.numel(), "predicted_kl": plan.predicted_kl_by_allocation}
+    figures = {"reduction": given.reduction, "tokens": blocks.numel(), "predicted_kl": plan.predicted_kl}
     record(f"neurons_steps_{given.reduction:g}", figures | {"dense": dense, "seconds": seconds, "arms": arms})
 
 
@@ -82,8 +82,6 @@ def outputs_of(
     """The output matrices of an arm."""
     if name == "sliced":
         return {mlp: models.linear_weight(model.get_submodule(mlp.output))[:, one] for mlp, one in kept.items()}
-    if name == "own inputs":
-        return narrowing.compensated(model, kept, calibration.walk(), correction=0.0, narrowed=False)[0]
     return narrowing.compensated(model, kept, calibration.walk(), correction=float(name.split()[1]))[0]
 
 

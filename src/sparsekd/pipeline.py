@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sparsekd import compression, corpus, models, report
-from sparsekd.compression import spectra
+from sparsekd.compression import damage, spectra
 from sparsekd.console import Console
 from sparsekd.device import place
 from sparsekd.errors import QualityError, UsageError
@@ -103,8 +103,9 @@ def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) ->
 
 
 def spectrum(recipe: Recipe) -> Record:
-    """The spectra of a model's MLP matrices on the recipe's corpus; keeps nothing."""
-    options, placement = recipe.model, place(recipe.device, recipe.model.dtype)
+    """The spectra of a model's MLP matrices on the recipe's corpus or, by method `neurons`, what each width of each MLP
+    is predicted to cost; keeps nothing."""
+    options, section, placement = recipe.model, recipe.compress, place(recipe.device, recipe.model.dtype)
     model, tokenizer = models.load(
         options.name,
         revision=options.revision,
@@ -113,11 +114,13 @@ def spectrum(recipe: Recipe) -> Record:
         trust_remote_code=options.trust_remote_code,
     )
     batches, separator = [], None
-    if method_named(recipe.compress.method).needs(recipe.compress.options).passes:
+    if method_named(section.method).needs(section.options).passes:
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
-        batches, separator = stages.compress.calibration_batches(blocks, recipe.compress, recipe.seed), blocks.separator
+        batches, separator = stages.compress.calibration_batches(blocks, section, recipe.seed), blocks.separator
     calibration = compression.Calibration(model, batches, seed=recipe.seed, separator=separator, warn=Console().warn)
-    return spectra.as_dict(compression.spectra_of(model, calibration, recipe.compress), recipe.compress)
+    if section.method == "neurons":
+        return damage.as_dict(compression.damage_of(model, calibration, section), section)
+    return spectra.as_dict(compression.spectra_of(model, calibration, section), section)
 
 
 def _quality_gate(written: Record) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import snapshot
-from transformers import Phi3Config, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
 from sparsekd import errors, models
 from sparsekd.recipe import PRESETS
@@ -95,6 +95,39 @@ def test_dry_run_of_the_papers_models(
     assert printed.count("down_proj") == config.num_hidden_layers
     assert "self_attn" not in printed
     assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "gigabytes"), [(QWEN, 1984, (10, 18)), (PHI, 5312, (60, 90))], ids=["qwen3-0.6b", "phi-4-mini"]
+)
+def test_dry_run_of_neurons(
+    config: PreTrainedConfig, width: int, gigabytes: Any, sparsekd: Any, tmp_path: Path
+) -> None:
+    """Training decides the memory; with far more text, the hidden states of all of it, of two models."""
+    folder = config_folder(config, tmp_path / "model")
+    flags = ["--dry-run", "--json", "--reduction", "0.35", "--set", "compress.method=neurons"]
+
+    def planned(num_blocks: int, num_tokens: int) -> Any:
+        text = ("--set", f"corpus.num_blocks={num_blocks}", "--set", f"compress.num_tokens={num_tokens}")
+        return sparsekd("run", folder, *flags, *text).json
+
+    usual = planned(300, 65_536)
+    assert {line["neurons"] for line in usual["compression"]["matrices"]} == {width}
+    assert gigabytes[0] < usual["peak_memory_bytes"] / 1e9 < gigabytes[1]
+    a_pass = usual["seconds"]["cache"] / usual["cache_tokens"] * 65_536
+    assert 8 < usual["seconds"]["compress"] / a_pass < 10  # eight passes, and the solver
+    large = planned(100_000, 2**24)
+    assert large["peak_memory_bytes"] == pytest.approx(2 * 2**24 * 4 * config.hidden_size, rel=0.1)
+    assert planned(300, 2**24)["peak_memory_bytes"] == usual["peak_memory_bytes"]  # the corpus has no more
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Phi3Config])
+def test_dry_run_of_neurons_in_a_wide_mlp(config: Any, sparsekd: Any, tmp_path: Path) -> None:
+    """Second moments of one layer's neurons, however many there are and whether or not gate and up are one matrix."""
+    sizes = {"hidden_size": 256, "intermediate_size": 32_768, "num_attention_heads": 4, "pad_token_id": 0}
+    folder = config_folder(config(vocab_size=512, num_hidden_layers=2, **sizes), tmp_path / "model")
+    planned = sparsekd("run", folder, "--dry-run", "--json", "--set", "compress.method=neurons").json
+    assert planned["peak_memory_bytes"] == pytest.approx(6 * 8 * 32_768**2, rel=0.05)
 
 
 def test_dry_run_of_a_corpus_of_a_million_million_tokens(sparsekd: Any, tiny_recipe: Path) -> None:

@@ -30,7 +30,12 @@ from sparsekd import models
 
 PAGE = 4096
 KINDS = ("flip", "cut", "zero", "swap", "delete")
-_MEASURED = {"seconds", "prefill", "peak_memory_bytes", "peak_device_memory_bytes"}  # not the same when a stage is made again
+_MEASURED = {
+    "seconds",
+    "prefill",
+    "peak_memory_bytes",
+    "peak_device_memory_bytes",
+}  # not the same when a stage is made again
 _TEXT = "river <e> garden\n\n  mo12.5 \u00e9"
 
 

@@ -2,4 +2,4 @@
 
 from sparsekd.cli.run import until
 
-command = until("compress", "Run until the MLPs are low-rank.")
+command = until("compress", "Run until the MLPs are smaller.")

@@ -59,9 +59,9 @@ def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
         print_json(gathered)
         return
     print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(gathered["compression"]))])
-    speed = tables.prefill(gathered["evaluation"])
-    if speed is not None:
-        print(speed)
+    for line in (tables.prefill(gathered["evaluation"]), tables.allocations(gathered)):
+        if line is not None:
+            print(line)
     if not gathered["recipe"]["evaluate"]["texts"]:
         print("perplexity: not measured, for the recipe names no text in evaluate.texts")
     print_evaluation(gathered["evaluation"], as_json=False)

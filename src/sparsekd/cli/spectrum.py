@@ -1,4 +1,4 @@
-"""`sparsekd spectrum`: how much of each MLP matrix is used."""
+"""`sparsekd spectrum`: how much of each MLP matrix is used, or what each width of each MLP costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def command(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """How much of each MLP matrix is used, and what a uniform cut would cost: the recipe's method on its corpus."""
+    """How much of each MLP matrix is used, and what a uniform cut would cost: the recipe's method on its corpus.
+
+    With compress.method=neurons: what each width of each MLP is predicted to cost, and the width that it would get.
+    """
     from sparsekd import files, pipeline
     from sparsekd.report import plots, tables
 
@@ -29,8 +32,8 @@ def command(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "spectrum.json", found)
-        files.write_text(out / "spectrum.svg", plots.spectrum(found))
+        files.write_text(out / "spectrum.svg", plots.damage(found) if "mlps" in found else plots.spectrum(found))
     if as_json:
         printing.print_json(found)
         return
-    printing.print_tables([(tables.spectrum_title(found), tables.SPECTRUM_HEADER, tables.spectrum(found))])
+    printing.print_tables([tables.damage(found) if "mlps" in found else tables.spectrum(found)])

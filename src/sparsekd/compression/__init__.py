@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sparsekd.compression.cut import apply as apply
     from sparsekd.compression.cut import compress as compress
     from sparsekd.compression.cut import plan_for as plan_for
+    from sparsekd.compression.damage import Damage as Damage
+    from sparsekd.compression.damage import damage_of as damage_of
     from sparsekd.compression.plan import Plan as Plan
     from sparsekd.compression.spectra import Spectrum as Spectrum
     from sparsekd.compression.spectra import spectra_of as spectra_of
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 _EXPORTED = {
     "Batch": "calibration",
     "Calibration": "calibration",
+    "Damage": "damage",
     "Plan": "plan",
     "Spectrum": "spectra",
     "apply": "cut",
     "batches_of": "calibration",
     "compress": "cut",
+    "damage_of": "damage",
     "plan_for": "cut",
     "spectra_of": "spectra",
 }

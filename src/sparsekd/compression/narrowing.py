@@ -4,7 +4,7 @@
 2. The dense model layer by layer: the second moment of a layer's neurons says in which order they go and what each
    width costs (`removal.py`). Of these curves one budget is divided over the layers, or all get one width.
 3. Once more layer by layer, in the model that is narrower up to there: the kept neurons take over what the layer wrote,
-   on the inputs as they have become, and `_CORRECTION` of what the layers before have changed in the residual stream.
+   on the inputs as they have become, and `CORRECTION` of what the layers before have changed in the residual stream.
 
 Shape letters: I neurons, K kept neurons, H hidden size, A = I + 1 with a neuron that is always 1.
 """
@@ -35,9 +35,9 @@ from sparsekd.errors import DataError
 from sparsekd.models import MLP, find_mlps, linear_weight, num_parameters, shape
 from sparsekd.models.forms import width
 
-_CURVATURE_TOKENS = 32  # for each dimension of G; four times as many were measured to be no better
+_CURVATURE_TOKENS = 32  # for each dimension of G, the pass that takes longest; more made no difference that was seen
 _LEAST = 0.1  # of its neurons that a layer keeps
-_CORRECTION = 0.5  # none and all of it were measured to be worse
+CORRECTION = 0.5  # none and all of it were measured to be worse
 _RIDGE = 1e-2  # of the refit; the sample says less of what is left of the residual stream than of the neurons
 
 
@@ -88,17 +88,33 @@ def narrow(model: PreTrainedModel, planned: Plan, calibration: Calibration, opti
 
     Raises `DataError` for neurons that are not finite, or all zero.
     """
-    mlps = find_mlps(model)
-    metrics = calibration.output_curvature(_CURVATURE_TOKENS * model.config.get_text_config().hidden_size)
-    walk = calibration.walk()
-    start, removals = walk.copy(), {}
-    for layer, mlp in enumerate(mlps):
-        removals[mlp] = _removal_of(model, mlp, metrics.pop(mlp), walk, layer)
-    chosen = _divided(model, planned, removals, options)
+    removals = removals_of(model, calibration)
+    chosen = divided(model, planned, removals, options.multiple)[options.allocation]
     neurons = {line.name: line.neurons or 0 for line in chosen.matrices}
     kept = {mlp: found.kept(neurons[mlp.output]).cpu() for mlp, found in removals.items()}
-    width.keep(model, kept, *_compensated(model, kept, start))
+    width.keep(model, kept, *compensated(model, kept, calibration.walk()))
     return chosen
+
+
+def removals_of(model: PreTrainedModel, calibration: Calibration) -> dict[MLP, Removal]:
+    """In which order the neurons of each MLP go and what that costs, in the model as it is; errors as in `narrow`."""
+    metrics = calibration.output_curvature(_CURVATURE_TOKENS * model.config.get_text_config().hidden_size)
+    walk = calibration.walk()
+    return {mlp: _removal_of(model, mlp, metrics.pop(mlp), walk, layer) for layer, mlp in enumerate(find_mlps(model))}
+
+
+def divided(model: PreTrainedModel, planned: Plan, removals: Mapping[MLP, Removal], multiple: int) -> dict[str, Plan]:
+    """A plan for each allocation, with what its widths are predicted to cost; `planned` has one width."""
+    curves = [_curve(model, mlp, found, multiple) for mlp, found in removals.items()]
+    fixed = sum(num_parameters(model.get_submodule(mlp.output)) for mlp in removals) - sum(
+        linear_weight(model.get_submodule(mlp.output)).numel() for mlp in removals
+    )
+    by_layer = allocate(curves, (1 - planned.reduction) * planned.mlp_parameters_before - fixed)
+    names = (mlp.output.rpartition(".")[0] for mlp in removals)
+    plans = {"global": widths.plan_of(planned, dict(zip(names, by_layer, strict=True))), "uniform": planned}
+    plans = {allocation: _with_losses(plan, removals) for allocation, plan in plans.items()}
+    both = {allocation: plan.predicted_kl or 0.0 for allocation, plan in plans.items()}
+    return {allocation: replace(plan, predicted_kl_by_allocation=both) for allocation, plan in plans.items()}
 
 
 def _removal_of(model: PreTrainedModel, mlp: MLP, metric: Gram, walk: Walk, layer: int) -> Removal:
@@ -129,20 +145,6 @@ def _has_bias(model: PreTrainedModel, mlp: MLP) -> bool:
     return getattr(model.get_submodule(mlp.output), "bias", None) is not None
 
 
-def _divided(model: PreTrainedModel, planned: Plan, removals: Mapping[MLP, Removal], options: Options) -> Plan:
-    """The plan with the widths that the options ask for; it says what either kind of them is predicted to cost."""
-    one_width = _with_losses(planned, removals)
-    curves = [_curve(model, mlp, found, options.multiple) for mlp, found in removals.items()]
-    fixed = sum(num_parameters(model.get_submodule(mlp.output)) for mlp in removals) - sum(
-        linear_weight(model.get_submodule(mlp.output)).numel() for mlp in removals
-    )
-    by_layer = allocate(curves, (1 - planned.reduction) * planned.mlp_parameters_before - fixed)
-    names = (mlp.output.rpartition(".")[0] for mlp in removals)
-    divided = _with_losses(widths.plan_of(planned, dict(zip(names, by_layer, strict=True))), removals)
-    both = {"global": divided.predicted_kl or 0.0, "uniform": one_width.predicted_kl or 0.0}
-    return replace(divided if options.allocation == "global" else one_width, predicted_kl_by_allocation=both)
-
-
 def _curve(model: PreTrainedModel, mlp: MLP, found: Removal, multiple: int) -> Curve:
     """Cost and loss of each width that is a multiple, and of the MLP as it is."""
     now = len(found.order)
@@ -166,14 +168,14 @@ def _with_losses(planned: Plan, removals: Mapping[MLP, Removal]) -> Plan:
 
 
 @torch.no_grad()
-def _compensated(
-    model: PreTrainedModel, kept: Mapping[MLP, Tensor], dense: Walk
+def compensated(
+    model: PreTrainedModel, kept: Mapping[MLP, Tensor], dense: Walk, correction: float = CORRECTION
 ) -> tuple[dict[MLP, Float[Tensor, "H K"]], dict[MLP, Float[Tensor, " H"]]]:
     """The output matrices for the kept neurons, and their biases. While this is worked out the removed neurons'
     columns are zero in the model; it is put back."""
     narrowed = dense.copy()
     outputs, biases, old = {}, {}, {}
-    share = _CORRECTION if dense.hidden and dense.adds_its_mlp(0) else 0.0
+    share = correction if dense.hidden and dense.adds_its_mlp(0) else 0.0
     try:
         for layer, (mlp, neurons) in enumerate(kept.items()):
             module = model.get_submodule(mlp.output)

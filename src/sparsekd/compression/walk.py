@@ -58,12 +58,10 @@ class Walk:
             yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
 
     def step(self, layer: int) -> Iterator[tuple[Float[Tensor, "N I"], Float[Tensor, "N H"]]]:
-        """As `look`; in the end `hidden` is what the layer hands on."""
-        outputs = []
-        for neurons, after in self._outputs(layer):
-            outputs.append(after)
+        """As `look`; batch by batch `hidden` becomes what the layer hands on."""
+        for number, (neurons, after) in enumerate(self._outputs(layer)):
+            self.hidden[number] = after  # in its place: a list beside this one would be all of the text once more
             yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
-        self.hidden = outputs
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         seen: list[Tensor] = []

@@ -18,6 +18,7 @@ from sparsekd.compression.plan import MatrixPlan, Plan, require_form, require_mo
 from sparsekd.errors import UsageError
 from sparsekd.models import MLP, find_mlps, forms, num_parameters, shape
 from sparsekd.models.forms import width
+from sparsekd.records import Record
 
 
 def uniform(model: PreTrainedModel, reduction: float, multiple: int, method: str) -> Plan:
@@ -54,6 +55,23 @@ def plan_of(uniform: Plan, neurons: Mapping[str, int]) -> Plan:
     """The same plan with other widths, by the module that holds the matrices of an MLP."""
     lines = itertools.groupby(uniform.matrices, lambda line: line.name.rpartition(".")[0])
     return replace(uniform, matrices=[line for name, mlp in lines for line in _narrowed(list(mlp), neurons[name])])
+
+
+def compared(plan: Record, method: str, allocation: str) -> str:
+    """What the widths of a plan, as plain values, are predicted to give up, and what the other allocation's would; the
+    plan must know both. MLPs that differed before it may still differ with `uniform`."""
+    before = {line["in_features"] for line in plan["matrices"] if line["predicted_kl"] is not None}
+    one = "one width, an ordinary checkpoint" if len(before) == 1 else "one width, but for MLPs that are narrower"
+    kl = {name: f"{value:.3f}" for name, value in plan["predicted_kl_by_allocation"].items()}
+    if allocation == "global":
+        return (
+            f"predicted KL {kl['global']} with a width a layer; {one}, would be {kl['uniform']} "
+            f"(compress.{method}.allocation=uniform)"
+        )
+    return (
+        f"predicted KL {kl['uniform']} with {one}; a width a layer would be {kl['global']} "
+        f"(compress.{method}.allocation=global)"
+    )
 
 
 def _with_width(planned: Plan, neurons: int) -> Plan:

@@ -37,6 +37,7 @@ def render(report: Record) -> str:
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
+        allocations=tables.allocations(report),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(structure),
         seconds=tables.seconds(report["seconds"]),

@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sparsekd.records import Record
@@ -117,6 +119,29 @@ def spectrum(found: Record) -> str:
     what = "predicted KL (nats a token)" if kl else "energy lost"
     right.set(xlabel="layer", ylabel=f"{what} at {found['reduction']:.0%}", yscale="log")
     left.legend(**LEGEND)
+    return svg(figure)
+
+
+def damage(found: Record) -> str:
+    """Predicted KL against neurons kept, a line for each MLP, its colour from the first layer's to the last one's; and
+    the width of each MLP with a width a layer and with one width."""
+    figure, (left, right) = figures(2, height=3.6, width=9.6)
+    mlps = found["mlps"]
+    colors = matplotlib.colormaps["viridis"].resampled(min(len(mlps), 32))  # a bar of more colours is no vectors
+    scale = Normalize(0, max(1, len(mlps) - 1))
+    for layer, mlp in enumerate(mlps):
+        kl = [value or math.nan for value in mlp["predicted_kl"]]  # all neurons: nothing lost
+        left.plot(mlp["kept"], kl, color=colors(scale(layer)), lw=1.2)
+    with matplotlib.rc_context(_STYLE):
+        figure.colorbar(ScalarMappable(scale, colors), ax=left, label="layer")
+    left.set(xlabel="neurons kept", ylabel="KL predicted (nats a token)", yscale="log")
+    for name, color, style in (("global", BLUE, "o"), ("uniform", GREY, "--")):
+        kl = found["predicted_kl_by_allocation"][name]
+        widths = [mlp["neurons_by_allocation"][name] for mlp in mlps]
+        right.plot(range(len(mlps)), widths, style, color=color, ms=4, label=f"{name}: {kl:.3g} in all")
+    right.set(xlabel="layer", ylabel=f"neurons kept at {found['reduction']:.0%} removed")
+    right.set_ylim(bottom=0)
+    right.legend(**LEGEND)
     return svg(figure)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 from rich.table import Table
 
+from sparsekd.compression import widths
 from sparsekd.records import Record
 
 Rows = list[list[str]]
@@ -38,6 +40,9 @@ MATRIX_HEADER = [
 ]
 
 SPECTRUM_HEADER = ["matrix", "shape", "effective rank", "of the weight", "rank kept", "energy lost", "predicted KL"]
+_KEPT = (0.95, 0.85, 0.65, 0.5, 0.35, 0.2)  # of the neurons
+_ALLOCATIONS = ("global", "uniform")
+DAMAGE_HEADER = ["reads the neurons", "neurons", *(f"{share:.0%}" for share in _KEPT), *_ALLOCATIONS]
 
 
 def number(value: float) -> str:
@@ -190,14 +195,9 @@ def matrices(plan: Record) -> Rows:
     return rows
 
 
-def spectrum_title(found: Record) -> str:
-    """What the spectra were taken by, and of which cut the last columns speak."""
-    return f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}"
-
-
-def spectrum(found: Record) -> Rows:
+def spectrum(found: Record) -> Titled:
     """A row a matrix: how many directions carry it, and what a uniform cut would lose."""
-    return [
+    rows = [
         [
             m["name"],
             f"{m['out_features']} x {m['in_features']}",
@@ -209,6 +209,23 @@ def spectrum(found: Record) -> Rows:
         ]
         for m in found["matrices"]
     ]
+    return Titled(f"Spectra by {found['method']}; a uniform cut of {found['reduction']:.0%}", SPECTRUM_HEADER, rows)
+
+
+def damage(found: Record) -> Titled:
+    """A row an MLP: the predicted KL of keeping a share of its neurons, between multiples by a straight line, and its
+    width with a width a layer and with one width; last the sums of what these cost."""
+    rows = []
+    for mlp in found["mlps"]:
+        curve = np.interp([share * mlp["neurons"] for share in _KEPT], mlp["kept"], mlp["predicted_kl"])
+        given = [f"{mlp['neurons_by_allocation'][name]:,}" for name in _ALLOCATIONS]
+        rows.append([mlp["name"], f"{mlp['neurons']:,}", *(f"{kl:.2g}" for kl in curve), *given])
+    sums = [f"{found['predicted_kl_by_allocation'][name]:.3g}" for name in _ALLOCATIONS]
+    rows.append(["predicted KL of all", *[""] * (1 + len(_KEPT)), *sums])
+    title = (
+        f"Predicted KL (nats a token) of keeping a share of the neurons; widths for {found['reduction']:.0%} removed"
+    )
+    return Titled(title, DAMAGE_HEADER, rows)
 
 
 def sizes(plan: Record) -> Rows:
@@ -234,6 +251,15 @@ def prefill(evaluation: Record) -> str | None:
         f"prefill {dense / other:.2f} times as fast as the dense model's, in PyTorch on this machine "
         f"({found['blocks']} blocks of {found['length']} tokens, the median of seven passes in turns)"
     )
+
+
+def allocations(report: Record) -> str | None:
+    """What the widths that were chosen are predicted to give up, and what the other allocation's would have; None where
+    the method knows of one only."""
+    plan, section = report["compression"], report["recipe"]["compress"]
+    if plan.get("predicted_kl_by_allocation") is None:  # a run of version 0.1 has none
+        return None
+    return widths.compared(plan, section["method"], section[section["method"]]["allocation"])
 
 
 def seconds(by_stage: dict[str, float]) -> Rows:

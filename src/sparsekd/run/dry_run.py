@@ -31,6 +31,7 @@ class _Sizes:
     layers: int
     vocab: int
     widest: int
+    neurons: int  # of the widest MLP
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ def _sizes(model: PreTrainedModel, structure: compression.Plan) -> _Sizes:
         layers=config.num_hidden_layers,
         vocab=config.vocab_size,
         widest=max(max(m.in_features, m.out_features) for m in structure.matrices),
+        neurons=max(models.shape(model.get_submodule(mlp.output))[0] for mlp in models.find_mlps(model)),
     )
 
 
 def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize: int) -> float:
     """The largest of training (weights, gradients, two moments, the best copy, activations), evaluation and
-    truncation (weights, three hidden-size sums a layer, the directions of every matrix)."""
+    truncation (weights, three hidden-size sums a layer, the directions of every matrix; of `neurons` the hidden states
+    of all tokens and one layer's second moments)."""
     tokens = recipe.distill.micro_batch_size * recipe.corpus.seq_len
     activations = tokens * sizes.layers * (14 * sizes.hidden + 5 * sizes.widest) * 4
     head = 256 * sizes.vocab * 4 + 2 * sizes.vocab * sizes.hidden * 4
@@ -125,8 +128,8 @@ def _memory(recipe: Recipe, sizes: _Sizes, structure: compression.Plan, itemsize
     evaluation = itemsize * (sizes.parameters + together * structure.model_parameters_stored) + (2 + together) * logits
     directions = sum(4 * m.out_features * m.max_rank for m in structure.matrices if m.rank is not None)
     needs = method_named(recipe.compress.method).needs(recipe.compress.options)
-    streams = needs.streams * recipe.compress.num_tokens * 4 * sizes.hidden
-    kept = directions + streams + needs.neuron_grams * 8 * sizes.widest**2
+    seen = min(recipe.compress.num_tokens, recipe.corpus.num_blocks * recipe.corpus.seq_len)
+    kept = directions + needs.streams * seen * 4 * sizes.hidden + needs.neuron_grams * 8 * sizes.neurons**2
     truncation = 4 * sizes.parameters + sizes.layers * 3 * 8 * sizes.hidden**2 + kept
     return _RUNTIME_BYTES + max(training, evaluation, truncation)
 

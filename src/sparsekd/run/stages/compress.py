@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sparsekd import compression, corpus, files
+from sparsekd.compression import widths
 from sparsekd.corpus import Corpus
 from sparsekd.recipe import Compress, method_named
 from sparsekd.run.reading import Summary, read_inputs
@@ -51,7 +52,10 @@ def make(work: Work, round_: Round) -> Summary:
     share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
     removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
     work.run.console.say(f"  set {share} to zero" if any(matrix.zeros for matrix in plan.matrices) else f"  {removed}")
-    return stage.finish(plan.as_dict())
+    found = plan.as_dict()
+    if plan.predicted_kl_by_allocation is not None:
+        work.run.console.say(f"  {widths.compared(found, options.method, options.options.allocation)}")
+    return stage.finish(found)
 
 
 def calibration_batches(

@@ -58,9 +58,30 @@ def test_the_page_shows_them(tiny_recipe: Path, make_model: Any, tmp_path: Path)
     pipeline.run(load_recipe(str(tiny_recipe)), tmp_path / "run")
     gathered = report.gather(tmp_path / "run")
     gathered["compression"] = planned(make_model, known=True).as_dict()
+    assert tables.allocations(gathered) is None
     page = html.render(gathered)
+    assert "Widths: " not in page
     assert "<h2>Neurons by layer</h2>" in page and "96 neurons" in page and "add up to\n0.750" in page
     assert "neurons / dense width" in page and "rank / full rank" not in page
+    gathered["compression"]["predicted_kl_by_allocation"] = {"global": 0.75, "uniform": 0.875}
+    gathered["recipe"]["compress"] |= {"method": "neurons", "neurons": {"allocation": "global"}}
+    sentence = tables.allocations(gathered)
+    assert sentence is not None and f"Widths: {sentence}." in html.render(gathered)
+
+
+def test_the_other_allocation_is_named_with_its_price(make_model: Any) -> None:
+    plan = planned(make_model, known=True).as_dict()
+    plan["predicted_kl_by_allocation"] = {"global": 0.2561, "uniform": 0.2962}
+    assert widths.compared(plan, "neurons", "global") == (
+        "predicted KL 0.256 with a width a layer; one width, an ordinary checkpoint, would be 0.296 "
+        "(compress.neurons.allocation=uniform)"
+    )
+    assert widths.compared(plan, "neurons", "uniform") == (
+        "predicted KL 0.296 with one width, an ordinary checkpoint; a width a layer would be 0.256 "
+        "(compress.neurons.allocation=global)"
+    )
+    plan["matrices"][-1]["in_features"] -= 32  # a round before took neurons out of this MLP
+    assert "one width, but for MLPs that are narrower, would be 0.296" in widths.compared(plan, "neurons", "global")
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
