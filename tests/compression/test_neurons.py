@@ -13,9 +13,10 @@ import architectures
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sparsekd
-from sparsekd.compression import Calibration, batches_of, narrowing
+from sparsekd.compression import Batch, Calibration, batches_of, narrowing
 from sparsekd.compression.removal import refitted, removal
 from sparsekd.compression.walk import Walk
 from sparsekd.errors import DataError, UsageError
@@ -187,6 +188,36 @@ def test_the_global_budget_is_predicted_to_cost_no_more_than_one_width(make_mode
         assert plan.predicted_kl == plan.predicted_kl_by_allocation[allocation]
         losses[allocation] = plan.predicted_kl
     assert losses["global"] <= losses["uniform"]
+
+
+def _made(model: PreTrainedModel) -> list[Tensor]:
+    calibration = Calibration(model, [Batch(range(2), part) for part in tokens(50).split(2)], seed=3)
+    removals = narrowing.removals_of(model, calibration)
+    kept = {one: found.kept(20) for one, found in removals.items()}
+    outputs, _ = narrowing.compensated(model, kept, calibration.walk())
+    return [value for one, found in removals.items() for value in (found.losses, outputs[one])]
+
+
+def _model_of_a_process() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)).eval()
+
+
+def _make(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    made = _made(_model_of_a_process())
+    torch.save(made, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_choose_and_fit_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_make, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for alone, one, other in zip(_made(_model_of_a_process()), first, second, strict=True):
+        assert torch.equal(one, other)
+        assert torch.allclose(alone, one, rtol=1e-10, atol=1e-10 * float(one.abs().max()))
 
 
 def test_bad_input_is_named_and_changes_nothing(make_model: Any) -> None:

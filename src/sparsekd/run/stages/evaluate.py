@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus, files
-from sparsekd.evaluate import harness, measure
-from sparsekd.evaluate.speed import prefill
+from sparsekd.evaluate import harness, measure, prefill
 from sparsekd.recipe import inputs_of
 from sparsekd.records import Record
 from sparsekd.run.reading import Summary
