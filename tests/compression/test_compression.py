@@ -79,8 +79,8 @@ def test_two_sided_is_the_optimum_in_the_metric_of_the_curvature() -> None:
     gram, full = x.T @ x / 400, g.T @ g / 400
     diagonal = full.diagonal().clone()
     cases = [
-        (lowrank.from_output_gram(weight @ gram @ weight.T, full), lowrank._regularised(full)),
-        (lowrank.from_input_gram(weight, gram, diagonal), torch.diag(lowrank._regularised(diagonal))),
+        (lowrank.from_output_gram(weight @ gram @ weight.T, full), lowrank.regularised(full)),
+        (lowrank.from_input_gram(weight, gram, diagonal), torch.diag(lowrank.regularised(diagonal))),
     ]
     for projection, metric in cases:
         up, down = projection.factors(weight, 4)

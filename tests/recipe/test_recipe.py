@@ -159,12 +159,12 @@ def test_a_global_budget_needs_curvature_or_the_probe(tmp_path: Path) -> None:
 
 def test_each_method_has_its_own_section(tmp_path: Path) -> None:
     text = "preset: demo\ncompress: {svd: {format: lowrank}, two-sided: {rank_floor: 0.3}}"
-    recipe = load(tmp_path, text)
-    assert (recipe.compress.method, recipe.compress.options.rank_floor) == ("two-sided", 0.3)
-    assert recipe.compress.options.allocation == "global"  # the preset's
+    assert load(tmp_path, text).compress.method == "neurons"  # the preset's
+    recipe = load(tmp_path, text, "compress.method=two-sided")
+    assert (recipe.compress.options.rank_floor, recipe.compress.options.allocation) == (0.3, "uniform")
     other = load(tmp_path, text, "compress.method=svd")
     assert (other.compress.options.format, other.compress.options.rank_floor) == ("lowrank", 0.2)
-    assert "two-sided.rank_floor" in refused(tmp_path, text, "compress.rankfloor=0.1")
+    assert "two-sided.rank_floor" in refused(tmp_path, text, "compress.method=two-sided", "compress.rankfloor=0.1")
     assert "unknown key 'compress.svd.forma'" in refused(tmp_path, text, "compress.svd.forma=pivot")
 
 
