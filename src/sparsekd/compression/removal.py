@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsekd.errors import DataError
 
 RIDGE = 1e-3  # of the mean of C's diagonal: what the sample of text does not determine is left small
-_STEPS = 96  # a removal is decided in so many steps: more were measured to change nothing
+_STEPS = 96  # in so many a removal is decided, some neurons at a time
 
 
 @dataclass(frozen=True)
