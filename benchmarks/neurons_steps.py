@@ -53,7 +53,7 @@ def main() -> None:
 
     def perplexities(one: PreTrainedModel) -> dict[str, float]:
         found = {name: measure({"it": one}, tokenizer, text, max_tokens=4096)["it"] for name, text in texts.items()}
-        return {name: value.perplexity.value for name, value in found.items()}
+        return {name: value.perplexity.perplexity for name, value in found.items()}
 
     dense = perplexities(model)
     calibration = Calibration(model, batches_of(blocks, 4), seed=recipe.seed)
