@@ -18,7 +18,6 @@ import argparse
 import copy
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from _record import record
@@ -26,8 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd import corpus, models
-from sparsekd.compression import Calibration, batches_of, narrowing, plan_for
+from sparsekd.compression import Batch, Calibration, batches_of, narrowing, plan_for
 from sparsekd.evaluate import measure
+from sparsekd.models import MLP
 from sparsekd.models.forms import width
 from sparsekd.recipe import load_recipe
 
@@ -56,19 +56,19 @@ def main() -> None:
         return {name: value.perplexity.perplexity for name, value in found.items()}
 
     dense = perplexities(model)
-    calibration = Calibration(model, batches_of(blocks, 4), seed=recipe.seed)
+    batches = batches_of(blocks, 4)
     start = time.monotonic()
-    removals = narrowing.removals_of(model, calibration)
+    removals = narrowing.removals_of(model, Calibration(model, batches, seed=recipe.seed))
     seconds = {"order": time.monotonic() - start}
     multiple = recipe.compress.options.multiple
     plan = narrowing.divided(model, plan_for(model, recipe.compress), removals, multiple)["global"]
     neurons = {line.name: line.neurons or 0 for line in plan.matrices}
     kept = {mlp: found.kept(neurons[mlp.output]) for mlp, found in removals.items()}
-    arms: dict[str, Any] = {}
+    arms: dict[str, dict[str, float]] = {}
     for name in ("sliced", "correction 0", "correction 0.5", "correction 1"):
         start = time.monotonic()
         narrowed = copy.deepcopy(model)
-        width.keep(narrowed, kept, outputs_of(name, narrowed, kept, calibration), {})
+        width.keep(narrowed, kept, outputs_of(name, narrowed, kept, batches), {})
         seconds[name] = time.monotonic() - start
         arms[name] = {text: value / dense[text] for text, value in perplexities(narrowed).items()}
         print(name, arms[name], flush=True)
@@ -76,13 +76,12 @@ def main() -> None:
     record(f"neurons_steps_{given.reduction:g}", figures | {"dense": dense, "seconds": seconds, "arms": arms})
 
 
-def outputs_of(
-    name: str, model: PreTrainedModel, kept: dict[Any, Tensor], calibration: Calibration
-) -> dict[Any, Tensor]:
+def outputs_of(name: str, model: PreTrainedModel, kept: dict[MLP, Tensor], batches: list[Batch]) -> dict[MLP, Tensor]:
     """The output matrices of an arm."""
     if name == "sliced":
         return {mlp: models.linear_weight(model.get_submodule(mlp.output))[:, one] for mlp, one in kept.items()}
-    return narrowing.compensated(model, kept, calibration.walk(), correction=float(name.split()[1]))[0]
+    walk = Calibration(model, batches).walk()  # of the model whose columns it sees go, not of the dense one beside it
+    return narrowing.compensated(model, kept, walk, correction=float(name.split()[1]))[0]
 
 
 if __name__ == "__main__":

@@ -69,6 +69,13 @@ def rank_and_count() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def add_over_processes(value: torch.Tensor) -> None:
+    """Makes a tensor, wherever it is, the sum of all processes' own, in place."""
+    shared = value.to("cuda") if torch.distributed.get_backend() == "nccl" else value.cpu()
+    torch.distributed.all_reduce(shared)
+    value.copy_(shared)
+
+
 def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether a training's products are bfloat16, with weights and sums in float32: as asked, or on GPUs that know
     it. Never by default on a CPU."""

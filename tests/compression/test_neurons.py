@@ -190,6 +190,36 @@ def test_the_global_budget_is_predicted_to_cost_no_more_than_one_width(make_mode
     assert losses["global"] <= losses["uniform"]
 
 
+def test_a_layer_at_a_time_on_another_device(make_model: Any) -> None:
+    """The same choice and fit, and every layer at home afterwards: `cpu:0` stands for a GPU."""
+    model, there = make_model("llama"), set()
+
+    def moved(self: torch.nn.Module, place: torch.device) -> torch.nn.Module:
+        (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
+        return self
+
+    for layer in model.model.layers:
+        layer.to = moved.__get__(layer)
+    made = []
+    for device in (None, torch.device("cpu", 0)):
+        calibration = Calibration(model, batches_of(tokens(), 4), device=device)
+        removals = narrowing.removals_of(model, calibration)
+        kept = {one: found.kept(20) for one, found in removals.items()}
+        made.append(list(narrowing.compensated(model, kept, calibration.walk())[0].values()))
+        assert not there
+    assert all(torch.equal(here, away) for here, away in zip(*made, strict=True))
+
+
+def test_two_walks_of_a_layer_keep_each_its_own_neurons(make_model: Any) -> None:
+    model = make_model("llama")
+    first = Walk(model, tokens(8).split(2))
+    second = first.copy()
+    second.hidden = [2 * hidden for hidden in second.hidden]
+    alone = [[neurons for neurons, _ in walk.look(0)] for walk in (first, second)]
+    for (one, _), (other, _), *expected in zip(first.look(0), second.look(0), *alone, strict=True):
+        assert torch.equal(one, expected[0]) and torch.equal(other, expected[1])
+
+
 def _made(model: PreTrainedModel) -> list[Tensor]:
     calibration = Calibration(model, [Batch(range(2), part) for part in tokens(50).split(2)], seed=3)
     removals = narrowing.removals_of(model, calibration)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.distributed
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,7 +29,7 @@ from sparsekd.compression.plan import Plan
 from sparsekd.compression.removal import Removal, refitted, removal
 from sparsekd.compression.statistics import Gram, weights_of
 from sparsekd.compression.walk import Walk
-from sparsekd.device import in_float64, rank_and_count, solver_device
+from sparsekd.device import add_over_processes, in_float64, rank_and_count, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, find_mlps, linear_weight, num_parameters, shape
 from sparsekd.models.forms import width
@@ -67,7 +66,7 @@ class _Moments:
         """Makes the sums those of all processes."""
         if rank_and_count()[1] > 1:
             for value in (self.gram, self.cross):
-                torch.distributed.all_reduce(value)
+                add_over_processes(value)
 
     def solved(self, centred: bool) -> tuple[Float[Tensor, "I I"], Float[Tensor, "H I"]]:
         """`E[z z^T]` and `E[e z^T]`; `centred` around the means, which a bias takes care of."""

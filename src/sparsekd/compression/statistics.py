@@ -22,13 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.device import rank_and_count, solver_device
+from sparsekd.device import add_over_processes, rank_and_count, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, Layers, document_inputs, find_mlps, logits_of, shape
 
@@ -68,12 +67,10 @@ class Gram:
 
     def add_processes(self) -> None:
         """Makes the sum that of all processes."""
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        for value in (self.sum, torch.tensor([float(self.num_tokens)], dtype=torch.float64)):
-            shared = value.to(device)
-            torch.distributed.all_reduce(shared)
-            value.copy_(shared)
-        self.num_tokens = int(value)  # the second one
+        count = torch.tensor(float(self.num_tokens), dtype=torch.float64)
+        for value in (self.sum, count):
+            add_over_processes(value)
+        self.num_tokens = int(count)
 
 
 @dataclass

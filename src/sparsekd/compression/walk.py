@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.compression.statistics import all_but_layers_on
@@ -35,7 +35,7 @@ class Walk:
         separator: int | None = None,
     ):
         """`device` and `separator` as in `statistics.collect`."""
-        self.model, self.device = model, device or model.device
+        self.model, self.device, self._home = model, device or model.device, model.device
         self._layers, self._mlps = Layers(model), find_mlps(model)
         rank, world = rank_and_count()
         own = [batch for number, batch in enumerate(batches) if number % world == rank]
@@ -64,17 +64,16 @@ class Walk:
             yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        seen: list[Tensor] = []
         output = self.model.get_submodule(self._mlps[layer].output)
-        handle = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            with self._visiting(layer):
-                for inputs, hidden in zip(self._inputs, self.hidden, strict=True):
+        with self._visiting(layer):
+            for inputs, hidden in zip(self._inputs, self.hidden, strict=True):
+                seen: list[Tensor] = []
+                handle = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+                try:
                     after = self._run(layer, inputs, hidden)
-                    yield seen[-1], after
-                    seen.clear()  # of another walk's layer too, which may be run in between
-        finally:
-            handle.remove()
+                finally:
+                    handle.remove()  # before the caller goes on: another walk may run the same layer in between
+                yield seen[0], after
 
     def adds_its_mlp(self, layer: int) -> bool:
         """Whether the layer's output is its MLP's with something added: where a norm comes between, it is not."""
@@ -104,10 +103,10 @@ class Walk:
     @contextmanager
     def _visiting(self, number: int) -> Iterator[None]:
         """The layer is on the device of the walk, and so is all that is no layer."""
-        layer, home = self._layers.modules[number], self.model.device
+        layer = self._layers.modules[number]
         with self._other_parts():
-            nn.Module.to(layer, self.device)
+            layer.to(self.device)
             try:
                 yield
             finally:
-                nn.Module.to(layer, home)
+                layer.to(self._home)
