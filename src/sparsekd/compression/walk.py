@@ -64,16 +64,21 @@ class Walk:
             yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        output = self.model.get_submodule(self._mlps[layer].output)
         with self._visiting(layer):
             for inputs, hidden in zip(self._inputs, self.hidden, strict=True):
-                seen: list[Tensor] = []
-                handle = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-                try:
-                    after = self._run(layer, inputs, hidden)
-                finally:
-                    handle.remove()  # before the caller goes on: another walk may run the same layer in between
-                yield seen[0], after
+                yield self._seen(layer, inputs, hidden)
+
+    def _seen(self, layer: int, inputs: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The neurons and the output of one batch. The hook is gone before the caller goes on: another walk may run the
+        same layer in between."""
+        seen: list[Tensor] = []
+        output = self.model.get_submodule(self._mlps[layer].output)
+        handle = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            after = self._run(layer, inputs, hidden)
+            return seen[0], after
+        finally:
+            handle.remove()
 
     def adds_its_mlp(self, layer: int) -> bool:
         """Whether the layer's output is its MLP's with something added: where a norm comes between, it is not."""

@@ -47,12 +47,12 @@ def measure_texts(work: Work, round_: Round) -> Summary:
         return stage.summary
     # side by side with the dense model only where they are compared, and one of them at a time: memory
     together = [("dense", name) for name in named if name != "dense"] if options.agreement else [(n,) for n in named]
-    speed: Record | None = None  # of the last one beside the dense model
+    speed: Record | None = None
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
         for text in options.texts:
             _measure(compared, text, work.blocks.texts[text], stage)
-        if options.agreement and options.texts:
+        if options.agreement and options.texts and names == together[-1]:  # the model that the run is for
             speed = prefill(compared.models)
     results = {name: {text: stage.kept(_result(name, text)) for text in options.texts} for name in named}
     return stage.finish({"models": results, "prefill": speed})
