@@ -155,6 +155,15 @@ def test_where_a_norm_follows_the_mlp_the_residual_stream_is_left_alone(make_mod
     assert not adds(architectures.made("gemma2"))
 
 
+def test_a_few_positions_too_large_to_add_to_do_not_hide_it(make_model: Any) -> None:
+    """Trained models have them, SmolLM2 at a text's first token: there a small change is rounded away."""
+    model = make_model("llama")
+    text = tokens(4) % 64
+    with torch.no_grad():
+        model.get_input_embeddings().weight[text[0, :2].unique()] *= 1e9
+    assert Walk(model, [text]).adds_its_mlp(0)
+
+
 def test_one_width_opens_without_sparsekd(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = sparsekd.compress(
         make_model("llama"), tokens(), reduction=0.4, method="neurons", allocation="uniform", multiple=4
