@@ -1,6 +1,6 @@
 """Our training step against two loops written by hand: tokens a second and peak memory, in turns.
 
-    python benchmarks/training_speed.py [--peers PYTHON]
+    python benchmarks/training_speed.py [--peers PYTHON] [--method neurons]
 
 - `fine-tuning`: cross-entropy alone, `model(input_ids, labels=...)`, no teacher. Bars: 1.0 x its speed, 0.7 x
   its memory.
@@ -17,9 +17,9 @@
 has. DistillKit is not on PyPI, and its pins are older than what this project needs: `pip install --no-deps` of its
 repository (commit a61c2e7 was measured), then click and pydantic.
 
-All train the same compressed model on the same blocks with the same optimizer, clipping included. Each turn is a
-process of its own, so that its peak memory is its own. `waits` is the share of our steps in which the loop waited for
-blocks and targets (bar: 1 %).
+All train the same compressed model (by `--method`: 15 % of the MLP parameters removed, by neurons 35 %) on the same
+blocks with the same optimizer, clipping included. Each turn is a process of its own, so that its peak memory is its
+own. `waits` is the share of our steps in which the loop waited for blocks and targets (bar: 1 %).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--child", nargs=2, metavar=("LOOP", "FOLDER"), help="one turn; used by the script itself")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with trl and distillkit")
+    parser.add_argument("--method", choices=["whitened", "neurons"], default="whitened")
     given = parser.parse_args()
     loops = (*LOOPS, *PEERS) if given.peers else LOOPS
     environment = os.environ | {"PYTHONPATH": str(Path(sparsekd.__file__).parents[1])}  # the other has no sparsekd
@@ -65,7 +66,7 @@ def main() -> None:
         print(json.dumps(turn(given.child[0], Path(given.child[1]))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        prepare(Path(folder), given.method)
         turns: dict[str, list[dict[str, float]]] = {loop: [] for loop in loops}
         for _ in range(ROUNDS):
             for loop in loops:
@@ -73,17 +74,17 @@ def main() -> None:
                 command = [python, __file__, "--child", loop, folder]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
                 turns[loop].append(json.loads(output.splitlines()[-1]))
-    figures: dict[str, Any] = {"tokens": STEPS * BATCH * 256, "rounds": ROUNDS}
+    figures: dict[str, Any] = {"method": given.method, "tokens": STEPS * BATCH * 256, "rounds": ROUNDS}
     for loop in loops:
         figures[loop] = {name: summary([one[name] for one in turns[loop]]) for name in turns[loop][0]}
     for ours, other in itertools.product(OURS, [loop for loop in loops if loop not in OURS]):
         pairs = list(zip(turns[ours], turns[other], strict=True))
         for name in turns[other][0]:
             figures[f"{ours} to {other}, {name}"] = summary([mine[name] / theirs[name] for mine, theirs in pairs])
-    record("training_speed", figures)
+    record("training_speed" + ("_neurons" if given.method == "neurons" else ""), figures)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, method: str) -> None:
     """The compressed model, the blocks and the teacher's cache, on disk."""
     model, tokenizer = sparsekd.load()
     recipe = load_recipe("demo", ("corpus.num_blocks=24", "corpus.num_validation_blocks=2"))
@@ -92,9 +93,9 @@ def prepare(folder: Path) -> None:
     np.save(folder / "blocks.npy", blocks)
     by_id = dict(enumerate(blocks))
     teacher.fill(model, folder / "cache", by_id, tokenizer_hash="benchmark", corpus_fingerprint="benchmark")
-    sparsekd.save(
-        compress(model, torch.from_numpy(blocks.astype(np.int64)), reduction=0.15), tokenizer, folder / "model"
-    )
+    reduction = 0.35 if method == "neurons" else 0.15
+    compressed = compress(model, torch.from_numpy(blocks.astype(np.int64)), method=method, reduction=reduction)
+    sparsekd.save(compressed, tokenizer, folder / "model")
 
 
 def turn(loop: str, folder: Path) -> dict[str, float]:
