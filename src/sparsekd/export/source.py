@@ -16,14 +16,15 @@ class Source:
 
     name: str  # what `models.load` opens
     run: Path | None = None
+    revision: str | None = None  # of a Hub id
 
 
-def locate(target: str) -> Source:
+def locate(target: str, revision: str | None = None) -> Source:
     """The model that is meant. Raises `DataError` for a run that has no finished model."""
     folder = Path(target)
     if not (folder.is_dir() and is_run(folder)):
-        return Source(model_name(target))
+        return Source(model_name(target), revision=revision)
     where = planned(read_recipe(folder))[-1].distilled
     if not (folder / where / "stage.json").is_file():
-        raise DataError(f"{folder} has no finished model yet: sparsekd run ... --resume --out {folder}")
+        raise DataError(f"{folder} has no finished model yet: continue it with sparsekd run ... --out {folder}")
     return Source(str(folder / where / "model"), folder)
