@@ -35,7 +35,7 @@ _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file is, or the name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 given = tokenizer("The quick brown fox", return_tensors="pt")
 tokens = model.generate(given.input_ids, attention_mask=given.attention_mask, max_new_tokens=20)

@@ -51,7 +51,7 @@ def describe(path: Path) -> Facts:
     if next(path.glob("part-*.parquet"), None) is not None:
         return _describe_cache(path)
     _require_recipe(path)
-    raise UsageError(f"{path}: expected a run, a model, an export, a corpus or a cache made by sparsekd")
+    raise UsageError(f"{path}: expected a run, a model, a corpus or a cache made by sparsekd")
 
 
 def _require_recipe(path: Path) -> None:

@@ -170,8 +170,9 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         modules = base(config)
     for name, (weight, bias) in layers.items():
+        matrix = weight.T if isinstance(modules.get_submodule(name), Conv1D) else weight
         layer: Any = modules.get_submodule(name)
-        layer.weight = nn.Parameter((weight.T if isinstance(layer, Conv1D) else weight).contiguous())
+        layer.weight = nn.Parameter(matrix.contiguous())
         layer.bias = None if bias is None else nn.Parameter(bias)
         replace_module(copied, name, layer)
     return copied.eval()
