@@ -28,6 +28,27 @@ def print_facts(facts: Record, as_json: bool) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def print_export(folder: Path, record: Record, as_json: bool) -> None:
+    """What `export` returns, and where the folder is."""
+    if as_json:
+        print_json({"folder": str(folder), **record})
+        return
+    found, versions = record["comparison"], (f"{name} {version}" for name, version in record["versions"].items())
+    here, dense = record["parameters"], record["dense_parameters"]
+    beside = f", the dense model's weights {record['dense_bytes'] / 1e6:,.1f} MB" if record["dense_bytes"] else ""
+    facts = {
+        "folder": folder,
+        "format": f"{record['format']}, {record['weights']}",
+        "size": f"{record['bytes'] / 1e6:,.1f} MB{beside}",
+        "parameters": f"{here:,} of the dense model's {dense:,} ({here / dense:.1%})",
+        "opened with": ", ".join(versions),
+        "logits": f"differ by at most {found['largest_logit_difference']:.2g} from PyTorch's in float32",
+        "likeliest token": f"the same at {found['agreement']:.2%} of {found['tokens']:,} positions",
+        "perplexity": f"{found['perplexity']:.4f}, PyTorch {found['reference_perplexity']:.4f}",
+    }
+    print_facts(facts | ({"note": record["note"]} if record["note"] else {}), as_json=False)
+
+
 def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
     """Titles, headers and rows; where nobody watches, wide enough for the widest of them."""
     from rich.console import Console

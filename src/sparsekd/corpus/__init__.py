@@ -5,6 +5,7 @@ from sparsekd.corpus.blocks import Corpus as Corpus
 from sparsekd.corpus.blocks import Share as Share
 from sparsekd.corpus.blocks import shuffled as shuffled
 from sparsekd.corpus.building import build as build
+from sparsekd.corpus.embedded import python_functions as python_functions
 from sparsekd.corpus.guard import GUARD_WORDS as GUARD_WORDS
 from sparsekd.corpus.guard import GUARDED as GUARDED
 from sparsekd.corpus.guard import task_key as task_key

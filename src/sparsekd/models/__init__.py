@@ -11,6 +11,7 @@ from sparsekd.models.anatomy import num_parameters as num_parameters
 from sparsekd.models.anatomy import output_weight as output_weight
 from sparsekd.models.anatomy import replace_module as replace_module
 from sparsekd.models.anatomy import shape as shape
+from sparsekd.models.copying import twin as twin
 from sparsekd.models.documents import document_inputs as document_inputs
 from sparsekd.models.documents import document_positions as document_positions
 from sparsekd.models.forms.lowrank import convert as convert
@@ -27,6 +28,7 @@ from sparsekd.models.logits import logits_of as logits_of
 from sparsekd.models.logits import product as product
 from sparsekd.models.logits import project as project
 from sparsekd.models.precision import in_float32 as in_float32
+from sparsekd.models.saving import EXPORTED as EXPORTED
 from sparsekd.models.saving import checkpoint_dtype as checkpoint_dtype
 from sparsekd.models.saving import require_whole as require_whole
 from sparsekd.models.saving import save as save

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.models.locating import locate, weight_files
-from sparsekd.models.saving import HASHES
+from sparsekd.models.saving import EXPORTED, HASHES
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -42,7 +42,7 @@ def source_hash(name: str) -> str | None:
         return None
     weight_files(name, place, None)  # what an index names elsewhere would change unseen
     kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
-    listed = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != HASHES)
+    listed = sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name not in (HASHES, EXPORTED))
     return files.fingerprint({path.name: files.file_sha256(path) for path in listed})
 
 

@@ -121,6 +121,8 @@ def _config_and_class(name: str, place: Location, options: dict[str, Any]) -> tu
     admission.check_config(name, raw)
     model_type = raw.get("model_type", "")
     is_ours = isinstance(model_type, str) and model_type.startswith(forms.PREFIX)
+    if is_ours:
+        raw.pop("auto_map", None)  # of an export: the classes here open it, not the code in the folder
     base = CONFIG_MAPPING[model_type.removeprefix(forms.PREFIX)] if is_ours else None
     config = base.from_dict(raw) if base is not None else AutoConfig.from_pretrained(place.source, **options)
     if not is_ours and "sparsekd" not in raw:

@@ -13,6 +13,7 @@ from sparsekd.models.locating import locate, raw_config
 from sparsekd.models.precision import cast
 
 HASHES = "sparsekd.json"  # beside config.json
+EXPORTED = "export.json"  # the same, of an exported model, beside what it was made from and compared with
 
 
 def save(
@@ -40,10 +41,11 @@ def save(
 
 
 def require_whole(folder: Path) -> None:
-    """Raises `DataError` naming the first file of a model that `save` wrote which is missing or not what was written;
-    of other folders nothing is known."""
-    path = folder / HASHES
-    if path.exists():
+    """Raises `DataError` naming the first file of a model that was saved or exported here which is missing or not what
+    was written; of other folders nothing is known."""
+    for path in (folder / HASHES, folder / EXPORTED):
+        if not path.exists():
+            continue
         way_out = f"get the model again or, if you have changed it yourself, remove {path}"
         records.require(path, records.read(path, ("files",), way_out)["files"], way_out)
 

@@ -5,6 +5,7 @@ from sparsekd.run.dry_run import Estimate as Estimate
 from sparsekd.run.dry_run import estimate as estimate
 from sparsekd.run.inspection import diagnose as diagnose
 from sparsekd.run.reading import Summary as Summary
+from sparsekd.run.reading import is_run as is_run
 from sparsekd.run.reading import read_manifest as read_manifest
 from sparsekd.run.reading import read_recipe as read_recipe
 from sparsekd.run.reading import read_summary as read_summary

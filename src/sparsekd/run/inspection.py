@@ -36,6 +36,8 @@ def describe(path: Path) -> Facts:
     else."""
     if (path / "recipe.yaml").exists():
         return _describe_run(path)
+    if (path / models.EXPORTED).exists():
+        return _describe_export(path)
     if (path / "config.json").exists():
         return _describe_model(path)
     if (path / "blocks.parquet").exists():
@@ -137,6 +139,20 @@ def _describe_model(path: Path) -> Facts:
     return facts | {"MLP parameters": models.forms.dense_sizes(skeleton).mlp, "compressed": "no"}
 
 
+def _describe_export(path: Path) -> Facts:
+    models.require_whole(path)
+    record = records.read(path / models.EXPORTED, ("format", "weights", "source", "versions", "comparison"))
+    facts = {
+        "kind": "export",
+        "format": f"{record['format']}, {record['weights']}",
+        "made from": record["source"],
+        "checked with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "largest logit difference": record["comparison"]["largest_logit_difference"],
+    }
+    model = _describe_model(path) if (path / "config.json").exists() else {}
+    return facts | {name: value for name, value in model.items() if name not in ("kind", "format")}
+
+
 def _describe_cache(path: Path) -> Facts:
     if not (path / "manifest.json").exists():
         raise DataError(f"cache {path} is not finished: it has no manifest; run the same command again")
@@ -152,7 +168,7 @@ def verify(path: Path) -> Facts:
     Damage to a run or cache is among the facts, for `require_sound`; raises `DataError` when a model or a corpus is
     damaged, or there is no cache where one should be.
     """
-    if (path / "config.json").exists() or (path / "blocks.parquet").exists():
+    if any((path / name).exists() for name in (models.EXPORTED, "config.json", "blocks.parquet")):
         return describe(path)
     _require_recipe(path)
     folder = _cache_of(path)

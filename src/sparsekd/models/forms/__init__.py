@@ -12,13 +12,21 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import DataError
-from sparsekd.models.anatomy import find_mlps, num_parameters
+from sparsekd.models.anatomy import find_mlps, num_parameters, replace_module
+from sparsekd.models.copying import twin
 from sparsekd.models.forms._classes import PREFIX as PREFIX
-from sparsekd.models.forms._classes import base_class, rebuilt_class
+from sparsekd.models.forms._classes import base_class as base_class
+from sparsekd.models.forms._classes import rebuilt_class
 from sparsekd.models.forms._description import VERSION, Dense, Description, Layers, description_of, read
+
+Linear = tuple[Float[Tensor, "O I"], Float[Tensor, " O"] | None]  # matrix and bias of an ordinary layer
 
 
 @runtime_checkable
@@ -43,6 +51,10 @@ class Form(Protocol):
     def base_opens(self, model: PreTrainedModel) -> tuple[bool, Mapping[str, Any]]:
         """Whether the class of the base model makes the form's layers by itself, and what its config has to say beside
         `sparsekd`. A class of ours makes them where it does not."""
+        ...
+
+    def ordinary(self, model: PreTrainedModel) -> tuple[Mapping[str, Any], Mapping[str, Linear]]:
+        """What the base's config has to say, and the layers by name, for the base's class to compute the same."""
         ...
 
     def is_described(self, layer: Mapping[str, Any]) -> bool:
@@ -129,14 +141,41 @@ def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, 
     described = Description(form=form_name, method=method, reduction=reduction, dense=dense, layers=form.layers(model))
     is_base, settings = form.base_opens(model)
     base = base_class(type(model))
-    fitting = base if is_base else rebuilt_class(base)
+    _make_fitting(model, base if is_base else rebuilt_class(base), settings)
+    marked: Any = config
+    marked.sparsekd = described.as_dict()
+
+
+def _make_fitting(model: PreTrainedModel, fitting: Any, settings: Mapping[str, Any]) -> None:
+    """Makes a model and its config of the class that opens them, and the config say what that needs."""
+    config = model.config
     if type(model) is not fitting:
         model.__class__, config.__class__ = fitting, fitting.config_class
         vars(config).pop("model_type", None)  # of a config that was read, whose class says it too
     for key, value in settings.items():
         setattr(config.get_text_config(), key, value)
-    marked: Any = config
-    marked.sparsekd = described.as_dict()
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the base's own class that computes the same with ordinary matrices; low rank is multiplied out, MLPs
+    of several widths are filled up with zeros to the widest. It shares with `model` what is not made new, and does not
+    say any more that anything was removed."""
+    form, copied = form_of(model), twin(model)
+    if form is None:
+        return copied
+    base, (settings, layers) = base_class(type(model)), form.ordinary(model)
+    _make_fitting(copied, base, settings)
+    config: Any = copied.config
+    del config.sparsekd
+    with torch.device("meta"):
+        modules = base(config)
+    for name, (weight, bias) in layers.items():
+        matrix = weight.T if isinstance(modules.get_submodule(name), Conv1D) else weight
+        layer: Any = modules.get_submodule(name)
+        layer.weight = nn.Parameter(matrix.contiguous())
+        layer.bias = None if bias is None else nn.Parameter(bias)
+        replace_module(copied, name, layer)
+    return copied.eval()
 
 
 def require_described(found: Any, source: str) -> None:

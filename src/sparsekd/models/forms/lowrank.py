@@ -48,6 +48,12 @@ def base_opens(model: PreTrainedModel) -> tuple[bool, dict[str, Any]]:
     return False, {}
 
 
+def ordinary(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The products of the factors; the base's config says all it has to."""
+    found: dict[str, Any] = compressed_layers(model)
+    return {}, {name: (linear_weight(layer).detach(), layer.bias) for name, layer in found.items()}
+
+
 def is_described(layer: Mapping[str, Any]) -> bool:
     """Whether config.json says of a layer what it has to."""
     return type(layer.get("rank")) is int and layer["rank"] > 0 and layer.get("kind") in KINDS

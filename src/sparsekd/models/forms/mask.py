@@ -31,6 +31,11 @@ def base_opens(model: PreTrainedModel) -> tuple[bool, dict[str, Any]]:
     return True, {}
 
 
+def ordinary(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All is ordinary."""
+    return {}, {}
+
+
 def is_described(layer: Mapping[str, Any]) -> bool:
     """Whether config.json says of a matrix what it has to."""
     return type(layer.get("zeros")) is int and layer["zeros"] > 0

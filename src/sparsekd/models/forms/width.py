@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from sparsekd.models.forms._layers import resized
 from sparsekd.models.forms._neurons import num_neurons, parent_name, require_alike, rows_of
 
 _WIDTH_KEY = re.compile(r"inner|intermediate|ffn|feed_forward|d_ff")  # what configs call the width of an MLP
+_MULTIPLE = 32  # of a width that matrix products are quick with
 
 
 # ---- the form
@@ -61,6 +63,39 @@ def base_opens(model: PreTrainedModel) -> tuple[bool, dict[str, Any]]:
     if one_width is not None:
         return True, one_width
     return False, (_settings(model, next(iter(dense))) if len(dense) == 1 else None) or {}
+
+
+def ordinary(model: PreTrainedModel) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """MLPs as wide as the widest one, rounded up to a multiple of 32, the neurons that are added being zeros; as wide
+    as the dense ones where the base has no key for the width."""
+    opens, settings = base_opens(model)
+    if opens:
+        return settings, {}
+    dense = {mlp: dense_neurons(model, mlp) for mlp in find_mlps(model)}
+    widest = max(num_neurons(model, mlp) for mlp in dense)
+    wide = min(max(dense.values()), -(-widest // _MULTIPLE) * _MULTIPLE)
+    one_width = _settings(model, wide)
+    widths = dense if one_width is None else dict.fromkeys(dense, wide)
+    layers = {name: layer for mlp, width in widths.items() for name, layer in _widened(model, mlp, width).items()}
+    return settings if one_width is None else one_width, layers
+
+
+def _widened(model: PreTrainedModel, mlp: MLP, wide: int) -> dict[str, Any]:
+    """Matrices and biases of an MLP with so many neurons, of which the last ones are zeros."""
+    neurons, made = num_neurons(model, mlp), {}
+    for name in mlp.inputs:
+        layer = model.get_submodule(name)
+        weight, bias = linear_weight(layer).detach(), _bias(layer)
+        halves = len(weight) // neurons
+        old, new = (rows_of(torch.arange(neurons), width, halves * width) for width in (neurons, wide))
+        filled = weight.new_zeros(halves * wide, weight.shape[1])
+        filled[new] = weight[old]
+        if bias is not None:
+            bias = bias.new_zeros(halves * wide).index_copy(0, new.to(bias.device), bias.detach()[old])
+        made[name] = filled, bias
+    layer = model.get_submodule(mlp.output)
+    made[mlp.output] = F.pad(linear_weight(layer).detach(), (0, wide - neurons)), _bias(layer)
+    return made
 
 
 def _settings(model: PreTrainedModel, neurons: int) -> dict[str, Any] | None:
