@@ -94,6 +94,8 @@ def export(
         problem = chosen.WEIGHTS[weights].problem(found)
         if problem:
             raise QualityError(f"format {format_name} ({weights}) does not say what the model does: {problem}")
+        check_further = getattr(chosen, "check_further", None)
+        further = check_further(model, tokenizer, temporary, weights, source, tokens) if check_further else {}
         written = [path for path in temporary.rglob("*") if path.is_file()]
         record = {
             "format": format_name,
@@ -101,6 +103,7 @@ def export(
             "source": source.name,
             "versions": dict(chosen.versions()),
             "comparison": found.as_dict(),
+            **further,
             "bytes": sum(path.stat().st_size for path in written),
             "files": records.listing(temporary, written),
         }

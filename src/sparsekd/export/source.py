@@ -17,6 +17,11 @@ class Source:
     name: str  # what `models.load` opens
     run: Path | None = None
 
+    @property
+    def base(self) -> str:
+        """What the run started from; of a model without a run, itself."""
+        return self.name if self.run is None else read_recipe(self.run).model.name
+
 
 def locate(target: str) -> Source:
     """The model that is meant. Raises `DataError` for a run that has no finished model."""
