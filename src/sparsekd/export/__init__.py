@@ -28,7 +28,8 @@ RECORD = "export.json"  # in the exported folder: what it was made from, version
 
 @runtime_checkable
 class Format(Protocol):
-    """A file of this folder."""
+    """A file of this folder. One that is for several runtimes has `check_further` too, which asks the others and
+    returns what the record says of them."""
 
     WEIGHTS: Mapping[str, Tolerance]  # the number formats that it can have, the first by default
 

@@ -50,7 +50,7 @@ def layout(model: PreTrainedModel, architecture: str) -> Layout:
 
 
 @torch.no_grad()
-def tensors(model: PreTrainedModel, chosen: Layout) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+def tensors(model: PreTrainedModel, chosen: Layout) -> Iterator[tuple[str, Float[np.ndarray, ...]]]:
     """Every weight in float32 by its name in the file; low-rank matrices are multiplied."""
     import gguf
 
@@ -113,7 +113,7 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def rope_factors(model: PreTrainedModel) -> Float[Tensor, " _"] | None:
-    """What llama.cpp divides each frequency of the rotary embedding by, which Llama 3 stretches; None for plain ones."""
+    """What llama.cpp divides the frequencies of the rotary embedding by, which Llama 3 stretches; None: nothing."""
     inner: Any = model.base_model
     found = inner.rotary_emb.inv_freq.float().cpu()
     plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(len(found)) / len(found))
@@ -121,7 +121,7 @@ def rope_factors(model: PreTrainedModel) -> Float[Tensor, " _"] | None:
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors
 
 
-def encoded(array: Float[np.ndarray, "..."], weights: str) -> tuple[np.ndarray, GGMLQuantizationType]:
+def encoded(array: Float[np.ndarray, ...], weights: str) -> tuple[np.ndarray, GGMLQuantizationType]:
     """A weight in a number format: vectors stay float32, and rows that are no whole number of blocks float16."""
     import gguf
 
@@ -139,7 +139,7 @@ def reader(file: Path) -> GGUFReader:
     import gguf
 
     class Reader(gguf.GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             return np.frombuffer(self.data, dtype, int(count), int(offset))
 
     return Reader(file)

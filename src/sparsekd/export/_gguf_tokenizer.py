@@ -24,6 +24,7 @@ _SPLITS = {  # how text is split before merges, as tokenizer.json says it, and l
     f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
     f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
 }
+_WITH_ALL_MERGES = "dbrx"  # as llama-bpe, which takes a word that is a token as it is, without merging
 _SPACE = "\u2581"  # of tokenizers of characters
 _GENERAL = ("general.name", "general.license", "general.languages", "general.tags")  # beginnings of what still holds
 
@@ -73,13 +74,15 @@ def describe(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) 
 
 def _unknown(why: str) -> UsageError:
     known = ", ".join(_SPLITS.values())
-    return UsageError(f"the tokenizer {why}: for format gguf expected byte-level BPE ({known}), or BPE with byte fallback")
+    return UsageError(
+        f"the tokenizer {why}: for format gguf expected byte-level BPE ({known}), or BPE with byte fallback"
+    )
 
 
 def _split(described: Any) -> str:
     """llama.cpp's name for how a byte-level tokenizer splits text."""
     found = described["pre_tokenizer"] or {"type": "nothing"}
-    steps = found["pretokenizers"] if found["type"] == "Sequence" else [found]
+    steps: list[Any] = found["pretokenizers"] if found["type"] == "Sequence" else [found]
     if steps[0]["type"] == "Split":
         name = steps[0]["pattern"].get("Regex", "")
     else:
@@ -87,7 +90,8 @@ def _split(described: Any) -> str:
     added = any(step.get("add_prefix_space") for step in steps)
     if name not in _SPLITS or added:
         raise _unknown("splits text in a way of its own" if not added else "puts a space before every text")
-    return _SPLITS[name]
+    is_llama = _SPLITS[name] == "llama-bpe"
+    return _WITH_ALL_MERGES if is_llama and not described["model"].get("ignore_merges") else _SPLITS[name]
 
 
 def _first_token(tokenizer: Any, text: str) -> str:

@@ -1,5 +1,5 @@
-"""llama.cpp itself, which the npm package `node-llama-cpp` carries ready built: whether it says what PyTorch says of the
-model in a GGUF file.
+"""llama.cpp itself, which the npm package `node-llama-cpp` carries ready built: whether it says of the model in a GGUF
+file what PyTorch says.
 
 Shape letters: B windows, L positions.
 """
@@ -22,17 +22,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus
-from sparsekd.errors import QualityError
+from sparsekd.errors import QualityError, ResourceError
 from sparsekd.export.checking import Comparison
 from sparsekd.models import logits_of
 from sparsekd.records import Record
 
 FOLDER = "SPARSEKD_LLAMA_CPP"  # the environment variable that names another folder than this
 _DEFAULT = Path("~/.cache/sparsekd/llama.cpp")
+_VERSION = "3.22.1"
 _LIKELIEST = 8  # of each position: whole vectors take ten times as long to get out of it as to compute
 _WINDOWS = 4
 _PROMPT, _GENERATED = 32, 16
-_TEXT = "It's 1984 -- I'll pay  $12,345.67;\n\n\tdef f(x):\n        return x ** 2  # \u00e9t\u00e9, \u65e5\u672c\u8a9e!\n"
+_NOT_STARTED = 4  # what the script returns then
+_TEXT = (
+    "It's 1984 -- I'll pay  $12,345.67;\n\n\tdef f(x):\n        return x ** 2  # \u00e9t\u00e9, \u65e5\u672c\u8a9e!\n"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def missing() -> str | None:
     if shutil.which("node") is None:
         return "llama.cpp was not asked, for there is no node (https://nodejs.org)"
     if not (folder() / "node_modules" / "node-llama-cpp").is_dir():
-        return f"llama.cpp was not asked, for it is not there: npm install --prefix {folder()} node-llama-cpp@3.22.1"
+        return f"llama.cpp was not asked, it is missing: npm install --prefix {folder()} node-llama-cpp@{_VERSION}"
     return None
 
 
@@ -114,8 +118,11 @@ def _ask(**asked: Any) -> Any:
         text=True,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "rror" in line] or done.stderr.splitlines() or ["nothing"]
-        raise QualityError(f"llama.cpp does not open what format gguf wrote, it says: {said[0].strip()}")
+        lines = done.stderr.splitlines() or ["nothing"]
+        said = next((line for line in lines if "rror" in line), lines[-1]).strip()
+        if done.returncode == _NOT_STARTED:
+            raise ResourceError(f"node-llama-cpp in {folder()} does not start, so install it again: {said}")
+        raise QualityError(f"llama.cpp does not open what format gguf wrote, it says: {said}")
     return json.loads(done.stdout)
 
 

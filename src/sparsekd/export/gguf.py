@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 WEIGHTS: Mapping[str, Tolerance] = {
-    "f16": Tolerance(1, 0.9, 0.1),
-    "bf16": Tolerance(1, 0.9, 0.1),
-    "f32": Tolerance(1, 0.9, 0.1),
-    "q8_0": Tolerance(1, 0.9, 0.1),
-    "q6_k": Tolerance(3, 0.8, 0.1),
-    "q4_k_m": Tolerance(10, 0.7, 0.3),
+    "f16": Tolerance(1.0, 0.9, 0.1),
+    "bf16": Tolerance(1.0, 0.9, 0.1),
+    "f32": Tolerance(1.0, 0.9, 0.1),
+    "q8_0": Tolerance(1.0, 0.9, 0.1),
+    "q6_k": Tolerance(3.0, 0.8, 0.1),
+    "q4_k_m": Tolerance(10.0, 0.7, 0.3),
 }
 FILE = "model.gguf"
 _ARCHITECTURES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3"}  # by transformers' model_type
@@ -77,12 +77,13 @@ def write(
     chosen = _tensors.layout(model, _ARCHITECTURES[_model_type(model)])
     writer = GGUFWriter(folder / FILE, chosen.architecture)
     _describe(writer, model.config, chosen, weights)
-    base = locate(source.base)
-    if base.gguf:
-        _tokenizer.copy_metadata(writer, Path(base.source) / base.options["gguf_file"])
+    base = _base_file(source)
+    if base is not None:
+        _tokenizer.copy_metadata(writer, base)
     else:
         writer.add_name(Path(source.base).name)
-        _tokenizer.describe(writer, tokenizer, model.get_input_embeddings().num_embeddings)
+        embeddings: Any = model.get_input_embeddings()
+        _tokenizer.describe(writer, tokenizer, embeddings.num_embeddings)
     for name, array in _tensors.tensors(model, chosen):
         stored, kind = _tensors.encoded(array, weights)
         writer.add_tensor(name, stored, raw_dtype=kind)
@@ -90,6 +91,12 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _base_file(source: Source) -> Path | None:
+    """The GGUF file that the run started from; None where it started from something else."""
+    place = locate(source.base)
+    return Path(place.source) / place.options["gguf_file"] if place.gguf else None
 
 
 def _describe(writer: GGUFWriter, config: Any, chosen: _tensors.Layout, weights: str) -> None:
@@ -125,7 +132,9 @@ def _quantize(
     """Has llama.cpp's own tool write the file."""
     tool = shutil.which(_TOOL)
     if tool is None:
-        raise ResourceError(f"--weights {weights} is made by llama.cpp's {_TOOL}, which is not on PATH: q8_0 needs nothing")
+        raise ResourceError(
+            f"--weights {weights} is made by llama.cpp's {_TOOL}, which is not on PATH: q8_0 needs nothing"
+        )
     write(model, tokenizer, folder, "f32", source)
     whole = (folder / FILE).rename(folder / "f32.gguf")
     done = subprocess.run([tool, whole, folder / FILE, weights], capture_output=True, text=True)  # noqa: S603
@@ -147,7 +156,8 @@ def open(folder: Path) -> Runtime:
     stretched = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     if stretched:
         model.model.rotary_emb.inv_freq /= torch.from_numpy(stretched[0].copy())
-    return lambda tokens: model.eval()(input_ids=tokens).logits
+    model.eval()
+    return lambda tokens: model(input_ids=tokens).logits
 
 
 def versions() -> Mapping[str, str]:
@@ -171,19 +181,20 @@ def check_further(
     problem = WEIGHTS[weights].problem(found)
     if problem:
         raise QualityError(f"llama.cpp does not say what the model does ({weights}): {problem}")
+    if not found.text_is_split_alike and _base_file(source) is None:
+        raise QualityError("llama.cpp splits text otherwise than the model's tokenizer, which format gguf cannot carry")
     if not found.text_is_split_alike:
-        notes.append("llama.cpp splits text otherwise than transformers does")
-        if not locate(source.base).gguf:
-            raise QualityError("llama.cpp does not split text as the model's tokenizer does: this tokenizer is not known")
+        notes.append("llama.cpp splits text otherwise than transformers does with the tokenizer of the same GGUF file")
     return {"notes": notes, "llama.cpp": llama_cpp.as_record(version, found)}
 
 
-def _notes(model: PreTrainedModel, folder: Path, weights: str) -> Any:
+def _notes(model: PreTrainedModel, folder: Path, weights: str) -> Iterator[str]:
+    """What is not as one would expect."""
     chosen = _tensors.layout(model, _ARCHITECTURES[_model_type(model)])
     if chosen.is_padded:
         yield f"llama.cpp's {chosen.architecture} has one width: layers are filled up with zeros to {chosen.written[0]}"
-    if any(hasattr(module, "factors") for module in model.modules()):
-        yield "low-rank matrices are multiplied: the file is neither smaller nor faster than that of the dense model"
+    if forms.form_of(model) not in (None, forms.form_named("width")):
+        yield "llama.cpp has dense matrices only: the file is neither smaller nor faster than that of the dense model"
     if weights == "q8_0":
         kinds = [tensor.tensor_type.name for tensor in _tensors.reader(folder / FILE).tensors]
         if kinds.count("F16"):

@@ -17,12 +17,18 @@ import path from "node:path";
 import {pathToFileURL} from "node:url";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
-const installed = createRequire(path.join(asked.packages, "package.json"));
-const {getLlama} = await import(pathToFileURL(installed.resolve("node-llama-cpp")).href);
-const llama = await getLlama({
-    gpu: false, build: "never", skipDownload: true, progressLogs: false, maxThreads: asked.threads,
-    logLevel: "warn", logger: (level, message) => process.stderr.write(message.trimEnd() + "\n")
-});
+let llama;
+try {
+    const installed = createRequire(path.join(asked.packages, "package.json"));
+    const {getLlama} = await import(pathToFileURL(installed.resolve("node-llama-cpp")).href);
+    llama = await getLlama({
+        gpu: false, build: "never", skipDownload: true, progressLogs: false, maxThreads: asked.threads,
+        logLevel: "warn", logger: (level, message) => process.stderr.write(message.trimEnd() + "\n")
+    });
+} catch (error) {
+    process.stderr.write(error.message + "\n");
+    process.exit(4); // it is the installation, not the file
+}
 const model = await llama.loadModel({modelPath: asked.model});
 const longest = Math.max(asked.prompt.length + asked.generate, ...asked.windows.map((window) => window.length));
 const context = await model.createContext({contextSize: longest + 1, batchSize: longest, threads: asked.threads});
