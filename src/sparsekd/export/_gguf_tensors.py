@@ -5,8 +5,9 @@ Shape letters: I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sparsekd import models
 
@@ -152,27 +153,49 @@ def field(reader: GGUFReader, key: str) -> Any:
     return None if found is None else found.contents()
 
 
-def read_per_layer(reader: GGUFReader) -> PreTrainedModel:
+def config_of(reader: GGUFReader) -> PreTrainedConfig:
+    """What a file says of its model, for transformers, whose own reading leaves out the size of Qwen3's heads and reads
+    the vocabulary once more, which takes seconds."""
+    stored = {tensor.name for tensor in reader.tensors}
+    architecture = field(reader, "general.architecture")
+    heads, key_value_heads, width = (
+        max(found) if isinstance(found, list) else found
+        for found in map(
+            partial(field, reader), ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        )
+    )
+    head_size = field(reader, "attention.key_length")
+    rope = {
+        "rope_type": "default",
+        "rope_theta": field(reader, "rope.freq_base"),
+        "partial_rotary_factor": field(reader, "rope.dimension_count") / head_size,
+    }
+    return AutoConfig.for_model(
+        "llama" if architecture == PER_LAYER else architecture,
+        num_hidden_layers=field(reader, "block_count"),
+        hidden_size=field(reader, "embedding_length"),
+        intermediate_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_size,
+        vocab_size=field(reader, "vocab_size"),
+        rms_norm_eps=field(reader, "attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=field(reader, "context_length"),
+        rope_parameters=rope,
+        tie_word_embeddings="output.weight" not in stored,
+        attention_bias="blk.0.attn_q.bias" in stored,
+        mlp_bias="blk.0.ffn_up.bias" in stored,
+        sliding_window=field(reader, "attention.sliding_window") or None,
+        pad_token_id=None,
+    )
+
+
+def read_per_layer(reader: GGUFReader, config: Any) -> PreTrainedModel:
     """The model in a file of architecture `deci`, which transformers does not read."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    keys: Mapping[str, Any] = {
-        "num_hidden_layers": field(reader, "block_count"),
-        "hidden_size": field(reader, "embedding_length"),
-        "num_attention_heads": field(reader, "attention.head_count")[0],
-        "num_key_value_heads": field(reader, "attention.head_count_kv")[0],
-        "head_dim": field(reader, "attention.key_length"),
-        "vocab_size": field(reader, "vocab_size"),
-        "rms_norm_eps": field(reader, "attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": field(reader, "context_length"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": field(reader, "rope.freq_base")},
-        "tie_word_embeddings": "output.weight" not in stored,
-        "attention_bias": "blk.0.attn_q.bias" in stored,
-        "mlp_bias": "blk.0.ffn_up.bias" in stored,
-    }
-    config = LlamaConfig(intermediate_size=1, **keys)  # each matrix is replaced by the one that is in the file
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     known = gguf.get_tensor_name_map(_known(PER_LAYER), config.num_hidden_layers)
     for name, _ in list(model.named_parameters()):
         module, _, suffix = name.rpartition(".")

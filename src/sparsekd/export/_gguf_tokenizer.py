@@ -68,8 +68,9 @@ def describe(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) 
     writer.add_add_eos_token(False)
     template: Any = tokenizer.chat_template
     if template:
-        several = [{"name": name, "template": one} for name, one in template.items()] if type(template) is dict else []
-        writer.add_chat_template(several or template)
+        named = isinstance(template, dict)
+        several: Any = [{"name": name, "template": one} for name, one in template.items()] if named else template
+        writer.add_chat_template(several)
 
 
 def _unknown(why: str) -> UsageError:
@@ -81,8 +82,8 @@ def _unknown(why: str) -> UsageError:
 
 def _split(described: Any) -> str:
     """llama.cpp's name for how a byte-level tokenizer splits text."""
-    found = described["pre_tokenizer"] or {"type": "nothing"}
-    steps: list[Any] = found["pretokenizers"] if found["type"] == "Sequence" else [found]
+    found: Any = described["pre_tokenizer"] or {"type": "nothing"}
+    steps = found["pretokenizers"] if found["type"] == "Sequence" else [found]
     if steps[0]["type"] == "Split":
         name = steps[0]["pattern"].get("Regex", "")
     else:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.errors import QualityError, ResourceError, UsageError
@@ -34,14 +34,15 @@ from sparsekd.records import Record
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-WEIGHTS: Mapping[str, Tolerance] = {
-    "f16": Tolerance(1.0, 0.9, 0.1),
-    "bf16": Tolerance(1.0, 0.9, 0.1),
-    "f32": Tolerance(1.0, 0.9, 0.1),
-    "q8_0": Tolerance(1.0, 0.9, 0.1),
-    "q6_k": Tolerance(3.0, 0.8, 0.1),
-    "q4_k_m": Tolerance(10.0, 0.7, 0.3),
+WEIGHTS: dict[str, Tolerance] = {
+    "f16": Tolerance(0.5, 0.98, 0.005),
+    "bf16": Tolerance(2.0, 0.96, 0.02),
+    "f32": Tolerance(1e-3, 0.999, 1e-4),
+    "q8_0": Tolerance(4.0, 0.95, 0.02),
+    "q6_k": Tolerance(8.0, 0.9, 0.05),
+    "q4_k_m": Tolerance(20.0, 0.75, 0.25),
 }
+_IN_LLAMA_CPP = WEIGHTS | {"f32": Tolerance(0.5, 0.98, 0.005)}  # its cache of keys and values is float16
 FILE = "model.gguf"
 _ARCHITECTURES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3"}  # by transformers' model_type
 _MADE_BY_TOOL = ("q6_k", "q4_k_m")
@@ -144,14 +145,14 @@ def _quantize(
 
 
 def open(folder: Path) -> Runtime:
-    """The file as transformers reads it. What transformers leaves out is put in: the size of Qwen3's heads, and the
-    stretched frequencies of Llama 3; a width for each layer it does not know at all."""
+    """The file as transformers reads it; what it does not read is put in: the stretched frequencies of Llama 3, and all
+    of a model with a width for each layer."""
     reader = _tensors.reader(folder / FILE)
+    config = _tensors.config_of(reader)
+    model: Any
     if _tensors.field(reader, "general.architecture") == _tensors.PER_LAYER:
-        model: Any = _tensors.read_per_layer(reader)
+        model = _tensors.read_per_layer(reader, config)
     else:
-        config: Any = AutoConfig.from_pretrained(folder, gguf_file=FILE)
-        config.head_dim = _tensors.field(reader, "attention.key_length")
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, config=config, dtype=torch.float32)
     stretched = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     if stretched:
@@ -178,7 +179,7 @@ def check_further(
     if why is not None:
         return {"notes": [*notes, why]}
     version, found = llama_cpp.compare(model, tokenizer, folder / FILE, tokens)
-    problem = WEIGHTS[weights].problem(found)
+    problem = _IN_LLAMA_CPP[weights].problem(found)
     if problem:
         raise QualityError(f"llama.cpp does not say what the model does ({weights}): {problem}")
     if not found.text_is_split_alike and _base_file(source) is None:
