@@ -137,6 +137,15 @@ def test_number_formats(make_model: Make, write: Write, tmp_path: Path) -> None:
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"  # 48 to a row
 
 
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not on PATH")
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_formats_that_llama_quantize_makes(make_model: Make, write: Write, tmp_path: Path) -> None:
+    model = make_model("llama", hidden_size=256, intermediate_size=256)
+    sizes = [write(model, weights, out=tmp_path / weights)["bytes"] for weights in ("q4_k_m", "q6_k", "q8_0")]
+    assert sizes == sorted(sizes)
+    assert [file.name for file in (tmp_path / "q6_k").iterdir()] == ["export.json", "model.gguf"]
+
+
 @pytest.mark.usefixtures("without_llama_cpp")
 def test_a_base_that_is_gguf_lends_its_tokenizer(make_model: Make, write: Write, tmp_path: Path) -> None:
     model = make_model("llama")

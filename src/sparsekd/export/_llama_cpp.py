@@ -25,7 +25,7 @@ from sparsekd import corpus
 from sparsekd.errors import QualityError, ResourceError
 from sparsekd.export.checking import Comparison
 from sparsekd.models import logits_of
-from sparsekd.records import Record
+from sparsekd.records import Record, exponential
 
 FOLDER = "SPARSEKD_LLAMA_CPP"  # the environment variable that names another folder than this
 _DEFAULT = Path("~/.cache/sparsekd/llama.cpp")
@@ -84,9 +84,12 @@ def compare(
         text=_TEXT,
     )
     positions = [position for window in answer["windows"] for position in window]
-    theirs = torch.tensor([position["logits"] for position in positions]).view(*wanted.shape)
+    theirs = torch.tensor([[_number(logit) for logit in position["logits"]] for position in positions])
+    theirs = theirs.view(wanted.shape)
     likeliest = torch.tensor([position["best"] for position in positions]).view(tokens.shape)
-    normaliser = torch.tensor([position["maximum"] + math.log(position["total"]) for position in positions])
+    normaliser = torch.tensor(
+        [_number(position["maximum"]) + math.log(_number(position["total"])) for position in positions]
+    )
     surprise = normaliser.view(tokens.shape) - theirs[..., -1]
     text = torch.cat([prompt, torch.tensor(answer["generated"])])[None]
     ours = logits_of(model, input_ids=text.to(model.device))[0, len(prompt) - 1 : -1].argmax(-1)
@@ -94,14 +97,19 @@ def compare(
         tokens=tokens.numel(),
         largest_logit_difference=float((theirs - logits.gather(-1, wanted)).abs().max()),
         agreement=float((likeliest == logits.argmax(-1)).float().mean()),
-        perplexity=math.exp(float(surprise[:, :-1].mean())),
-        reference_perplexity=math.exp(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))),
+        perplexity=exponential(float(surprise[:, :-1].mean())),
+        reference_perplexity=exponential(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))),
         logits_per_position=wanted.shape[-1],
         greedy_tokens=_GENERATED,
         greedy_tokens_alike=_alike(ours.tolist(), answer["generated"]),
         text_is_split_alike=answer["tokens"] == corpus.encode(tokenizer, _TEXT),
     )
     return answer["version"], found
+
+
+def _number(found: float | None) -> float:
+    """A number as JSON has it, which has no NaN."""
+    return math.nan if found is None else found
 
 
 def _alike(ours: list[int], theirs: list[int]) -> int:

@@ -6,7 +6,6 @@ Shape letters: B windows, L positions, V vocabulary.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus
 from sparsekd.models import logits_of
-from sparsekd.records import Record
+from sparsekd.records import Record, exponential
 
 Runtime = Callable[[Int[Tensor, "B L"]], Float[Tensor, "B L V"]]  # tokens to logits
 _WINDOWS, _LENGTH = 8, 128
@@ -83,4 +82,4 @@ def compare(model: PreTrainedModel, runtime: Runtime, tokens: Int[Tensor, "B L"]
 
 
 def _perplexity(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> float:
-    return math.exp(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
+    return exponential(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))

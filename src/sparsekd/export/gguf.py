@@ -42,7 +42,10 @@ WEIGHTS: dict[str, Tolerance] = {
     "q6_k": Tolerance(8.0, 0.9, 0.05),
     "q4_k_m": Tolerance(20.0, 0.75, 0.25),
 }
-_IN_LLAMA_CPP = WEIGHTS | {"f32": Tolerance(0.5, 0.98, 0.005)}  # its cache of keys and values is float16
+_IN_LLAMA_CPP = WEIGHTS | {
+    "f32": Tolerance(0.5, 0.98, 0.005),  # its cache of keys and values is float16
+    "q8_0": Tolerance(6.0, 0.9, 0.05),  # it rounds what the matrices are multiplied with, too
+}
 FILE = "model.gguf"
 _ARCHITECTURES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3"}  # by transformers' model_type
 _MADE_BY_TOOL = ("q6_k", "q4_k_m")
@@ -137,6 +140,7 @@ def _quantize(
             f"--weights {weights} is made by llama.cpp's {_TOOL}, which is not on PATH: q8_0 needs nothing"
         )
     write(model, tokenizer, folder, "f32", source)
+    folder = folder.resolve()  # the tool takes a path that begins with a digit for a number format
     whole = (folder / FILE).rename(folder / "f32.gguf")
     done = subprocess.run([tool, whole, folder / FILE, weights], capture_output=True, text=True)  # noqa: S603
     files.remove(whole)
