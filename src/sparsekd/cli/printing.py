@@ -46,7 +46,7 @@ def print_export(folder: Path, record: Record, as_json: bool) -> None:
         "likeliest token": f"the same at {found['agreement']:.2%} of {found['tokens']:,} positions",
         "perplexity": f"{found['perplexity']:.4f}, PyTorch {found['reference_perplexity']:.4f}",
     }
-    print_facts(facts | ({"note": record["note"]} if record["note"] else {}), as_json=False)
+    print_facts(facts | ({"notes": "; ".join(record["notes"])} if record["notes"] else {}), as_json=False)
 
 
 def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:

@@ -32,8 +32,9 @@ RECORD = models.EXPORTED  # in the exported folder: what it was made from, versi
 
 @runtime_checkable
 class Format(Protocol):
-    """A file of this folder. It may have `PACKAGES` too, the modules of the extra of its name, and `usage`, which gives
-    Python for the card of a folder."""
+    """A file of this folder. It may have `PACKAGES` too, the modules of the extra of its name; `usage`, which gives
+    Python for the card of a folder; and, where it is for several runtimes, `check_further`, which asks the others and
+    returns what the record says of them, and notes."""
 
     WEIGHTS: Mapping[str, Tolerance]  # the number formats that it can have; by default the checkpoint's, or the first
 
@@ -42,8 +43,8 @@ class Format(Protocol):
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
-    ) -> str | None:
-        """Fills an empty folder; returns what should be known of it, if anything."""
+    ) -> list[str]:
+        """Fills an empty folder; returns what should be known of it."""
         ...
 
     def open(self, folder: Path) -> Runtime:
@@ -117,24 +118,27 @@ def export(
     tokens = sample(model, tokenizer, text)
     with files.atomic_path(out) as temporary:
         temporary.mkdir()
-        note = chosen.write(model, tokenizer, temporary, weights, source)
+        notes = chosen.write(model, tokenizer, temporary, weights, source)
         written = [path for path in temporary.rglob("*") if path.is_file()]
         found = compare(model, chosen.open(temporary), tokens)
         problem = chosen.WEIGHTS[weights].problem(found)
         if problem:
             raise QualityError(f"format {format_name} ({weights}) does not say what the model does: {problem}")
+        check_further = getattr(chosen, "check_further", None)
+        further = check_further(model, tokenizer, temporary, weights, source, tokens) if check_further else {}
         dense, number = models.forms.dense_sizes(model).model, getattr(torch, weights, None)
         record = {
             "format": format_name,
             "weights": weights,
             "source": source.name,
-            "note": note,
+            "notes": notes + further.pop("notes", []),
             "sparsekd": sparsekd.__version__,
             "versions": dict(chosen.versions()),
             "comparison": found.as_dict(),
             "parameters": models.num_parameters(model),
             "dense_parameters": dense,
             "dense_bytes": dense * number.itemsize if isinstance(number, torch.dtype) else None,
+            **further,
             "bytes": sum(path.stat().st_size for path in written),
             "files": records.listing(temporary, written),
         }

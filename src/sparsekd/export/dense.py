@@ -25,19 +25,19 @@ def require(model: PreTrainedModel) -> None:
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
-) -> str | None:
+) -> list[str]:
     """Weights of that number format, config and tokenizer; returns what merging has cost."""
     merged = models.forms.merged(model)
     hf.write(merged, tokenizer, folder, weights, source)
     here, dense, before = models.num_parameters(merged), models.forms.dense_sizes(model), models.num_parameters(model)
     if here == before:
-        return None if before < dense.model else "as large and as fast as the dense model"
+        return [] if before < dense.model else ["as large and as fast as the dense model"]
     if here >= dense.model:
-        return "merged back: neither smaller nor faster than the dense model"
-    return (
+        return ["merged back: neither smaller nor faster than the dense model"]
+    return [
         f"filled up to the widest MLP: {here / before - 1:.0%} larger than the model that was exported, and slower; "
         f"{1 - here / dense.model:.0%} smaller than the dense one"
-    )
+    ]
 
 
 def open(folder: Path) -> Runtime:

@@ -51,13 +51,14 @@ def require(model: PreTrainedModel) -> None:
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
-) -> None:
+) -> list[str]:
     """Weights of that number format, config, tokenizer, and code where it is needed."""
     copied = models.twin(model, getattr(torch, weights))
     if _code.is_needed(model):
         _code.add(copied, folder)
     copied.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return []
 
 
 def open(folder: Path) -> Runtime:

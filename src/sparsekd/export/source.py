@@ -18,6 +18,11 @@ class Source:
     run: Path | None = None
     revision: str | None = None  # of a Hub id
 
+    @property
+    def base(self) -> str:
+        """What the run started from; of a model without a run, itself."""
+        return self.name if self.run is None else read_recipe(self.run).model.name
+
 
 def locate(target: str, revision: str | None = None) -> Source:
     """The model that is meant. Raises `DataError` for a run that has no finished model."""
