@@ -98,7 +98,7 @@ def test_the_embedded_model_says_its_licence_itself() -> None:
 
 def test_a_model_of_which_nothing_is_known(make: Any, tmp_path: Path) -> None:
     found = {"tokens": 8, "largest_logit_difference": 0.0, "agreement": 1.0, "perplexity": 2.0}
-    record = {"format": "hf", "weights": "float32", "note": None, "versions": {"torch": "2"}}
+    record = {"format": "hf", "weights": "float32", "notes": [], "versions": {"torch": "2"}}
     record["comparison"] = found | {"reference_perplexity": 2.0}
     card.write(tmp_path, make("llama", "mask"), export.Source(str(tmp_path)), record, None)
     said = (tmp_path / "README.md").read_text()
