@@ -76,7 +76,7 @@ def describe(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) 
 def _unknown(why: str) -> UsageError:
     known = ", ".join(_SPLITS.values())
     return UsageError(
-        f"the tokenizer {why}: for format gguf expected byte-level BPE ({known}), or BPE with byte fallback"
+        f"the tokenizer {why}: format gguf takes byte-level BPE such as {known}, and BPE with byte fallback"
     )
 
 
