@@ -52,7 +52,7 @@ def exported(format_: str, exporter: Any, model: PreTrainedModel, options: Mappi
     inputs, shapes = _example(model)
     try:
         with quiet():
-            made = exporter.export(model, inputs, exporter.config_class(dynamic_shapes=shapes, **options))
+            made = exporter().export(model, inputs, exporter.config_class(dynamic_shapes=shapes, **options))
     except Exception as error:  # torch, onnxscript and openvino raise almost any class for what they do not know
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UsageError(f"format {format_} cannot take this {model.config.model_type} model: {reason}") from error
@@ -74,15 +74,21 @@ def _example(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps to themselves what the exporters print, log and warn of: the comparison tells whether they worked."""
-    level = logging.root.manager.disable
+    """Keeps to themselves what the exporters print, log and warn of: the comparison tells whether they worked.
+
+    onnxruntime's quantiser also sets up the logging of the whole process, which is put back.
+    """
+    root = logging.root
+    disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*treespec")
             yield
     finally:
-        logging.disable(level)
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def write_surroundings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, example: str) -> None:

@@ -1,7 +1,7 @@
 """Continues a text with the likeliest tokens, in ONNX Runtime.
 
-    pip install onnxruntime numpy tokenizers
-    python generate.py "Once upon a time" 32
+pip install onnxruntime numpy tokenizers
+python generate.py "Once upon a time" 32
 """
 
 import json
