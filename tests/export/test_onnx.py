@@ -10,7 +10,7 @@ from architectures import made
 from serving import MODELS, continued, example_says, model_named
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sparsekd.errors import QualityError, ResourceError, UsageError
+from sparsekd.errors import ResourceError, UsageError
 from sparsekd.export import Source, compare, export, sample
 from sparsekd.export import onnx as format_
 
@@ -51,7 +51,7 @@ def test_it_says_what_pytorch_says(name: str, exported: Any, tokenizer: PreTrain
 def test_each_weight_is_stored_once(exported: Any) -> None:
     model, folder, _ = exported(MODELS[0])
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
-    assert weights <= (folder / "model.onnx.data").stat().st_size < 1.1 * weights
+    assert 0.98 * weights <= (folder / "model.onnx.data").stat().st_size < 1.1 * weights
 
 
 @pytest.mark.parametrize(("weights", "size"), [("float16", 0.55), ("int8", 0.36), ("int4", 0.36)])
@@ -90,24 +90,9 @@ def test_a_sequence_with_padding_before_it(exported: Any) -> None:
     assert torch.allclose(torch.from_numpy(logits[:, 2:]), expected, atol=1e-4)
 
 
-def test_what_differs_leaves_no_folder(
-    make_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = format_.open
-
-    def wrong(folder: Path) -> Any:
-        run = broken(folder)
-        return lambda tokens: run(tokens) + 1 * torch.eye(tokens.shape[1], 400)[None]
-
-    monkeypatch.setattr(format_, "open", wrong)
-    with pytest.raises(QualityError, match="logits differ by 1"):
-        export(make_model("llama", num_hidden_layers=1), tokenizer, "onnx", tmp_path / "out", Source("tiny"))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_is_refused(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="keys and values of earlier tokens and nothing else, which lfm2"):
-        format_.require(made("lfm2"))
+    with pytest.raises(UsageError, match="keys and values of earlier tokens and nothing else, which qwen3_next"):
+        format_.require(made("qwen3_next"))
     monkeypatch.setattr(format_, "PACKAGES", (*format_.PACKAGES, "not_there"))
     with pytest.raises(ResourceError, match=r'format onnx needs not_there: pip install "sparsekd\[onnx\]"'):
         format_.require(make_model("llama"))

@@ -60,8 +60,8 @@ def test_smaller_numbers(
 
 
 def test_what_is_refused(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="keys and values of earlier tokens and nothing else, which lfm2"):
-        format_.require(made("lfm2"))
+    with pytest.raises(UsageError, match="keys and values of earlier tokens and nothing else, which qwen3_next"):
+        format_.require(made("qwen3_next"))
     monkeypatch.setattr(format_, "PACKAGES", (*format_.PACKAGES, "not_there"))
     with pytest.raises(ResourceError, match=r'format openvino needs not_there: pip install "sparsekd\[openvino\]"'):
         format_.require(make_model("llama"))

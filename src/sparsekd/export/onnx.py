@@ -37,7 +37,7 @@ def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
 ) -> None:
     import onnx_ir
-    from transformers.exporters import OnnxExporter
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     graph = _tracing.exported("onnx", OnnxExporter, model, {"optimize": False})
     with _tracing.quiet():

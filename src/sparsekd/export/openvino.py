@@ -38,7 +38,7 @@ def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
 ) -> None:
     import openvino
-    from transformers.exporters import OpenVINOExporter
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
 
     options = {"stateful": True, "compress_to_fp16": weights == "float16"}
     graph = _tracing.exported("openvino", OpenVINOExporter, model, options)
@@ -68,10 +68,10 @@ def open(folder: Path) -> Runtime:
 
     def run(tokens: torch.Tensor) -> torch.Tensor:
         request.reset_state()
-        order = {"beam_idx": np.arange(len(tokens), dtype=np.int32)}
+        order: dict[str, Any] = {"beam_idx": np.arange(len(tokens), dtype=np.int32)}
 
         def step(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-            given = {name: array for name, array in (inputs | order).items() if name in taken}
+            given = {name: array for name, array in ({**inputs, **order}).items() if name in taken}
             return request.infer(given)["logits"].copy()
 
         return _tracing.in_parts(tokens, step)
