@@ -22,7 +22,8 @@ from sparsekd.errors import QualityError, ResourceError, UsageError
 from sparsekd.export import card
 from sparsekd.export.checking import Runtime as Runtime
 from sparsekd.export.checking import Tolerance as Tolerance
-from sparsekd.export.checking import compare, sample
+from sparsekd.export.checking import compare as compare
+from sparsekd.export.checking import sample as sample
 from sparsekd.export.source import Source as Source
 from sparsekd.export.source import locate as locate
 from sparsekd.records import Record
