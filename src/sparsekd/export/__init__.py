@@ -28,6 +28,7 @@ from sparsekd.export.source import Source as Source
 from sparsekd.export.source import locate as locate
 from sparsekd.records import Record
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 RECORD = models.EXPORTED  # in the exported folder: what it was made from, versions, differences, hashes
 
 
@@ -138,7 +139,7 @@ def export(
             "comparison": found.as_dict(),
             "parameters": models.num_parameters(model),
             "dense_parameters": dense,
-            "dense_bytes": dense * number.itemsize if isinstance(number, torch.dtype) else None,
+            "dense_bytes": dense * number.itemsize if number in _FLOATS else None,  # others have scales beside them
             **further,
             "bytes": sum(path.stat().st_size for path in written),
             "files": records.listing(temporary, written),

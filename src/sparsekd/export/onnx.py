@@ -35,7 +35,7 @@ def require(model: PreTrainedModel) -> None:
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
-) -> None:
+) -> list[str]:
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -45,6 +45,7 @@ def write(
         _onnx_weights.change(graph.graph, weights)
         onnx_ir.save(graph, folder / FILE, external_data=f"{FILE}.data")
     _tracing.write_surroundings(model, tokenizer, folder, "generate_onnx.py")
+    return []
 
 
 def _tidy(model: Any) -> None:

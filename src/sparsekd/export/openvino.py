@@ -36,7 +36,7 @@ def require(model: PreTrainedModel) -> None:
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
-) -> None:
+) -> list[str]:
     import openvino
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
@@ -46,6 +46,7 @@ def write(
         graph = _compressed(graph, weights)
     openvino.save_model(graph, folder / FILE, compress_to_fp16=False)
     _tracing.write_surroundings(model, tokenizer, folder, "generate_openvino.py")
+    return []
 
 
 def _compressed(graph: Any, weights: str) -> Any:
