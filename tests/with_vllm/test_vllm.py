@@ -45,6 +45,7 @@ def test_greedy_tokens_are_those_of_transformers(
     hf.write(model, tokenizer, tmp_path, "float32", export.Source("made here"))
     command = [PYTHON, Path(__file__).with_name("serve.py"), tmp_path, str(tensor_parallel), json.dumps(PROMPTS)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tensor_parallel)))  # a core for each process
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, done.stderr[-2000:]
