@@ -10,7 +10,7 @@ from serving import MODELS, continued, example_says, model_named
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.export import Source, compare, export, sample
+from sparsekd.export import Source, compare, export, format_named, sample
 from sparsekd.export import openvino as format_
 
 pytest.importorskip("openvino", reason='needs pip install "sparsekd[openvino]"')
@@ -59,9 +59,9 @@ def test_smaller_numbers(
     assert after < size * before
 
 
-def test_what_is_refused(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="keys and values of earlier tokens and nothing else, which qwen3_next"):
         format_.require(made("qwen3_next"))
     monkeypatch.setattr(format_, "PACKAGES", (*format_.PACKAGES, "not_there"))
     with pytest.raises(ResourceError, match=r'format openvino needs not_there: pip install "sparsekd\[openvino\]"'):
-        format_.require(make_model("llama"))
+        format_named("openvino")

@@ -1,4 +1,4 @@
-"""What the formats of transformers' exporters share: one graph that reads a prompt and goes on from a cache.
+"""What the formats `onnx` and `openvino` share: one graph that reads a prompt and goes on from a cache.
 
 The graph takes tokens, the mask of all tokens so far, positions, and keys and values of the earlier tokens, of which
 there may be none. Number of sequences, new tokens and earlier tokens are free.
@@ -14,7 +14,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,17 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsekd import files
 from sparsekd.errors import ResourceError, UsageError
+from sparsekd.export.checking import Runtime
 
-Step = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # inputs of some new tokens to their logits
+Run = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]  # inputs by name to outputs in their order
 _TOKEN, _KEYS = {0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO}  # which dimensions are free
 
 
-def require(format_: str, model: PreTrainedModel, packages: tuple[str, ...]) -> None:
-    """Raises `ResourceError` for packages that are missing, `UsageError` for a model whose cache is another one."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+def require(format_: str, model: PreTrainedModel) -> None:
+    """Raises `ResourceError` for a transformers without exporters, `UsageError` for a model whose cache is another
+    one."""
     if importlib.util.find_spec("transformers.exporters") is None:
-        missing.append("transformers 5.23 or later")
-    if missing:
-        raise ResourceError(f'format {format_} needs {", ".join(missing)}: pip install "sparsekd[{format_}]"')
+        raise ResourceError(f'format {format_} needs transformers 5.23 or later: pip install "sparsekd[{format_}]"')
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         raise UsageError(
             f"format {format_} takes models that keep keys and values of earlier tokens and nothing else, which "
@@ -47,16 +46,42 @@ def require(format_: str, model: PreTrainedModel, packages: tuple[str, ...]) -> 
         )
 
 
-def exported(format_: str, exporter: Any, model: PreTrainedModel, options: Mapping[str, Any]) -> Any:
-    """The graph, as `exporter` makes it; raises `UsageError` with its words where it cannot."""
+def graph_of(format_: str, model: PreTrainedModel) -> Any:
+    """The model as an `onnx_ir` graph; raises `UsageError` with the exporter's words where there is none."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
     inputs, shapes = _example(model)
     try:
         with quiet():
-            made = exporter().export(model, inputs, exporter.config_class(dynamic_shapes=shapes, **options))
-    except Exception as error:  # torch, onnxscript and openvino raise almost any class for what they do not know
+            made = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes, optimize=False)).program
+            _tidy(made)
+    except Exception as error:  # torch and onnxscript raise almost any class for what they do not know
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UsageError(f"format {format_} cannot take this {model.config.model_type} model: {reason}") from error
-    return made.program
+    return made
+
+
+def _tidy(model: Any) -> None:
+    """Usual names, constants folded, nothing that is not used. onnxscript's rewriting, a third of the time of an
+    export, is left to the runtimes, which do their own."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    common.InlinePass()(model)
+    optimizer.fold_constants(model)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        words = value.name.split(".")  # input.past_key_values.layers.0.keys
+        if "past_key_values" in words:
+            start = "past_key_values" if value in model.graph.inputs else "present"
+            value.name = f"{start}.{words[-2]}.{words[-1].removesuffix('s')}"
 
 
 def _example(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,17 +126,28 @@ def write_surroundings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     files.write_text(folder / "generate.py", text)
 
 
-def in_parts(tokens: Int[Tensor, "B L"], step: Step) -> Float[Tensor, "B L V"]:
-    """The logits of a text that is read as in use: a prompt, then one token, then some more, from the cache."""
-    half, seen, found = tokens.shape[1] // 2, 0, []
-    for part in tokens.tensor_split([half, half + 1], dim=1):
-        count, length = part.shape
-        if length:
-            inputs = {
-                "input_ids": part.numpy(),
-                "attention_mask": np.ones((count, seen + length), np.int64),
-                "position_ids": np.tile(np.arange(seen, seen + length), (count, 1)),
-            }
-            found.append(torch.from_numpy(step(inputs)))
-            seen += length
-    return torch.cat(found, dim=1)
+def runtime(inputs: Mapping[str, Sequence[Any]], run: Run) -> Runtime:
+    """Reads a text as in use: a prompt, then one token, then some more, each from the cache that the last gave.
+
+    `inputs` are the names and shapes that the model takes.
+    """
+    caches = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values")}
+
+    def logits(tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+        count, half, seen, found = len(tokens), tokens.shape[1] // 2, 0, []
+        past = [np.zeros((count, heads, 0, width), np.float32) for _, heads, _, width in caches.values()]
+        for part in tokens.tensor_split([half, half + 1], dim=1):
+            end = seen + part.shape[1]
+            if end > seen:
+                given = {
+                    "input_ids": part.numpy(),
+                    "attention_mask": np.ones((count, end), np.int64),
+                    "position_ids": np.tile(np.arange(seen, end), (count, 1)),
+                }
+                given = {name: array for name, array in given.items() if name in inputs}
+                new, *past = run(given | dict(zip(caches, past, strict=True)))
+                found.append(torch.from_numpy(new))
+            seen = end
+        return torch.cat(found, dim=1)
+
+    return logits

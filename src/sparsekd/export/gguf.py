@@ -8,7 +8,6 @@ are multiplied, for llama.cpp has no pairs.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -46,6 +45,7 @@ _IN_LLAMA_CPP = WEIGHTS | {
     "f32": Tolerance(0.5, 0.98, 0.005),  # its cache of keys and values is float16
     "q8_0": Tolerance(6.0, 0.9, 0.05),  # it rounds what the matrices are multiplied with, too
 }
+PACKAGES = ("gguf",)
 FILE = "model.gguf"
 _ARCHITECTURES = {"llama": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3"}  # by transformers' model_type
 _MADE_BY_TOOL = ("q6_k", "q4_k_m")
@@ -53,8 +53,7 @@ _TOOL = "llama-quantize"
 
 
 def require(model: PreTrainedModel) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ResourceError('format gguf needs the package gguf: pip install "sparsekd[gguf]"')
+    """Raises `UsageError` for an architecture, or a variant of one, that llama.cpp does not compute so."""
     config: Any = model.config
     name = _model_type(model)
     if name not in _ARCHITECTURES:

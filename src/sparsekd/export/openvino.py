@@ -1,17 +1,17 @@
-"""Format `openvino`: openvino_model.xml and .bin, a model that keeps its cache itself, and how to use it.
+"""Format `openvino`: openvino_model.xml and .bin, made of the graph of format `onnx`, and how to use it.
 
-Inputs are `input_ids`, `attention_mask`, `position_ids` and `beam_idx`, the output is `logits`, as OpenVINO GenAI has
-them. Each weight is stored once, a tied embedding too.
+The cache goes in and out, as it does there. A model that keeps its cache itself, which transformers' OpenVINOExporter
+makes, ended OpenVINO 2026.4.1 with a division by zero on SmolLM2's first prompt.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,31 +20,33 @@ from sparsekd.export.checking import Runtime, Tolerance
 from sparsekd.export.source import Source
 
 WEIGHTS: Mapping[str, Tolerance] = {
-    "float32": Tolerance(0.01, 0.999, 1e-4),
+    "float32": Tolerance(0.01, 0.995, 1e-4),
     "float16": Tolerance(3.0, 0.99, 0.005),
     "int8": Tolerance(30.0, 0.9, 0.03),
     "int4": Tolerance(100.0, 0.5, 0.6),
 }
-PACKAGES = ("openvino", "nncf")
+PACKAGES = ("onnx", "onnxscript", "openvino", "nncf")
 FILE = "openvino_model.xml"
 _GROUP = 32  # weights in a row that share a scale, with 4 bits
 
 
 def require(model: PreTrainedModel) -> None:
-    _tracing.require("openvino", model, PACKAGES)
+    """Raises `UsageError` for a model whose cache is not keys and values."""
+    _tracing.require("openvino", model)
 
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: str, source: Source
 ) -> list[str]:
+    """The graph and what stands beside it."""
+    import onnx_ir
     import openvino
-    from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    options = {"stateful": True, "compress_to_fp16": weights == "float16"}
-    graph = _tracing.exported("openvino", OpenVINOExporter, model, options)
-    if weights.startswith("int"):
-        graph = _compressed(graph, weights)
-    openvino.save_model(graph, folder / FILE, compress_to_fp16=False)
+    graph = _tracing.graph_of("openvino", model)
+    with tempfile.TemporaryDirectory(dir=folder) as passing:
+        onnx_ir.save(graph, Path(passing) / "model.onnx", external_data="model.onnx.data")
+        converted = _compressed(openvino.convert_model(Path(passing) / "model.onnx"), weights)
+        openvino.save_model(converted, folder / FILE, compress_to_fp16=weights == "float16")
     _tracing.write_surroundings(model, tokenizer, folder, "generate_openvino.py")
     return []
 
@@ -52,6 +54,8 @@ def write(
 def _compressed(graph: Any, weights: str) -> Any:
     """The graph with matrices of 8 bits; or of 4, but for embedding, output projection and rows that 32 does not
     divide."""
+    if not weights.startswith("int"):
+        return graph
     with _tracing.quiet():
         import nncf
 
@@ -63,21 +67,11 @@ def _compressed(graph: Any, weights: str) -> Any:
 def open(folder: Path) -> Runtime:
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.compile_model(folder / FILE, "CPU", options).create_infer_request()
-    taken = {name for one in request.model_inputs for name in one.get_names()}
-
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        request.reset_state()
-        order: dict[str, Any] = {"beam_idx": np.arange(len(tokens), dtype=np.int32)}
-
-        def step(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-            given = {name: array for name, array in ({**inputs, **order}).items() if name in taken}
-            return request.infer(given)["logits"].copy()
-
-        return _tracing.in_parts(tokens, step)
-
-    return run
+    inputs = {one.get_any_name(): one.get_partial_shape() for one in request.model_inputs}
+    sizes = {name: [-1 if size.is_dynamic else size.get_length() for size in shape] for name, shape in inputs.items()}
+    return _tracing.runtime(sizes, lambda given: list(request.infer(given).values()))
 
 
 def versions() -> Mapping[str, str]:

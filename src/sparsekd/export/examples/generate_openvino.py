@@ -23,9 +23,13 @@ def end_tokens() -> list[int]:
 
 
 def generate(tokens: list[int], count: int) -> list[int]:
-    """Up to `count` tokens that follow; the model keeps the cache of all that it was given."""
+    """Up to `count` tokens that follow; each is fed back together with the cache of all before it."""
     request = openvino.compile_model(FOLDER / "openvino_model.xml", "CPU").create_infer_request()
-    inputs = {name for one in request.model_inputs for name in one.get_names()}
+    inputs = {one.get_any_name(): one.get_partial_shape() for one in request.model_inputs}
+    past = {
+        name: np.zeros((1, heads.get_length(), 0, width.get_length()), np.float32)
+        for name, (_, heads, _, width) in ((n, s) for n, s in inputs.items() if n.startswith("past_key_values"))
+    }
     ends, new, seen, following = end_tokens(), list(tokens), 0, []
     while len(following) < count and not (following and following[-1] in ends):
         length = seen + len(new)
@@ -33,9 +37,10 @@ def generate(tokens: list[int], count: int) -> list[int]:
             "input_ids": np.array([new]),
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(seen, length)[None],
-            "beam_idx": np.zeros(1, np.int32),
         }
-        logits = request.infer({name: array for name, array in given.items() if name in inputs})["logits"]
+        given = {name: array for name, array in given.items() if name in inputs}
+        logits, *present = request.infer(given | past).values()
+        past = dict(zip(past, present, strict=True))
         seen, new = length, [int(logits[0, -1].argmax())]
         following += new
     return following
