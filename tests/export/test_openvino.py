@@ -19,7 +19,7 @@ from sparsekd.export import openvino as format_
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip('needs pip install "sparsekd[openvino]"', allow_module_level=True)
-openvino = format_._openvino()  # imported otherwise it reports that
+openvino = format_._openvino()  # a plain import reports itself over the network
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 pip install openvino numpy tokenizers
 python generate.py "Once upon a time" 32
+
+OpenVINO reports its use to Intel unless told not to: opt_in_out --opt_out
 """
 
 import json
