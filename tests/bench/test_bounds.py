@@ -27,18 +27,18 @@ def test_the_paper_s_bound() -> None:
     assert speedup_bound(0.53, 1 / 0.35) == pytest.approx(1.5256, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", [None, "svd", "neurons"])
-def test_multiplications_are_those_that_torch_counts(method: str | None, make_model: Any) -> None:
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_multiplications_are_those_that_torch_counts(is_compressed: bool, make_model: Any) -> None:
     model = make_model("llama")
-    if method is not None:
-        model = sparsekd.compress(model, prompt(40, 24), reduction=0.5, method=method)
+    if is_compressed:
+        model = sparsekd.compress(model, reduction=0.5, method="svd")
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(input_ids=prompt(2, 8))
     counted = sum(
         sum(operators.values()) for name, operators in counter.get_flop_counts().items() if name.endswith(".mlp")
     )
     assert counted == 2 * 2 * 8 * mlp_multiplications(model)
-    if method is None:
+    if not is_compressed:
         assert mlp_multiplications(model) == 2 * 3 * 32 * 64
 
 
@@ -65,15 +65,14 @@ def test_an_interval_holds_the_median_as_often_as_it_says() -> None:
     assert found[0].confidence == pytest.approx(0.9883, abs=1e-4) and share == pytest.approx(0.9883, abs=0.01)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "qwen3_next", "bamba", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma3_text"])
 def test_serving_says_what_a_whole_pass_says(architecture: str) -> None:
     torch.manual_seed(0)
     model = made(architecture).eval()
     session, tokens = Serving(model), prompt(2, 9)
-    following = [session.prefill(tokens)]
-    following += [session.decode(following[-1]) for _ in range(2)]
-    for token in following:
+    token = session.prefill(tokens)
+    for _ in range(3):
         with torch.inference_mode():
-            expected = model(input_ids=tokens).logits[:, -1].argmax(-1)
-        assert torch.equal(token, expected)
+            assert torch.equal(token, model(input_ids=tokens).logits[:, -1].argmax(-1))
         tokens = torch.cat([tokens, token[:, None]], dim=1)
+        token = session.decode(token)

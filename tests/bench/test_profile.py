@@ -38,26 +38,30 @@ def test_a_range_ends_with_its_module_and_nothing_stays(make_model: Any) -> None
     assert {kinds._kind(e) for e in products} == {kinds.MLP, kinds.PRODUCTS, kinds.ENDS}
     assert all(kinds._kind(e) == kinds.ATTENTION for e in events if "scaled_dot_product" in e.name)
     assert all(kinds._kind(e) == kinds.ELEMENTWISE for e in events if e.name == "aten::silu")
-    parts = kinds.seconds_by_kind(events, 1.0, on_gpu=False)
-    assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0
+    parts = kinds.seconds_by_kind(events, on_gpu=False)
+    operators = sum(e.self_cpu_time_total for e in events if "::" in e.name) / 1e6
+    assert sum(parts.values()) == pytest.approx(operators) and min(parts.values()) > 0
 
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_the_bound_is_that_of_the_shares(decode: bool, make_model: Any) -> None:
     dense = make_model("llama")
-    small = sparsekd.compress(make_model("llama"), prompt(40, 24), reduction=0.5, method="neurons")
-    found = profile({"dense": dense, "small": small}, Shape(2, 16), ["sdpa", "eager"], decode=decode)
-    assert [(row["model"], row["attention"]) for row in found["rows"]] == [
-        *(("dense", "sdpa"), ("small", "sdpa"), ("dense", "eager"), ("small", "eager")),
-    ]
+    small = sparsekd.compress(make_model("llama"), reduction=0.5, method="svd")
+    attentions = ["sdpa"] if decode else ["sdpa", "eager"]
+    found = profile({"dense": dense, "small": small}, Shape(2, 16), attentions, decode=decode)
+    expected = [(name, attention) for attention in attentions for name in ("dense", "small")]
+    assert [(row["model"], row["attention"]) for row in found["rows"]] == expected
     for row in found["rows"]:
         assert sum(row["shares"].values()) == pytest.approx(1)
-        assert sum(row["seconds_by_kind"].values()) == pytest.approx(row["profiled_seconds"])
+        assert sum(row["seconds_by_kind"].values()) >= row["seconds"]["median"] * (1 - 1e-9)
     (bound,) = found["bounds"]
     assert bound["mlp_share"] == found["rows"][0]["shares"][kinds.MLP]
     assert bound["arithmetic_reduction"] == pytest.approx(2, rel=0.15)
     assert bound["bound"] == speedup_bound(bound["mlp_share"], bound["arithmetic_reduction"])
     assert bound["achieved"] == bound["times_as_fast"]["median"] / bound["bound"]
+    if decode:
+        assert not found["together"]
+        return
     (together,) = found["together"]
     assert (together["from"], together["to"]) == ("eager", "sdpa")
     assert together["product"] == together["attention_alone"]["median"] * together["compression_alone"]["median"]
@@ -67,17 +71,17 @@ def test_the_bound_is_that_of_the_shares(decode: bool, make_model: Any) -> None:
 def test_the_command(sparsekd: Any, small_model: Any, model_folder: Any, tmp_path: Path) -> None:
     folder, _ = small_model
     dense = model_folder("llama")
-    arguments = ("profile", dense, folder, "--batch", 2, "--length", 16)
+    arguments = ("profile", dense, folder, "--batch", 2, "--length", 16, "--attention", "sdpa")
     printed = sparsekd(*arguments, "--out", tmp_path / "out", "--trace", tmp_path / "traces")
     assert printed.code == 0, printed
     assert "Where the time of a prompt goes; 2 x 16, float32, cpu" in printed.out
-    assert "Amdahl's bound" in printed.out and "eager to sdpa" in printed.out
+    assert "Amdahl's bound" in printed.out and "profiler_start" not in printed.err
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
     picture = (tmp_path / "out" / "profile.svg").read_text()
-    assert len(found["rows"]) == 4
+    assert len(found["rows"]) == 2
     assert all(f"<!-- {kind} -->" in picture for kind in kinds.KINDS)
     traces = sorted((tmp_path / "traces").iterdir())
-    assert len(traces) == 4 and traces[0].name.startswith("1-") and traces[0].name.endswith("-sdpa.json")
+    assert len(traces) == 2 and traces[0].name.startswith("1-") and traces[0].name.endswith("-sdpa.json")
     names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert {"sparsekd: attention", "aten::mm"} <= names
 

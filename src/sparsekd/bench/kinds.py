@@ -2,8 +2,8 @@
 
 Every part that has a kind is a range of the profiler's while it runs, found by what it is in the model: the matrices of
 the MLPs, other linear layers, attention, norms, embedding and head. An operator is of the kind of the innermost range
-that it runs in; outside of all, it is a product or element-wise by its name. What is left of the wall time is overhead:
-Python, the dispatcher, and on a GPU the time in which it waits.
+that it runs in; outside of all, it is a product or element-wise by its name. What a pass takes longer than all its
+operators is overhead: Python, the dispatcher, and on a GPU the time in which it waits.
 """
 
 from __future__ import annotations
@@ -85,16 +85,15 @@ def _is_norm(module: nn.Module) -> bool:
     return not list(module.children()) and bool(sizes) and max(sizes) == 1
 
 
-def seconds_by_kind(events: Iterable[FunctionEvent], wall_s: float, on_gpu: bool) -> dict[str, float]:
-    """Of a profiled pass that took `wall_s`: seconds of each kind, which add up to it. On a GPU the time of its kernels
-    counts, by the operator that started them."""
-    found = dict.fromkeys(KINDS, 0.0)
+def seconds_by_kind(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, float]:
+    """Seconds of the operators of each kind. On a GPU the time of its kernels counts, by the operator that started
+    them."""
+    found = dict.fromkeys((kind for kind in KINDS if kind != OVERHEAD), 0.0)
     for event in events:
         if event.device_type != DeviceType.CPU or "::" not in event.name:  # a kernel itself; a range
             continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found[_kind(event)] += microseconds / 1e6
-    found[OVERHEAD] = max(0.0, wall_s - sum(found.values()))
     return found
 
 

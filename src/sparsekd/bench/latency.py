@@ -90,7 +90,7 @@ class _Bench:
         warn: Callable[[str], None],
     ):
         self._names, self.device, self.threads, self._precision = names, device, threads, precision
-        self._say, self._warn = say, warn
+        self._say, self.warn = say, warn
         self._until, self._no_time = time.monotonic() + 60 * minutes, f"--minutes {minutes:g}"
         self.cells: list[Record] = []
         self.left_out: list[Record] = []
@@ -127,10 +127,10 @@ class _Bench:
                 stack.callback(subject.close)
             self._say(f"  {variant}: opening {len(subjects)} models")
             for subject in subjects.values():
-                subject.open(self._until)
+                subject.opened(self._until)
             yield subjects
 
-    def _cell(self, subjects: dict[str, Remote], variant: Variant, shape: Shape, pace: _Pace) -> Shape | None:
+    def _cell(self, subjects: dict[str, Any], variant: Variant, shape: Shape, pace: _Pace) -> Shape | None:
         """Measures a cell and returns its shape; or a smaller one that may fit, None where no prompt fits."""
         try:
             turns = take_turns(subjects, shape, self._until, self._precision, pace)
@@ -145,13 +145,13 @@ class _Bench:
         vague = _vaguest(cell["models"])
         if vague is not None and vague[2].half_width > self._precision:
             name, what, found = vague
-            self._warn(
+            self.warn(
                 f"{variant}, {shape}: {name} is {found.median:.2f} times as fast ({what.replace('_', ' ')}), known to "
                 f"{found.half_width:.1%} only, not to {self._precision:.1%}: the machine is busy, or --minutes too few"
             )
         return shape
 
-    def _halved(self, subjects: dict[str, Remote], variant: Variant, shape: Shape) -> Shape | None:
+    def _halved(self, subjects: dict[str, Any], variant: Variant, shape: Shape) -> Shape | None:
         for subject in subjects.values():
             subject.open_again(self._until)
         self._leave_out(variant, [shape], "it does not fit into memory")

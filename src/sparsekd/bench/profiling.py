@@ -61,7 +61,10 @@ def profile(
             taken = one.run()
             if number:
                 seconds[subject].append(taken)
-    parts = {subject: [one.profiled(None) for _ in range(_PROFILED)] for subject, one in passes.items()}
+    parts: dict[Subject, list[dict[str, float]]] = {subject: [] for subject in subjects}
+    for _ in range(_PROFILED):
+        for subject, one in passes.items():
+            parts[subject].append(one.profiled(None))
     if trace is not None:
         _write_traces(passes, trace)
     rows = [_row(subject, seconds[subject], parts[subject]) for subject in subjects]
@@ -101,16 +104,16 @@ class _Pass:
         return timed(lambda: self._work(session, token))[0] / (_STEPS if self._decode else 1)
 
     def profiled(self, trace: Path | None) -> dict[str, float]:
-        """Seconds by kind, of a step where tokens are decoded."""
+        """Seconds of the operators by kind, of a step where tokens are decoded."""
         session, token = self._ready()
         on_gpu = self._model.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with kinds.marked(self._model), profiler(activities=activities) as found:
-            wall_s, _ = timed(lambda: self._work(session, token))
+            self._work(session, token)
         if trace is not None:
             found.export_chrome_trace(str(trace))
         steps = _STEPS if self._decode else 1
-        parts = kinds.seconds_by_kind(found.events() or (), wall_s, on_gpu)
+        parts = kinds.seconds_by_kind(found.events() or (), on_gpu)
         return {kind: seconds / steps for kind, seconds in parts.items()}
 
     def _ready(self) -> tuple[Serving, torch.Tensor]:
@@ -134,13 +137,15 @@ def _write_traces(passes: dict[Subject, _Pass], folder: Path) -> None:
 
 
 def _row(subject: Subject, seconds: list[float], profiled: list[dict[str, float]]) -> Record:
-    parts = {kind: statistics.fmean(one[kind] for one in profiled) for kind in kinds.KINDS}
+    """The time by kind is of profiled passes, all time that of others: the profiler's own goes to no kind."""
+    whole = estimate(seconds)
+    parts = {kind: statistics.median(one[kind] for one in profiled) for kind in profiled[0]}
+    parts[kinds.OVERHEAD] = max(0.0, whole.median - sum(parts.values()))
     total = sum(parts.values())
     return {
         "model": subject.model,
         "attention": subject.attention,
-        "seconds": estimate(seconds).as_dict(),
-        "profiled_seconds": total,
+        "seconds": whole.as_dict(),
         "seconds_by_kind": parts,
         "shares": {kind: value / total for kind, value in parts.items()},
     }

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -73,22 +73,25 @@ class Remote:
     for; they raise `OutOfTime`, `MemoryError` where memory runs out, and an error of ours for what the model cannot."""
 
     def __init__(self, name: str, variant: Variant, device: str, threads: int):
-        """Starts the process; `open` opens the model."""
+        """Starts the process, which opens the model; `opened` waits for it."""
         self._name, self._variant = name, variant
         self._opening = [name, list(variant), device, threads]
         self._start(threads)
 
-    def open(self, until: float) -> None:
-        self._ask(self._opening, until)
+    def opened(self, until: float) -> None:
+        self._answer(until)
 
     def turn(self, shape: Shape, until: float) -> Record:
-        return self._ask(["turn", shape], until)
+        self._tell(["turn", shape])
+        return self._answer(until)
 
     def forget_peak(self, until: float) -> None:
-        self._ask(["forget_peak"], until)
+        self._tell(["forget_peak"])
+        self._answer(until)
 
     def memory(self, until: float) -> Record:
-        return self._ask(["memory"], until)
+        self._tell(["memory"])
+        return self._answer(until)
 
     def close(self) -> None:
         """Ends the process."""
@@ -103,7 +106,7 @@ class Remote:
         if self._process.poll() is not None:
             self.close()
             self._start(self._opening[-1])
-            self.open(until)
+            self.opened(until)
 
     def _start(self, threads: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -116,11 +119,14 @@ class Remote:
             stderr=self._log,
             env=environment,
         )
+        self._tell(self._opening)
 
-    def _ask(self, question: list[Any], until: float) -> Record:
+    def _tell(self, question: list[Any]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, which the missing answer tells
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
+
+    def _answer(self, until: float) -> Record:
         answer = json.loads(self._line(until))
         if "error" in answer:
             raise getattr(errors, answer["error"])(answer["message"])
@@ -150,7 +156,7 @@ class Remote:
         return ResourceError(f"model {self._name} in {self._variant}: its process ended with code {code}: {said[-1]}")
 
 
-def serve(requests: TextIO, answer: Callable[[Record], None]) -> None:
+def serve(requests: Iterable[str], answer: Callable[[Record], None]) -> None:
     """Opens the model that the first line names and answers what the others ask, until there are no more."""
     subject: Subject | None = None
     for line in requests:

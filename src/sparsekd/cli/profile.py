@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Time by kind of work, Amdahl's bound and what of it is achieved; the first model is the dense one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler says when it starts
     from sparsekd import bench, files, models
     from sparsekd.console import Console
     from sparsekd.device import place

@@ -46,7 +46,7 @@ class Serving:
 
     def __init__(self, model: PreTrainedModel, run: Callable[..., Any] | None = None):
         """`run` computes what the model does; None: the model itself."""
-        self._run, self._device, self._cache = run or model, model.device, None
+        self._run, self._device, self._cache = model if run is None else run, model.device, None
         # what knows it not computes all logits
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
