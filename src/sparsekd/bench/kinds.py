@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import record_function
 from transformers import PreTrainedModel
@@ -90,7 +89,7 @@ def seconds_by_kind(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, 
     them."""
     found = dict.fromkeys((kind for kind in KINDS if kind != OVERHEAD), 0.0)
     for event in events:
-        if event.device_type != DeviceType.CPU or "::" not in event.name:  # a kernel itself; a range
+        if event.device_type.name != "CPU" or "::" not in event.name:  # a kernel itself; a range
             continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found[_kind(event)] += microseconds / 1e6
