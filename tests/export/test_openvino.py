@@ -29,7 +29,7 @@ def exported(
     def get(name: str) -> tuple[PreTrainedModel, Path, Any]:
         if name not in made:
             model, folder = model_named(name, make_model), tmp_path_factory.mktemp("openvino") / "out"
-            made[name] = model, folder, export(model, tokenizer, "openvino", folder, Source("tiny"))
+            made[name] = model, folder, export(model, tokenizer, "openvino", folder, Source("tiny"), weights="float32")
         return made[name]
 
     return get

@@ -1,7 +1,8 @@
 """Format `openvino`: openvino_model.xml and .bin, made of the graph of format `onnx`, and how to use it.
 
 The cache goes in and out, as it does there. A model that keeps its cache itself, which transformers' OpenVINOExporter
-makes, ended OpenVINO 2026.4.1 with a division by zero on SmolLM2's first prompt.
+makes, ends OpenVINO 2026.4.1 with a division by zero on SmolLM2's first prompt where it computes in bfloat16, as it
+does by default on processors that have it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def write(
 
 
 def _compressed(graph: Any, weights: str) -> Any:
-    """The graph with matrices of 8 bits; or of 4, but for embedding, output projection and rows that 32 does not
-    divide."""
+    """The graph with matrices of 8 bits; or of 4, but for embedding, output projection and rows that neither 32
+    nor 16 divides."""
     if not weights.startswith("int"):
         return graph
     with _tracing.quiet():
@@ -61,7 +62,9 @@ def _compressed(graph: Any, weights: str) -> Any:
 
         if weights == "int8":
             return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_SYM, ratio=1, group_size=_GROUP)
+        smaller = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        mode = nncf.CompressWeightsMode.INT4_SYM
+        return nncf.compress_weights(graph, mode=mode, group_size=_GROUP, advanced_parameters=smaller)
 
 
 def open(folder: Path) -> Runtime:

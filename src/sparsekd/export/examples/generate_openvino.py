@@ -24,7 +24,8 @@ def end_tokens() -> list[int]:
 
 def generate(tokens: list[int], count: int) -> list[int]:
     """Up to `count` tokens that follow; each is fed back together with the cache of all before it."""
-    request = openvino.compile_model(FOLDER / "openvino_model.xml", "CPU").create_infer_request()
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # without it some processors take bfloat16: faster, but rounded
+    request = openvino.compile_model(FOLDER / "openvino_model.xml", "CPU", exact).create_infer_request()
     inputs = {one.get_any_name(): one.get_partial_shape() for one in request.model_inputs}
     past = {
         name: np.zeros((1, heads.get_length(), 0, width.get_length()), np.float32)
