@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sparsekd.recipe import PRESETS, Recipe, load_recipe
+from sparsekd.errors import UsageError
+from sparsekd.recipe import PRESETS, Recipe, load_recipe, model_name
 
 Target = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE|MODEL", help="A recipe (.yaml), preset, or model: folder, Hub id, .gguf, smollm2-135m."
+    ),
+]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Folder, Hub id, .gguf, smollm2-135m; the others are compared with the first.",
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
@@ -46,3 +55,39 @@ def name_of(target: str, recipe: Recipe) -> str:
     if target in PRESETS:
         return target
     return Path(target).stem if target.endswith((".yaml", ".yml")) else Path(recipe.model.name).name
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The numbers of an option with commas between them; raises `UsageError` naming the option."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text}: expected numbers with commas between them") from None
+
+
+def words(option: str, text: str, known: Collection[str]) -> list[str]:
+    """The words of an option with commas between them; raises `UsageError` for one that is not `known`."""
+    found = [part.strip() for part in text.split(",")]
+    unknown = next((word for word in found if word not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{option} is {unknown}: expected {', '.join(known)}, several with commas between them")
+    return found
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The same for numbers of which each is at least 1."""
+    found = numbers(option, text, int)
+    if min(found) < 1:
+        raise UsageError(f"{option} is {text}: expected numbers from 1 on")
+    return found
+
+
+def model_names(given: Sequence[str]) -> list[str]:
+    """Each model's one name; raises `UsageError` for one that is given twice."""
+    names: list[str] = []
+    for name in given:
+        name = model_name(name, names)
+        if name in names:
+            raise UsageError(f"model {name} is given twice: to see the noise, compare with a copy of the folder")
+        names.append(name)
+    return names

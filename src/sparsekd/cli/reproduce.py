@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sparsekd.cli import options, printing
 from sparsekd.cli.options import AsJson, Device, DryRun, Fresh, Resume, Revision, Set, Target
-from sparsekd.errors import UsageError
 
 
 def command(
@@ -37,7 +35,7 @@ def command(
 
     printing.quiet()
     recipe = options.recipe_of(target, None, set_, revision, device)
-    each_seed, each_rate = _numbers("--seeds", seeds, int), _numbers("--rates", rates, float)
+    each_seed, each_rate = options.numbers("--seeds", seeds, int), options.numbers("--rates", rates, float)
     if dry_run:
         planned = reproduce.preview(experiment, recipe, each_seed, each_rate)
         if as_json:
@@ -57,10 +55,3 @@ def command(
         printing.print_json(found)
         return
     printing.print_tables(experiments.all_tables(found))
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} is {text}: expected numbers with commas between them") from None

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from sparsekd import files
 from sparsekd.device import out_of_memory
-from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
 from sparsekd.models import admission
 from sparsekd.recipe import EMBEDDED_MODEL, expanded
 
@@ -69,6 +69,19 @@ def weight_files(name: str, place: Location, revision: str | None) -> list[Path]
 
     admission.refuse_adapter(name, find)
     return [] if place.gguf else admission.weight_files(name, find)
+
+
+def stored_bytes(name: str, revision: str | None = None) -> int:
+    """Bytes of the files that hold a model's weights; those of a Hub id are fetched first."""
+    place = locate(name)
+    if place.gguf:
+        return (Path(place.source) / place.options["gguf_file"]).stat().st_size
+    try:
+        return sum(path.stat().st_size for path in weight_files(name, place, revision))
+    except SparseKDError:
+        raise
+    except Exception as error:  # as in `load`
+        raise explained(name, error) from error
 
 
 def raw_config(place: Location, revision: str | None) -> dict[str, Any]:

@@ -4,6 +4,10 @@ from sparsekd.run.directory import Run as Run
 from sparsekd.run.dry_run import Estimate as Estimate
 from sparsekd.run.dry_run import estimate as estimate
 from sparsekd.run.inspection import diagnose as diagnose
+from sparsekd.run.machine import memory_bytes as memory_bytes
+from sparsekd.run.machine import peak_memory_bytes as peak_memory_bytes
+from sparsekd.run.machine import reset_peak_memory as reset_peak_memory
+from sparsekd.run.machine import versions as versions
 from sparsekd.run.reading import Summary as Summary
 from sparsekd.run.reading import is_run as is_run
 from sparsekd.run.reading import read_manifest as read_manifest
