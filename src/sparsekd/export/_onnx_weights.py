@@ -127,7 +127,8 @@ def _constant(graph: Any, name: str, array: np.ndarray) -> Any:
     """A new constant of the graph."""
     import onnx_ir
 
-    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
-    value.dtype, value.shape = value.const_value.dtype, onnx_ir.Shape(array.shape)
+    constant = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(name=name, const_value=constant)
+    value.dtype, value.shape = constant.dtype, onnx_ir.Shape(array.shape)
     graph.register_initializer(value)
     return value

@@ -48,7 +48,8 @@ def require(format_: str, model: PreTrainedModel) -> None:
 
 def graph_of(format_: str, model: PreTrainedModel) -> Any:
     """The model as an `onnx_ir` graph; raises `UsageError` with the exporter's words where there is none."""
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs, shapes = _example(model)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def open(folder: Path) -> Runtime:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / FILE, options)
+    session: Any = onnxruntime.InferenceSession(folder / FILE, options)
     inputs = {one.name: one.shape for one in session.get_inputs()}
     return _tracing.runtime(inputs, lambda given: session.run(None, given))
 

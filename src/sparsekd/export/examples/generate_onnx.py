@@ -7,6 +7,7 @@ python generate.py "Once upon a time" 32
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -24,7 +25,7 @@ def end_tokens() -> list[int]:
 
 def generate(tokens: list[int], count: int) -> list[int]:
     """Up to `count` tokens that follow; each is fed back together with the cache of all before it."""
-    session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
+    session: Any = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     inputs = {one.name: one.shape for one in session.get_inputs()}
     past = {
         name: np.zeros((1, heads, 0, width), np.float32)
