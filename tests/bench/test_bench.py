@@ -121,7 +121,7 @@ def test_a_process_says_that_memory_ran_out_and_goes_on(model_folder: Any) -> No
     serve(requests, answers.append)
     assert answers[0] == {} and "no_memory" in answers[1]
     assert answers[2]["first_token"] > 0 and answers[2]["per_token"] > 0
-    assert answers[3]["peak_bytes"] >= answers[3]["before_bytes"] > 50e6
+    assert answers[3]["peak_bytes"] > 50e6 and answers[3]["before_bytes"] > 50e6
 
 
 def test_a_subject_decodes_from_the_cache(model_folder: Any) -> None:
