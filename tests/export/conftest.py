@@ -116,3 +116,25 @@ for folder in sys.argv[2:]:
         }
 
     return run
+
+
+@pytest.fixture(scope="module")
+def exported(
+    request: pytest.FixtureRequest, make_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[PreTrainedModel, Path, Any]]:
+    """A model of `serving.MODELS`, its folder in the format that the module tests, its `format_`, and the record of it;
+    each is made once."""
+    from serving import model_named
+
+    from sparsekd.export import Source, export
+
+    made: dict[str, tuple[PreTrainedModel, Path, Any]] = {}
+    kind = request.module.format_.__name__.rpartition(".")[2]
+
+    def get(name: str) -> tuple[PreTrainedModel, Path, Any]:
+        if name not in made:
+            model, folder = model_named(name, make_model), tmp_path_factory.mktemp(kind) / "out"
+            made[name] = model, folder, export(model, tokenizer, kind, folder, Source("tiny"), weights="float32")
+        return made[name]
+
+    return get

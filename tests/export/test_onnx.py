@@ -1,17 +1,16 @@
 """Format `onnx`: the graph and its example say what PyTorch says; what is refused."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import made
-from serving import MODELS, continued, example_says, model_named
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from serving import MODELS, continued, example_says
+from transformers import PreTrainedTokenizerFast
 
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.export import Source, compare, export, format_named, sample
+from sparsekd.export import compare, format_named, sample
 from sparsekd.export import onnx as format_
 
 pytest.importorskip("onnx", reason='needs pip install "sparsekd[onnx]"')
@@ -19,24 +18,6 @@ import onnx_ir
 import onnxruntime
 
 from sparsekd.export import _onnx_weights, _tracing
-
-
-@pytest.fixture(scope="module")
-def exported(
-    make_model: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], tuple[PreTrainedModel, Path, Any]]:
-    """A model, its exported folder, and the record of it; each is made once."""
-    made: dict[str, tuple[PreTrainedModel, Path, Any]] = {}
-
-    def get(name: str) -> tuple[PreTrainedModel, Path, Any]:
-        if name not in made:
-            model, folder = model_named(name, make_model), tmp_path_factory.mktemp("onnx") / "out"
-            made[name] = model, folder, export(model, tokenizer, "onnx", folder, Source("tiny"), weights="float32")
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("name", MODELS)

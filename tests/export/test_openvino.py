@@ -4,40 +4,21 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import made
-from serving import MODELS, continued, example_says, model_named
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from serving import MODELS, continued, example_says
+from transformers import PreTrainedTokenizerFast
 
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.export import Source, compare, export, format_named, sample
+from sparsekd.export import compare, format_named, sample
 from sparsekd.export import openvino as format_
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip('needs pip install "sparsekd[openvino]"', allow_module_level=True)
 openvino = format_._openvino()  # a plain import reports itself over the network
-
-
-@pytest.fixture(scope="module")
-def exported(
-    make_model: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], tuple[PreTrainedModel, Path, Any]]:
-    """A model, its exported folder, and the record of it; each is made once."""
-    made: dict[str, tuple[PreTrainedModel, Path, Any]] = {}
-
-    def get(name: str) -> tuple[PreTrainedModel, Path, Any]:
-        if name not in made:
-            model, folder = model_named(name, make_model), tmp_path_factory.mktemp("openvino") / "out"
-            made[name] = model, folder, export(model, tokenizer, "openvino", folder, Source("tiny"), weights="float32")
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,7 @@ from sparsekd.bench.subject import serve
 
 
 def main() -> None:
+    """Serves until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

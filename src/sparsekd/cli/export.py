@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def command(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A finished run, or a model.")],
-    format_: Annotated[str, typer.Option("--format", help="hf, dense, onnx, openvino, gguf or vllm.")] = "hf",
+    format_: Annotated[
+        str, typer.Option("--format", help="hf (vLLM serves it too), dense, onnx, openvino or gguf.")
+    ] = "hf",
     weights: Annotated[str | None, typer.Option(help="Number format of the weights; each format has its own.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder.  [default: export/FORMAT in the run, or exports/NAME-FORMAT]")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sparsekd import models
+from sparsekd.models import forms
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
@@ -62,7 +63,9 @@ def tensors(model: PreTrainedModel, chosen: Layout) -> Iterator[tuple[str, Float
         for mlp, *widths in zip(models.find_mlps(model), chosen.widths, chosen.written, strict=True)
         for matrix in mlp.matrices
     }
-    for name, weight in _dense(model):
+    # a width for each layer stays as it is, which `merged` fills up
+    plain = model if forms.form_of(model) is forms.form_named("width") else forms.merged(model)
+    for name, weight in plain.named_parameters():
         module, _, suffix = name.rpartition(".")
         weight = weight.detach().float().cpu()
         if module in width_of:
@@ -80,18 +83,6 @@ def _known(architecture: str) -> Any:
     import gguf
 
     return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-
-
-def _dense(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its name in a dense model of the same kind."""
-    merged = {name: module for name, module in model.named_modules() if hasattr(module, "factors")}
-    for name, parameter in model.named_parameters():
-        if not any(name.startswith(f"{one}.") for one in merged):
-            yield name, parameter
-    for name, module in merged.items():
-        yield f"{name}.weight", models.linear_weight(module)
-        if isinstance(module.bias, Tensor):
-            yield f"{name}.bias", module.bias
 
 
 def _padded(weight: Tensor, width: int, wanted: int, reads: bool) -> Tensor:

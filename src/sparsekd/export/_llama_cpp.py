@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus
 from sparsekd.errors import QualityError, ResourceError
-from sparsekd.export.checking import Comparison
+from sparsekd.export.checking import Comparison, perplexity
 from sparsekd.models import logits_of
 from sparsekd.records import Record, exponential
 
@@ -98,7 +98,7 @@ def compare(
         largest_logit_difference=float((theirs - logits.gather(-1, wanted)).abs().max()),
         agreement=float((likeliest == logits.argmax(-1)).float().mean()),
         perplexity=exponential(float(surprise[:, :-1].mean())),
-        reference_perplexity=exponential(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))),
+        reference_perplexity=perplexity(logits, tokens),
         logits_per_position=wanted.shape[-1],
         greedy_tokens=_GENERATED,
         greedy_tokens_alike=_alike(ours.tolist(), answer["generated"]),

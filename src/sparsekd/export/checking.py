@@ -76,10 +76,11 @@ def compare(model: PreTrainedModel, runtime: Runtime, tokens: Int[Tensor, "B L"]
         tokens=tokens.numel(),
         largest_logit_difference=float((ours - theirs).abs().max()),
         agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        perplexity=_perplexity(theirs, tokens),
-        reference_perplexity=_perplexity(ours, tokens),
+        perplexity=perplexity(theirs, tokens),
+        reference_perplexity=perplexity(ours, tokens),
     )
 
 
-def _perplexity(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> float:
+def perplexity(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> float:
+    """Of windows, each position but the last predicting the next token."""
     return exponential(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))

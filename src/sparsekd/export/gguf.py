@@ -171,6 +171,7 @@ def open(folder: Path) -> Runtime:
 
 
 def versions() -> Mapping[str, str]:
+    """Of the packages that wrote and read it."""
     return {"gguf": importlib.metadata.version("gguf"), "transformers": transformers.__version__}
 
 

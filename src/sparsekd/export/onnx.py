@@ -48,6 +48,7 @@ def write(
 
 
 def open(folder: Path) -> Runtime:
+    """The graph in ONNX Runtime, with as many threads as PyTorch takes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -58,4 +59,5 @@ def open(folder: Path) -> Runtime:
 
 
 def versions() -> Mapping[str, str]:
+    """Of the packages that wrote and opened it."""
     return {name: metadata.version(name) for name in ("torch", "transformers", *PACKAGES)}

@@ -83,6 +83,7 @@ def _compressed(graph: Any, weights: str) -> Any:
 
 
 def open(folder: Path) -> Runtime:
+    """The graph in OpenVINO, with as many threads as PyTorch takes."""
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     request = _openvino().compile_model(folder / FILE, "CPU", options).create_infer_request()
     inputs = {one.get_any_name(): one.get_partial_shape() for one in request.model_inputs}
@@ -91,4 +92,5 @@ def open(folder: Path) -> Runtime:
 
 
 def versions() -> Mapping[str, str]:
+    """Of the packages that wrote and opened it."""
     return {name: metadata.version(name) for name in ("torch", "transformers", *PACKAGES)}
