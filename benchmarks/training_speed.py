@@ -44,6 +44,7 @@ from _record import record, summary
 import sparsekd
 from sparsekd import corpus, distillation, teacher
 from sparsekd.compression import compress
+from sparsekd.distillation import worker
 from sparsekd.recipe import Distill, load_recipe
 from sparsekd.run.machine import peak_memory_bytes
 from sparsekd.teacher import Cache, Targets
@@ -154,7 +155,7 @@ def our_steps(model: Any, blocks: np.ndarray, cache: Cache, micro_batch_size: in
     settings: dict[str, Any] = {"batch_size": BATCH, "micro_batch_size": micro_batch_size, "validations": 1}
     options = Distill(alpha=ALPHA, temperature=TEMPERATURE, **settings)
     waits: list[float] = []
-    make_batch = distillation.make_batch
+    make_batch = worker.make_batch
 
     def timed(*args: Any) -> Any:
         start = time.perf_counter()
@@ -162,7 +163,7 @@ def our_steps(model: Any, blocks: np.ndarray, cache: Cache, micro_batch_size: in
         waits.append(time.perf_counter() - start)
         return batch
 
-    with patch.object(distillation, "make_batch", timed):
+    with patch.object(worker, "make_batch", timed):
         history = distillation.train(model, data, options)
     seconds = sum(step.seconds for step in history.steps[1:])
     batches = STEPS * BATCH // micro_batch_size

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each folder, or file beside the folders, may import what stands before it in this list, and nothing after it.
 ORDER = [
     *["errors", "files", "records", "console", "device", "recipe", "corpus", "models", "teacher", "distillation"],
-    *["compression", "evaluate", "run", "report", "pipeline", "export", "bench", "reproduce", "cli"],
+    *["compression", "evaluate", "run", "report", "export", "bench", "pipeline", "reproduce", "cli"],
 ]
 WITHOUT_TRANSFORMERS = {
     "errors",

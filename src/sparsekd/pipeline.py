@@ -7,11 +7,14 @@ was stopped, or is called again with another `until`, goes on where it was.
 from __future__ import annotations
 
 import functools
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sparsekd import compression, corpus, models, report
+from sparsekd import bench, compression, corpus, export, files, models, report
 from sparsekd.compression import damage, spectra
 from sparsekd.console import Console
 from sparsekd.device import place
@@ -19,7 +22,21 @@ from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe, method_named
 from sparsekd.records import Record
-from sparsekd.run import CORPUS, OF_ROUND, STAGES, Round, Run, Summary, Work, planned, settings_of, stages
+from sparsekd.run import (
+    BENCH,
+    CORPUS,
+    OF_ROUND,
+    STAGES,
+    Round,
+    Run,
+    Summary,
+    Work,
+    is_run,
+    planned,
+    read_recipe,
+    settings_of,
+    stages,
+)
 from sparsekd.teacher import merge_shares
 
 UNTIL = (*STAGES, "report")
@@ -51,6 +68,8 @@ def run(
         if until != "corpus":
             for round_ in rounds:
                 summaries |= run_round(work, round_, until)
+        if until == "report" and recipe.bench:
+            opened.processes.main_first(lambda: _bench(work, rounds))
         if until == "report" and opened.processes.is_main:
             written = report.write(folder)
             opened.console.say(f"report: {folder / 'report.html'}")
@@ -70,6 +89,59 @@ def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, S
     return summaries
 
 
+def _bench(work: Work, rounds: Sequence[Round]) -> Summary:
+    """Stage `bench`: perplexity against speed and bytes; measured again where a model or the text has changed."""
+    options = work.recipe.evaluate
+    name = next(iter(options.texts))
+    inputs = {
+        "models": {str(one.distilled): work.identity(one.distilled) for one in rounds},
+        "dense": work.identity(work.dense),
+        "text": files.sha256(work.blocks.texts[name]),
+    }
+    stage = work.run.stage(BENCH, inputs, replaces=True)
+    if stage.summary is not None:
+        return stage.summary
+    work.release()
+    console = work.run.console
+    text = work.blocks.texts[name]
+    found = bench.frontier(_candidates(work.run.folder), text, stage.folder, say=console.say, warn=console.warn)
+    return stage.finish(found | {"text": name})
+
+
+def frontier(folders: Sequence[Path], text: str | None, console: Console, **options: Any) -> Record:
+    """Perplexity against speed and bytes of the dense model and the distilled ones of finished runs, on an evaluation
+    text of the first run; `options` as in `bench.frontier`. Raises `UsageError` for runs that do not belong together,
+    `DataError` for one that is not finished."""
+    for folder in folders:
+        if not is_run(folder):
+            raise UsageError(f"{folder} is no run: expected the --out of sparsekd run")
+        export.locate(str(folder))  # finished
+    dense = {read_recipe(folder).model.name: folder for folder in folders}
+    if len(dense) > 1:
+        raise UsageError(f"the runs have different dense models: {', '.join(dense)}")
+    texts = corpus.load(folders[0] / CORPUS).texts
+    name = text or next(iter(texts), None)
+    if name not in texts:
+        raise UsageError(f"--text {name}: {folders[0]} evaluates on {', '.join(texts) or 'no text'}")
+    candidates = [one for folder in folders for one in _candidates(folder)]
+    candidates = list({one.source.name: one for one in candidates}.values())  # the dense one is all runs'
+    with tempfile.TemporaryDirectory() as temporary:
+        found = bench.frontier(candidates, texts[name], Path(temporary), say=console.say, warn=console.warn, **options)
+    return found | {"text": name}
+
+
+def _candidates(folder: Path) -> list[bench.Candidate]:
+    """The dense model and each round's distilled one, by what it has lost."""
+    recipe = read_recipe(folder)
+    found = [bench.Candidate("dense", export.Source(recipe.model.name, revision=recipe.model.revision))]
+    for one in planned(recipe):
+        lost = f"{one.compress.method} {one.compress.reduction:.0%}" if one.compress else one.name
+        found.append(
+            bench.Candidate(f"{folder.name}: {lost}", export.Source(str(folder / one.distilled / "model"), folder))
+        )
+    return found
+
+
 def check_before_starting(recipe: Recipe) -> None:
     """Raises `UsageError` for what would otherwise stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
@@ -77,6 +149,10 @@ def check_before_starting(recipe: Recipe) -> None:
     for name in recipe.teacher.models:
         models.skeleton(name, trust_remote_code=model.trust_remote_code)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
+    if recipe.bench and not options.texts:
+        raise UsageError("bench: true needs a text: give evaluate.texts one")
+    if recipe.bench:
+        bench.require_format()
 
 
 def cache_share(recipe: Recipe, folder: Path, share: corpus.Share, console: Console | None = None) -> Summary:

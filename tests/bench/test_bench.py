@@ -21,14 +21,30 @@ BASE = Variant("torch", "float32", "sdpa")
 
 
 def test_what_matters_comes_first() -> None:
-    groups = in_order(["torch", "compile"], ["float32", "bfloat16"], ["sdpa", "eager"], [16, 1, 64], [1024, 128])
+    plan = Plan(["torch", "compile"], ["float32", "bfloat16"], ["sdpa", "eager"], [16, 1, 64], [1024, 128])
+    groups = in_order(plan.variants(), plan.batches, plan.lengths)
     first = [Shape(1, 128), Shape(16, 128)]
     assert groups[0] == (BASE, first)
     assert [shapes for _, shapes in groups[:8]] == [first] * 8
     assert groups[8] == (BASE, [Shape(1, 1024), Shape(64, 128), Shape(16, 1024), Shape(64, 1024)])
     differing = [sum(a != b for a, b in zip(variant, BASE, strict=True)) for variant, _ in groups]
     assert differing == [0, 1, 1, 1, 2, 2, 2, 3] * 2
-    assert in_order(["torch"], ["float32"], ["sdpa"], [2, 1], [8]) == [(BASE, [Shape(1, 8), Shape(2, 8)])]
+    assert in_order([BASE], [2, 1], [8]) == [(BASE, [Shape(1, 8), Shape(2, 8)])]
+
+
+def test_a_runtime_has_what_it_has() -> None:
+    plan = Plan(["torch", "onnx", "openvino", "llama.cpp"], ["bfloat16", "float32"], ["sdpa"], [1], [8])
+    assert [str(one) for one in plan.variants()] == [
+        *["torch bfloat16 sdpa", "torch float32 sdpa", "onnx float32", "openvino bfloat16", "openvino float32"],
+        "llama.cpp",
+    ]
+    with pytest.raises(UsageError, match="--dtype float16 --attention sdpa: onnx has float32"):
+        Plan(["onnx"], ["float16"], ["sdpa"], [1], [8]).variants()
+
+
+def test_a_runtime_that_no_model_is_for(refused: Any, model_folder: Any) -> None:
+    line = refused("bench", model_folder("llama"), "--runtime", "llama.cpp", error=UsageError)
+    assert "none of the models is for runtime llama.cpp: sparsekd export MODEL --format gguf makes one" in line
 
 
 class Timed:
@@ -162,7 +178,10 @@ def test_bad_options(refused: Any, model_folder: Any) -> None:
     for options, said in {
         ("--batch", "0"): "--batch is 0: expected numbers from 1 on",
         ("--length", "a"): "--length is a: expected numbers with commas between them",
-        ("--runtime", "fast"): "--runtime is fast: expected torch, compile, several with commas between them",
+        (
+            "--runtime",
+            "fast",
+        ): "--runtime is fast: expected torch, compile, onnx, openvino, llama.cpp, several with commas between them",
         (str(folder),): f"model {folder} is given twice",
     }.items():
         assert said in refused("bench", folder, *options, error=UsageError)

@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from narrowing import chosen, narrow
 from tiny import sharpened
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
+from sparsekd.bench.cells import Variant
+from sparsekd.bench.runtimes import RUNTIMES, open_session
+from sparsekd.evaluate import Serving, Session, prompt
 
 PROMPT, COUNT = "Silver river quiet", 12
 MODELS = ("llama, a width a layer", "qwen3, low rank", "phi3")
@@ -39,3 +43,21 @@ def example_says(folder: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.removesuffix("\n")
+
+
+def serves_as_pytorch_does(model: PreTrainedModel, folder: Path, runtime: str) -> None:
+    """In the bench: two prompts, twice, and tokens after each of them."""
+    assert RUNTIMES[runtime].takes(str(folder)) and not RUNTIMES["torch"].takes(str(folder))
+    variant = Variant(runtime, "float32", "own")
+    found = [_greedy(one) for one in (Serving(model), open_session(str(folder), variant, torch.device("cpu")))]
+    assert torch.equal(*found)
+
+
+def _greedy(session: Session) -> torch.Tensor:
+    tokens = []
+    for start in (0, 7):
+        following = session.prefill(prompt(2, 9) + start)
+        for _ in range(6):
+            tokens.append(following)
+            following = session.decode(following)
+    return torch.stack(tokens)

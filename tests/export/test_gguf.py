@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from narrowing import chosen, narrow
+from serving import serves_as_pytorch_does
 from tiny import paragraphs, sharpened
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as kinds
@@ -18,19 +19,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import sparsekd
 from sparsekd import export
 from sparsekd.errors import QualityError, ResourceError, UsageError
-from sparsekd.export import Source, _llama_cpp
+from sparsekd.export import Source, llama_cpp
 
 Make = Callable[..., PreTrainedModel]
 Write = Callable[..., Any]
 TEXT = "\n\n".join(paragraphs(12, seed=3))
 WINDOW = torch.zeros(1, 40, dtype=torch.long)
-LLAMA_CPP = pytest.mark.skipif(_llama_cpp.missing() is not None, reason=str(_llama_cpp.missing()))
+LLAMA_CPP = pytest.mark.skipif(llama_cpp.missing() is not None, reason=str(llama_cpp.missing()))
 
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Most of these tests are of the file, and each question to llama.cpp takes two seconds."""
-    monkeypatch.setenv(_llama_cpp.FOLDER, str(tmp_path / "nothing"))
+    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path / "nothing"))
 
 
 @pytest.fixture
@@ -250,7 +251,9 @@ STRETCHED = {
     ("architecture", "widths", "changes"),
     [("llama", (40, 24), {"rope_parameters": STRETCHED}), ("qwen3", (64,), {}), ("phi3", (40, 24), {})],
 )
-def test_llama_cpp_says_the_same(architecture: str, widths: Any, changes: Any, make_model: Make, write: Write) -> None:
+def test_llama_cpp_says_the_same(
+    architecture: str, widths: Any, changes: Any, make_model: Make, write: Write, tmp_path: Path
+) -> None:
     model = sharpened(biased(make_model(architecture, **changes)))
     narrow(model, chosen(model, *widths))
     record = write(model)
@@ -258,6 +261,7 @@ def test_llama_cpp_says_the_same(architecture: str, widths: Any, changes: Any, m
     assert record["comparison"]["largest_logit_difference"] < 1e-4
     assert found["largest_logit_difference"] < 0.02  # its cache of keys and values is float16
     assert found["greedy_tokens_alike"] == found["greedy_tokens"]
+    serves_as_pytorch_does(model, tmp_path / "out", "llama.cpp")
     assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=1e-3)
 
 
@@ -320,7 +324,7 @@ def test_a_file_that_is_not_the_model_is_not_kept(make_model: Make, write: Write
 def test_what_llama_cpp_does_not_open_is_named(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(QualityError, match=r"llama\.cpp does not open what format gguf wrote, it says: "):
-        _llama_cpp.compare(make_model("llama"), tokenizer, tmp_path / "model.gguf", WINDOW)
+        llama_cpp.compare(make_model("llama"), tokenizer, tmp_path / "model.gguf", WINDOW)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
@@ -328,7 +332,7 @@ def test_a_broken_installation_is_named(
     make_model: Make, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "node_modules" / "node-llama-cpp").mkdir(parents=True)
-    monkeypatch.setenv(_llama_cpp.FOLDER, str(tmp_path))
-    assert _llama_cpp.missing() is None
+    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path))
+    assert llama_cpp.missing() is None
     with pytest.raises(ResourceError, match="does not start, so install it again: "):
-        _llama_cpp.compare(make_model("llama"), tokenizer, tmp_path / "model.gguf", WINDOW)
+        llama_cpp.compare(make_model("llama"), tokenizer, tmp_path / "model.gguf", WINDOW)

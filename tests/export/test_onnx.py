@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import made
-from serving import MODELS, continued, example_says
+from serving import MODELS, continued, example_says, serves_as_pytorch_does
 from transformers import PreTrainedTokenizerFast
 
 from sparsekd.errors import ResourceError, UsageError
@@ -26,6 +26,7 @@ def test_it_says_what_pytorch_says(name: str, exported: Any, tokenizer: PreTrain
     assert record["comparison"]["largest_logit_difference"] < 1e-4
     assert record["comparison"]["agreement"] == 1
     assert example_says(folder) == continued(model, tokenizer)
+    serves_as_pytorch_does(model, folder, "onnx")
     assert set(record["versions"]) >= {"torch", "transformers", *format_.PACKAGES}
 
 
@@ -56,6 +57,21 @@ def test_smaller_numbers(
         len(value.shape) == 2 and value.dtype == onnx_ir.DataType.FLOAT and value.name.endswith("weight")
         for value in graph.graph.initializers.values()
     )
+
+
+def test_logits_of_the_last_positions(exported: Any) -> None:
+    """Of all where nobody says of how many."""
+    model, folder, _ = exported(MODELS[0])
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": torch.arange(4)[None]}
+    given |= {one.name: torch.zeros(1, one.shape[1], 0, one.shape[3]) for one in session.get_inputs()[3:]}
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for kept, positions in ({}, 4), ({_tracing.KEPT: torch.tensor(2)}, 2):
+        feed = {name: tensor.numpy() for name, tensor in (given | kept).items()}
+        logits = torch.from_numpy(session.run(["logits"], feed)[0])
+        assert torch.allclose(logits, expected[:, -positions:], atol=1e-4)
 
 
 def test_a_sequence_with_padding_before_it(exported: Any) -> None:

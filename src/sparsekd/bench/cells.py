@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+STEPS = 16  # tokens that are decoded after a prompt
+OWN = "own"  # a number format or attention that the runtime does not let choose
+
 
 class Variant(NamedTuple):
     """How a model runs."""
@@ -15,7 +18,7 @@ class Variant(NamedTuple):
     attention: str
 
     def __str__(self) -> str:
-        return " ".join(self)
+        return " ".join(word for word in self if word != OWN)
 
 
 class Shape(NamedTuple):
@@ -32,18 +35,11 @@ _FIRST = (Shape(1, 128), Shape(16, 128))  # decoding for one reader; the batch f
 Group = tuple[Variant, list[Shape]]
 
 
-def in_order(
-    runtimes: Sequence[str],
-    dtypes: Sequence[str],
-    attentions: Sequence[str],
-    batches: Sequence[int],
-    lengths: Sequence[int],
-) -> list[Group]:
+def in_order(variants: Sequence[Variant], batches: Sequence[int], lengths: Sequence[int]) -> list[Group]:
     """Shapes by variant: first 1 x 128 and 16 x 128 (or else the two smallest shapes) in every variant, those that
-    differ least from the first of each option before the others; then the other shapes, small ones first."""
-    found = itertools.product(*(tuple(dict.fromkeys(given)) for given in (runtimes, dtypes, attentions)))
-    base = Variant(runtimes[0], dtypes[0], attentions[0])
-    variants = sorted((Variant(*one) for one in found), key=lambda one: _differences(one, base))
+    differ least from the first one before the others; then the other shapes, small ones first."""
+    base = variants[0]
+    variants = sorted(dict.fromkeys(variants), key=lambda one: _differences(one, base))
     shapes = sorted({Shape(*one) for one in itertools.product(batches, lengths)}, key=_size)
     first = [shape for shape in shapes if shape in _FIRST] or shapes[:2]
     rest = [shape for shape in shapes if shape not in first]
@@ -53,7 +49,7 @@ def in_order(
 
 
 def _differences(one: Variant, base: Variant) -> int:
-    return sum(mine != its for mine, its in zip(one, base, strict=True))
+    return sum(mine not in (its, OWN) for mine, its in zip(one, base, strict=True))
 
 
 def _size(shape: Shape) -> tuple[int, int]:

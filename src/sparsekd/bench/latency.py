@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparsekd import models
-from sparsekd.bench.cells import Shape, Variant, in_order
+from sparsekd.bench.cells import STEPS, Shape, Variant, in_order
 from sparsekd.bench.intervals import Estimate, estimate
-from sparsekd.bench.runtimes import STEPS
+from sparsekd.bench.runtimes import RUNTIMES, stored_bytes
 from sparsekd.bench.subject import OutOfTime, Remote
 from sparsekd.device import out_of_memory, place
-from sparsekd.errors import ResourceError, SparseKDError
+from sparsekd.errors import ResourceError, SparseKDError, UsageError
 from sparsekd.records import Record
 from sparsekd.run import versions
 
@@ -39,6 +38,19 @@ class Plan(NamedTuple):
     batches: Sequence[int]
     lengths: Sequence[int]
 
+    def variants(self) -> list[Variant]:
+        """How models are run; raises `UsageError` where no runtime has any of the number formats and attentions."""
+        found = [
+            Variant(name, *how)
+            for name in self.runtimes
+            for how in RUNTIMES[name].variants(self.dtypes, self.attentions)
+        ]
+        if not found:
+            asked = f"--dtype {','.join(self.dtypes)} --attention {','.join(self.attentions)}"
+            has = "; ".join(f"{one} has {', '.join(RUNTIMES[one].dtypes)}" for one in self.runtimes)
+            raise UsageError(f"{asked}: {has}")
+        return found
+
 
 def compare(
     names: Sequence[str],
@@ -56,9 +68,9 @@ def compare(
     `UsageError` for a model that is not there; where nothing could be measured, what came in the way, or
     `ResourceError` for time that did not suffice.
     """
-    disk = {name: models.stored_bytes(name) for name in names}
+    disk = {name: stored_bytes(name) for name in names}
     bench = _Bench(names, str(place(device).device), torch.get_num_threads(), precision, minutes, say, warn)
-    for variant, shapes in in_order(*plan):
+    for variant, shapes in in_order(plan.variants(), plan.batches, plan.lengths):
         bench.measure(variant, shapes)
     if not bench.cells:
         raise bench.first_problem or ResourceError(f"nothing was measured within --minutes {minutes:g}: give more")
@@ -121,8 +133,12 @@ class _Bench:
 
     @contextmanager
     def _opened(self, variant: Variant) -> Iterator[dict[str, Remote]]:
+        runtime = RUNTIMES[variant.runtime]
+        names = [name for name in self._names if runtime.takes(name)]
+        if not names:
+            raise UsageError(f"none of the models is for runtime {variant.runtime}: {runtime.way_in}")
         with ExitStack() as stack:
-            subjects = {name: Remote(name, variant, self.device, self.threads) for name in self._names}
+            subjects = {name: Remote(name, variant, self.device, self.threads) for name in names}
             for subject in subjects.values():
                 stack.callback(subject.close)
             self._say(f"  {variant}: opening {len(subjects)} models")
@@ -139,7 +155,8 @@ class _Bench:
             if not out_of_memory(error):
                 raise
             return self._halved(subjects, variant, shape)
-        cell = {**variant._asdict(), **shape._asdict(), **summarize(turns, memory, shape)}
+        device = self.device if RUNTIMES[variant.runtime].format is None else "cpu"
+        cell = {**variant._asdict(), **shape._asdict(), "device": device, **summarize(turns, memory, shape)}
         self.cells.append(cell)
         self._say(f"  {variant}, {shape}: {cell['turns']} turns")
         vague = _vaguest(cell["models"])

@@ -1,14 +1,16 @@
 """What models run in: one entry for each runtime, which opens a model as a `Session`.
 
-Another runtime is one function that opens an exported folder, and one line of `RUNTIMES`.
+PyTorch opens models, the others folders that `sparsekd export` has made for them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from sparsekd import models
-from sparsekd.bench.cells import Variant
+from sparsekd import export, models
+from sparsekd.bench.cells import OWN, STEPS, Variant
+from sparsekd.bench.graphs import Graph, LlamaCpp
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.evaluate import Serving, Session
+from sparsekd.export import gguf, llama_cpp, onnx, openvino
 
-STEPS = 16  # tokens that are decoded after a prompt
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DTYPES = ("float32", "bfloat16", "float16")
 _FLASH = "flash_attention_2"
@@ -29,11 +32,32 @@ _FLASH = "flash_attention_2"
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where models run."""
+    """Where models run. It is there if `missing` returns None, else the line that installs it."""
 
     open: Callable[[str, Variant, torch.device], Session]  # raises an error of ours for a model that it cannot open
-    is_there: Callable[[], bool]
-    install: str  # the line that makes it be there
+    missing: Callable[[], str | None]
+    format: str | None = None  # of exported folders that it opens; None: it opens models
+    dtypes: Sequence[str] = (OWN,)  # in which it computes; `OWN`: as it likes
+    attentions: Sequence[str] = (OWN,)
+
+    def takes(self, name: str) -> bool:
+        """Whether the model of this name is for it."""
+        if self.format is None:
+            return not any((Path(name) / file).is_file() for file in _FILES.values())
+        is_file = self.format == "gguf" and Path(name).suffix == Path(gguf.FILE).suffix
+        return is_file or (Path(name) / _FILES[self.format]).is_file()
+
+    @property
+    def way_in(self) -> str:
+        """How to have a model that is for it."""
+        return (
+            f"sparsekd export MODEL --format {self.format}" if self.format else "give a model, not an exported folder"
+        )
+
+    def variants(self, dtypes: Sequence[str], attentions: Sequence[str]) -> list[tuple[str, str]]:
+        """Those of what is asked for that it has; what it does not let choose, as it is."""
+        pairs = ((self.dtypes, dtypes), (self.attentions, attentions))
+        return list(itertools.product(*([one for one in (*asked, OWN) if one in has] for has, asked in pairs)))
 
 
 def open_session(name: str, variant: Variant, device: torch.device) -> Session:
@@ -41,21 +65,31 @@ def open_session(name: str, variant: Variant, device: torch.device) -> Session:
     return RUNTIMES[variant.runtime].open(name, variant, device)
 
 
+def stored_bytes(name: str) -> int:
+    """Bytes of the files that hold a model's weights, whatever it is for."""
+    folder = Path(name)
+    for file in _FILES.values():
+        if (folder / file).is_file():
+            return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    return models.stored_bytes(name)
+
+
 def installed() -> list[str]:
     """The runtimes that are there."""
-    return [name for name, runtime in RUNTIMES.items() if runtime.is_there()]
+    return [name for name, runtime in RUNTIMES.items() if runtime.missing() is None]
 
 
 def not_installed() -> list[str]:
     """The others, each with the line that installs it."""
-    return [f"{name}: {runtime.install}" for name, runtime in RUNTIMES.items() if not runtime.is_there()]
+    lines = {name: runtime.missing() for name, runtime in RUNTIMES.items()}
+    return [f"{name}: {line}" for name, line in lines.items() if line is not None]
 
 
 def require(runtime: str) -> None:
     """Raises `ResourceError` for a runtime that is not there."""
-    chosen = RUNTIMES[runtime]
-    if not chosen.is_there():
-        raise ResourceError(f"runtime {runtime} is not installed: {chosen.install}")
+    line = RUNTIMES[runtime].missing()
+    if line is not None:
+        raise ResourceError(f"runtime {runtime} is not installed: {line}")
 
 
 def attentions_here() -> list[str]:
@@ -116,12 +150,34 @@ class _Compiled(Serving):
         return self._static
 
 
-def _has_compiler() -> bool:
+def _open_onnx(name: str, variant: Variant, device: torch.device) -> Session:
+    return Graph(onnx.cached(Path(name)))
+
+
+def _open_openvino(name: str, variant: Variant, device: torch.device) -> Session:
+    return Graph(openvino.cached(Path(name), {"float32": "f32", "bfloat16": "bf16"}[variant.dtype]))
+
+
+def _open_llama_cpp(name: str, variant: Variant, device: torch.device) -> Session:
+    return LlamaCpp(Path(name) / gguf.FILE if Path(name).is_dir() else Path(name))
+
+
+def _compiler() -> str | None:
     """A GPU's graphs are compiled by Triton, which comes with torch, others in C++."""
-    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    there = torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return None if there else "apt install g++"
 
 
+def _packages(format_: str) -> Callable[[], str | None]:
+    return lambda: export.install_line(format_)
+
+
+_FILES = {"onnx": onnx.FILE, "openvino": openvino.FILE, "gguf": gguf.FILE}
+_SUFFIXES = (".onnx", ".data", ".xml", ".bin", ".gguf")
 RUNTIMES = {
-    "torch": Runtime(_open_torch, lambda: True, "pip install torch"),
-    "compile": Runtime(_open_compiled, _has_compiler, "apt install g++"),
+    "torch": Runtime(_open_torch, lambda: None, None, DTYPES, ATTENTIONS),
+    "compile": Runtime(_open_compiled, _compiler, None, DTYPES, ATTENTIONS),
+    "onnx": Runtime(_open_onnx, _packages("onnx"), "onnx", DTYPES[:1]),
+    "openvino": Runtime(_open_openvino, _packages("openvino"), "openvino", DTYPES[:2]),
+    "llama.cpp": Runtime(_open_llama_cpp, llama_cpp.install_line, "gguf"),
 }

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from sparsekd import errors
-from sparsekd.bench.cells import Shape, Variant
-from sparsekd.bench.runtimes import STEPS, open_session
+from sparsekd.bench.cells import STEPS, Shape, Variant
+from sparsekd.bench.runtimes import open_session
 from sparsekd.device import out_of_memory, peak_device_memory_bytes
 from sparsekd.errors import ResourceError, SparseKDError
 from sparsekd.evaluate import prompt, timed
@@ -37,8 +37,11 @@ class Subject:
 
     def __init__(self, name: str, variant: Variant, device: torch.device):
         self._device = device
-        self._before = memory_bytes()
+        before = memory_bytes()
         self._session = open_session(name, variant, device)
+        # llama.cpp holds the model in a process of its own
+        self._process: int | None = getattr(self._session, "pid", None)
+        self._before: int = getattr(self._session, "before_bytes", before)
 
     def turn(self, shape: Sequence[int]) -> Record:
         """Seconds until the first token of a prompt, and of each of `STEPS` tokens after it."""
@@ -54,7 +57,7 @@ class Subject:
 
     def forget_peak(self) -> Record:
         """Peaks are from here on."""
-        reset_peak_memory()
+        reset_peak_memory(self._process)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         return {}
@@ -62,7 +65,7 @@ class Subject:
     def memory(self) -> Record:
         """Peaks of the process and of a GPU, and what the process held before the model was opened."""
         return {
-            "peak_bytes": peak_memory_bytes(),
+            "peak_bytes": peak_memory_bytes(self._process),
             "before_bytes": self._before,
             "device_peak_bytes": peak_device_memory_bytes(self._device),
         }

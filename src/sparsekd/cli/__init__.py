@@ -21,7 +21,7 @@ from sparsekd.errors import SparseKDError
 # In `--help`, in this order; a verb that is not named here comes after them.
 _ORDER = [
     *["run", "corpus", "cache", "compress", "distill", "reproduce"],
-    *["eval", "bench", "profile", "export", "spectrum", "report", "inspect", "doctor"],
+    *["eval", "bench", "profile", "frontier", "export", "spectrum", "report", "inspect", "doctor"],
 ]
 
 app = typer.Typer(

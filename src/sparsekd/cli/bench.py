@@ -16,7 +16,8 @@ def command(
     batch: Annotated[str, typer.Option(metavar="A,B", help="Prompts at once.")] = "1,16,64",
     length: Annotated[str, typer.Option(metavar="A,B", help="Tokens of each prompt.")] = "128,512,1024",
     runtime: Annotated[
-        str | None, typer.Option(metavar="A,B", help="torch, compile.  [default: those that are installed]")
+        str | None,
+        typer.Option(metavar="A,B", help="torch, compile, onnx, openvino, llama.cpp.  [default: those installed]"),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="A,B", help="float32, bfloat16, float16.")] = "float32,bfloat16",
     attention: Annotated[

@@ -21,7 +21,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="Folder, Hub id, .gguf, smollm2-135m; the others are compared with the first.",
+        help="Folder, Hub id, .gguf, smollm2-135m, run; the others are compared with the first.",
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a recipe value; repeatable.")]
@@ -83,10 +83,12 @@ def counts(option: str, text: str) -> list[int]:
 
 
 def model_names(given: Sequence[str]) -> list[str]:
-    """Each model's one name; raises `UsageError` for one that is given twice."""
+    """Each model's one name, of a run its last model's; raises `UsageError` for one that is given twice."""
+    from sparsekd.export import locate
+
     names: list[str] = []
     for name in given:
-        name = model_name(name, names)
+        name = model_name(locate(name).name, names)
         if name in names:
             raise UsageError(f"model {name} is given twice: to see the noise, compare with a copy of the folder")
         names.append(name)

@@ -57,18 +57,28 @@ def removal(
     size = -(-count // _STEPS)
     while len(alive):
         scores = scaled.square().sum(0) / inverse.diagonal()
-        least, others = scores.argsort(stable=True).split([min(size, len(alive)), max(0, len(alive) - size)])
-        others = others.sort().values
+        least = scores.argsort(stable=True)[:size]
         factor = torch.linalg.cholesky(inverse[least[:, None], least])
         lost = torch.linalg.solve_triangular(factor, scaled[:, least].T, upper=False)
         steps.append((lost.square().sum() / 2 / len(least)).expand(len(least)))
-        cross = torch.linalg.solve_triangular(factor, inverse[least[:, None], others], upper=False)
         order.append(alive[least])
-        inverse = inverse[others[:, None], others].addmm_(cross.T, cross, alpha=-1)
-        scaled = scaled[:, others].addmm_(lost.T, cross, alpha=-1)
-        alive = alive[others]
+        cross = torch.linalg.solve_triangular(factor, inverse[least], upper=False)
+        left = len(alive) - len(least)
+        free, moved = _places(least, left)
+        for values, dim in ((inverse, 0), (inverse, 1), (cross, 1), (scaled, 1), (alive, 0)):
+            values.index_copy_(dim, free, values.narrow(dim, left, len(least)).index_select(dim, moved))
+        alive, cross = alive[:left], cross[:, :left]
+        inverse = inverse[:left, :left].addmm_(cross.T, cross, alpha=-1)
+        scaled = scaled[:, :left].addmm_(lost.T, cross, alpha=-1)
     losses = torch.cat([torch.zeros(1, dtype=gram.dtype, device=gram.device), *steps]).cumsum(0)
     return Removal(torch.cat(order), losses)
+
+
+def _places(gone: Int[Tensor, " G"], left: int) -> tuple[Tensor, Tensor]:
+    """Of `left` neurons and those that are `gone`: the places below `left` that become free, and which of
+    those from `left` on move there. Nothing else moves, which would cost more than all products."""
+    above = torch.arange(len(gone), device=gone.device)
+    return gone[gone < left], above[~torch.isin(above + left, gone)]
 
 
 def refitted(

@@ -262,14 +262,18 @@ def _output_gradient(
     """Gradient at the last layer's output; one block at a time, because logits are large."""
     top.requires_grad_()
     logits, _ = layers.run(lambda: logits_of(model, **inputs)[0].float(), top, depth)
-    with torch.no_grad():
-        probabilities = logits.softmax(-1).cpu()
-        if not bool(torch.isfinite(probabilities).all()):
-            raise DataError("the model's output is not finite: its weights are damaged")
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
-    F.cross_entropy(logits, labels, reduction="sum").backward()
+    F.cross_entropy(logits, _drawn(logits, generator), reduction="sum").backward()
     assert top.grad is not None
     return top.grad
+
+
+@torch.no_grad()
+def _drawn(logits: Float[Tensor, "L V"], generator: torch.Generator) -> Int[Tensor, " L"]:
+    """Labels that the model itself would draw."""
+    probabilities = logits.softmax(-1).cpu()
+    if not bool(torch.isfinite(probabilities).all()):
+        raise DataError("the model's output is not finite: its weights are damaged")
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from sparsekd.evaluate.measure import Measurement as Measurement
 from sparsekd.evaluate.measure import measure as measure
 from sparsekd.evaluate.perplexity import Perplexity as Perplexity
 from sparsekd.evaluate.perplexity import perplexity as perplexity
+from sparsekd.evaluate.perplexity import perplexity_in as perplexity_in
 from sparsekd.evaluate.perplexity import perplexity_of as perplexity_of
 from sparsekd.evaluate.perplexity import ratio as ratio
 from sparsekd.evaluate.speed import Serving as Serving

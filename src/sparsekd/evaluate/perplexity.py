@@ -136,6 +136,27 @@ def perplexity(
     return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
 
 
+def perplexity_in(
+    runtime: Callable[[Int[Tensor, "1 L"]], Float[Tensor, "1 L V"]],
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    context: int = 512,
+    stride: int = 256,
+    max_tokens: int | None = None,
+) -> Perplexity:
+    """The same of a model in any runtime, which turns tokens into logits, of which `vocab_size` are of real tokens."""
+    ids = token_ids(tokenizer, text)
+    windows = choose(split(len(ids), context, stride), max_tokens)
+    losses, begin = Losses(), beginning(tokenizer)
+    for window in windows:
+        row = torch.cat([ids.new_tensor(begin), ids[window.start : window.end]])
+        logits = runtime(row[None])[0, len(begin) : -1, :vocab_size]
+        losses.add(Prediction(window, logits, row[len(begin) + 1 :]))
+    return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
+
+
 def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float | None]:
     """`model`'s strict perplexity over `reference`'s on the same text, and the standard error of that ratio, None if
     there is one window only.

@@ -20,6 +20,7 @@ import sparsekd
 from sparsekd import files, models, records
 from sparsekd.errors import QualityError, ResourceError, UsageError
 from sparsekd.export import card
+from sparsekd.export._tracing import Cached as Cached
 from sparsekd.export.checking import Runtime as Runtime
 from sparsekd.export.checking import Tolerance as Tolerance
 from sparsekd.export.checking import compare as compare
@@ -82,6 +83,11 @@ def _module(name: str) -> Any:
 def _lacking(name: str) -> list[str]:
     """The packages of a format that are not installed."""
     return [one for one in getattr(_module(name), "PACKAGES", ()) if importlib.util.find_spec(one) is None]
+
+
+def install_line(name: str) -> str | None:
+    """What installs the packages of a format; None where all are there."""
+    return _install(name) if _lacking(name) else None
 
 
 def _install(name: str) -> str:

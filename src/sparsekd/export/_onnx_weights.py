@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsekd.export._tracing import constant
+
 _BLOCK = 32
 
 
@@ -31,7 +33,7 @@ def _halve(graph: Any) -> None:
         if value.dtype == onnx_ir.DataType.FLOAT and len(value.shape) == 2:
             cast = onnx_ir.node("Cast", [], {"to": onnx_ir.DataType.FLOAT})
             value.replace_all_uses_with(cast.outputs[0])
-            half = _constant(graph, f"{value.name}.half", value.const_value.numpy().astype(np.float16))
+            half = constant(graph, f"{value.name}.half", value.const_value.numpy().astype(np.float16))
             cast.resize_inputs(1)
             cast.replace_input_with(0, half)
             graph.insert_before(graph[0], cast)
@@ -83,7 +85,7 @@ class _Quantiser:
         if columns % _BLOCK:
             return
         numbers, *rest = self._parts(source.name, source.const_value.numpy(), 8)
-        flat = _constant(self.graph, f"{source.name}.shape", np.array([rows, columns]))
+        flat = constant(self.graph, f"{source.name}.shape", np.array([rows, columns]))
         reshape = onnx_ir.node("Reshape", [numbers, flat])
         self.graph.insert_before(node, reshape)
         sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": _BLOCK, "bits": 8}
@@ -100,7 +102,7 @@ class _Quantiser:
             found = library.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
             endings = ("numbers", "scales", "zeros")
             self.made[name] = [
-                _constant(self.graph, f"{name}.{ending}", array) for ending, array in zip(endings, found, strict=True)
+                constant(self.graph, f"{name}.{ending}", array) for ending, array in zip(endings, found, strict=True)
             ]
         return self.made[name]
 
@@ -121,14 +123,3 @@ def _is_lookup(node: Any) -> bool:
     """Whether rows of a matrix are taken by tokens."""
     source = node.inputs[0] if node.op_type == "Gather" else None
     return source is not None and source.const_value is not None and len(source.shape) == 2
-
-
-def _constant(graph: Any, name: str, array: np.ndarray) -> Any:
-    """A new constant of the graph."""
-    import onnx_ir
-
-    constant = onnx_ir.tensor(array, name=name)
-    value = onnx_ir.Value(name=name, const_value=constant)
-    value.dtype, value.shape = constant.dtype, onnx_ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value

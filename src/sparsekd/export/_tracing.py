@@ -1,9 +1,9 @@
 """What the formats `onnx` and `openvino` share: one graph that reads a prompt and goes on from a cache.
 
-The graph takes tokens, the mask of all tokens so far, positions, and keys and values of the earlier tokens, of which
-there may be none. Number of sequences, new tokens and earlier tokens are free.
+The graph takes tokens, the mask of all tokens so far, positions, how many positions are to have logits, and keys and
+values of the earlier tokens, of which there may be none. Number of sequences, new tokens and earlier tokens are free.
 
-Shape letters: B sequences, L positions, V vocabulary.
+Shape letters: B sequences, L positions, K of them with logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from sparsekd import files
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.export.checking import Runtime
 
-Run = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]  # inputs by name to outputs in their order
+KEPT = "num_logits_to_keep"  # as transformers.js names it: logits of so many last positions; 0: of all
+# inputs by name, and of these the cache as the last call gave it, to logits and the cache as the next call takes it
+Run = Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], tuple[np.ndarray, Sequence[Any]]]
+_PASSED = ("Add", "Mul", "Div", "Tanh", "Cast")  # what may stand between the output projection and the logits
 _TOKEN, _KEYS = {0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO}  # which dimensions are free
 
 
@@ -83,6 +86,42 @@ def _tidy(model: Any) -> None:
         if "past_key_values" in words:
             start = "past_key_values" if value in model.graph.inputs else "present"
             value.name = f"{start}.{words[-2]}.{words[-1].removesuffix('s')}"
+    _keep_last(model.graph)
+
+
+def _keep_last(graph: Any) -> None:
+    """Adds the input `KEPT`, so that a prompt costs one product with the vocabulary and not one for each token."""
+    import onnx_ir
+
+    logits = [graph.outputs[0]]
+    while (made_by := logits[-1].producer()).op_type in _PASSED:
+        logits.append(next(one for one in made_by.inputs if one.const_value is None))
+    if made_by.op_type not in ("MatMul", "Gemm"):
+        raise ValueError(f"logits come from {made_by.op_type}, not from a product with a matrix")
+    for value in logits:
+        value.shape = onnx_ir.Shape([value.shape[0], "kept", value.shape[2]])
+    kept = onnx_ir.Value(name=KEPT, type=onnx_ir.TensorType(onnx_ir.DataType.INT64), shape=onnx_ir.Shape([]))
+    graph.inputs.append(kept)
+    one, axes, end = (
+        constant(graph, f"{KEPT}.{name}", np.array([number]))
+        for name, number in (("rank", 1), ("axis", 1), ("end", np.iinfo(np.int64).max))
+    )
+    negative = onnx_ir.node("Neg", [kept])
+    start = onnx_ir.node("Reshape", [negative.outputs[0], one])
+    last = onnx_ir.node("Slice", [made_by.inputs[0], start.outputs[0], end, axes])  # -0 is the start: all
+    graph.insert_before(made_by, [negative, start, last])
+    made_by.replace_input_with(0, last.outputs[0])
+
+
+def constant(graph: Any, name: str, array: np.ndarray) -> Any:
+    """A new constant of the graph."""
+    import onnx_ir
+
+    made = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(name=name, const_value=made)
+    value.dtype, value.shape = made.dtype, onnx_ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
 
 
 def _example(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,28 +166,47 @@ def write_surroundings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     files.write_text(folder / "generate.py", text)
 
 
-def runtime(inputs: Mapping[str, Sequence[Any]], run: Run) -> Runtime:
-    """Reads a text as in use: a prompt, then one token, then some more, each from the cache that the last gave.
+class Cached:
+    """A graph and the cache that it gave last."""
 
-    `inputs` are the names and shapes that the model takes.
-    """
-    caches = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values")}
+    def __init__(self, inputs: Mapping[str, Sequence[Any]], run: Run):
+        """`inputs` are the names and shapes that the graph takes."""
+        self._run, self._inputs = run, inputs
+        self._caches = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values")}
+        self._past: dict[str, Any] = {}
+        self._seen = 0
+
+    def forget(self) -> None:
+        """The next tokens are the first ones."""
+        self._past, self._seen = {}, 0
+
+    def read(self, tokens: Int[Tensor, "B L"], kept: int = 0) -> Float[Tensor, "B K V"]:
+        """Logits of the last `kept` positions, 0: of all, of tokens that follow those before."""
+        count, end = len(tokens), self._seen + tokens.shape[1]
+        given = {
+            "input_ids": tokens.numpy(),
+            "attention_mask": np.ones((count, end), np.int64),
+            "position_ids": np.tile(np.arange(self._seen, end), (count, 1)),
+            KEPT: np.array(kept),
+        }
+        if not self._seen:
+            given |= {
+                name: np.zeros((count, heads, 0, width), np.float32)
+                for name, (_, heads, _, width) in self._caches.items()
+            }
+        given = {name: array for name, array in given.items() if name in self._inputs}
+        logits, present = self._run(given, self._past)
+        self._past, self._seen = dict(zip(self._caches, present, strict=True)), end
+        return torch.from_numpy(logits)
+
+
+def runtime(graph: Cached) -> Runtime:
+    """Reads a text as in use: a prompt, then one token, then some more, each from the cache that the last gave."""
 
     def logits(tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-        count, half, seen, found = len(tokens), tokens.shape[1] // 2, 0, []
-        past = [np.zeros((count, heads, 0, width), np.float32) for _, heads, _, width in caches.values()]
-        for part in tokens.tensor_split([half, half + 1], dim=1):
-            end = seen + part.shape[1]
-            if end > seen:
-                given = {
-                    "input_ids": part.numpy(),
-                    "attention_mask": np.ones((count, end), np.int64),
-                    "position_ids": np.tile(np.arange(seen, end), (count, 1)),
-                }
-                given = {name: array for name, array in given.items() if name in inputs}
-                new, *past = run(given | dict(zip(caches, past, strict=True)))
-                found.append(torch.from_numpy(new))
-            seen = end
-        return torch.cat(found, dim=1)
+        half = tokens.shape[1] // 2
+        graph.forget()
+        parts = [part for part in tokens.tensor_split([half, half + 1], dim=1) if part.shape[1]]
+        return torch.cat([graph.read(part) for part in parts], dim=1)
 
     return logits

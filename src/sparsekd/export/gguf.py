@@ -24,7 +24,7 @@ from sparsekd import files
 from sparsekd.errors import QualityError, ResourceError, UsageError
 from sparsekd.export import _gguf_tensors as _tensors
 from sparsekd.export import _gguf_tokenizer as _tokenizer
-from sparsekd.export import _llama_cpp as llama_cpp
+from sparsekd.export import llama_cpp
 from sparsekd.export.checking import Runtime, Tolerance
 from sparsekd.export.source import Source
 from sparsekd.models import forms, locate

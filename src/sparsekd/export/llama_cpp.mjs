@@ -1,8 +1,6 @@
 // What llama.cpp makes of a GGUF file. One JSON object on stdin, one on stdout; its log goes to stderr.
 //
-// in:  packages  a folder with node_modules/node-llama-cpp
-//      model     the file
-//      threads
+// in:  packages, model, threads   as for llama_cpp_start.mjs
 //      windows   lists of token ids
 //      wanted    for each position of each window, the token ids whose logits are asked for
 //      prompt, generate   token ids to go on from, greedily, and how many tokens to add
@@ -12,24 +10,10 @@
 //                exp(logit - maximum) over all tokens), logits (of those that were wanted)
 //      generated, tokens
 import {readFileSync} from "node:fs";
-import {createRequire} from "node:module";
-import path from "node:path";
-import {pathToFileURL} from "node:url";
+import {start} from "./llama_cpp_start.mjs";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
-let llama;
-try {
-    const installed = createRequire(path.join(asked.packages, "package.json"));
-    const {getLlama} = await import(pathToFileURL(installed.resolve("node-llama-cpp")).href);
-    llama = await getLlama({
-        gpu: false, build: "never", skipDownload: true, progressLogs: false, maxThreads: asked.threads,
-        logLevel: "warn", logger: (level, message) => process.stderr.write(message.trimEnd() + "\n")
-    });
-} catch (error) {
-    process.stderr.write(error.message + "\n");
-    process.exit(4); // it is the installation, not the file
-}
-const model = await llama.loadModel({modelPath: asked.model});
+const {llama, model} = await start(asked);
 const longest = Math.max(asked.prompt.length + asked.generate, ...asked.windows.map((window) => window.length));
 const context = await model.createContext({contextSize: longest + 1, batchSize: longest, threads: asked.threads});
 const sequence = context.getSequence();

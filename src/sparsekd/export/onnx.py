@@ -1,16 +1,17 @@
 """Format `onnx`: one model.onnx for ONNX Runtime that reads prompts and goes on from a cache, and how to use it.
 
-Inputs and outputs have the usual names: `input_ids`, `attention_mask`, `position_ids`, `past_key_values.0.key`;
-`logits`, `present.0.key`. Each weight is stored once, a tied embedding too.
+Inputs and outputs have the usual names: `input_ids`, `attention_mask`, `position_ids`, `past_key_values.0.key`, and, if
+one likes, `num_logits_to_keep`; `logits`, `present.0.key`. Each weight is stored once, a tied embedding too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,20 +43,43 @@ def write(
     graph = _tracing.graph_of("onnx", model)
     with _tracing.quiet():
         _onnx_weights.change(graph.graph, weights)
+        _default(graph.graph)
         onnx_ir.save(graph, folder / FILE, external_data=f"{FILE}.data")
     _tracing.write_surroundings(model, tokenizer, folder, "generate_onnx.py")
     return []
 
 
+def _default(graph: Any) -> None:
+    """All logits, for who does not say of how many positions: an input that is an initializer too need not be given."""
+    import onnx_ir
+
+    kept = next(one for one in graph.inputs if one.name == _tracing.KEPT)
+    kept.const_value = onnx_ir.tensor(np.array(0), name=_tracing.KEPT)
+    graph.register_initializer(kept)
+
+
 def open(folder: Path) -> Runtime:
     """The graph in ONNX Runtime, with as many threads as PyTorch takes."""
+    return _tracing.runtime(cached(folder))
+
+
+def cached(folder: Path) -> _tracing.Cached:
+    """The same, to be read from part by part. What it keeps of earlier tokens is not copied from call to call."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session: Any = onnxruntime.InferenceSession(folder / FILE, options)
-    inputs = {one.name: one.shape for one in session.get_inputs()}
-    return _tracing.runtime(inputs, lambda given: session.run(None, given))
+    own: Any = onnxruntime.OrtValue.ortvalue_from_numpy
+    optional = session.get_overridable_initializers()
+    inputs = {one.name: one.shape for one in [*session.get_inputs(), *optional]}
+
+    def run(given: Mapping[str, np.ndarray], past: Mapping[str, Any]) -> tuple[np.ndarray, Sequence[Any]]:
+        values = {name: own(np.ascontiguousarray(array)) for name, array in given.items()}
+        logits, *present = session.run_with_ort_values(None, {**values, **past})
+        return logits.numpy(), present
+
+    return _tracing.Cached(inputs, run)
 
 
 def versions() -> Mapping[str, str]:

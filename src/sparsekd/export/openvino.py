@@ -7,13 +7,15 @@ does by default on processors that have it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -83,12 +85,25 @@ def _compressed(graph: Any, weights: str) -> Any:
 
 
 def open(folder: Path) -> Runtime:
-    """The graph in OpenVINO, with as many threads as PyTorch takes."""
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    request = _openvino().compile_model(folder / FILE, "CPU", options).create_infer_request()
-    inputs = {one.get_any_name(): one.get_partial_shape() for one in request.model_inputs}
+    """The graph in OpenVINO, with as many threads as PyTorch takes, in float32."""
+    return _tracing.runtime(cached(folder))
+
+
+def cached(folder: Path, precision: str = "f32") -> _tracing.Cached:
+    """The same, to be read from part by part, computed in `precision`. Two requests take turns, each of which reads
+    the cache from where the other has written it."""
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+    compiled = _openvino().compile_model(folder / FILE, "CPU", options)
+    requests = itertools.cycle([compiled.create_infer_request(), compiled.create_infer_request()])
+    inputs = {one.get_any_name(): one.get_partial_shape() for one in compiled.inputs}
     sizes = {name: [-1 if size.is_dynamic else size.get_length() for size in shape] for name, shape in inputs.items()}
-    return _tracing.runtime(sizes, lambda given: list(request.infer(given).values()))
+
+    def run(given: Mapping[str, np.ndarray], past: Mapping[str, Any]) -> tuple[np.ndarray, Sequence[Any]]:
+        found = next(requests).infer({**given, **past}, share_inputs=True, share_outputs=True)
+        logits, *present = found.values()
+        return np.array(logits), present
+
+    return _tracing.Cached(sizes, run)
 
 
 def versions() -> Mapping[str, str]:

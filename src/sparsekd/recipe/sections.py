@@ -207,3 +207,5 @@ class Recipe:
     compress: Compress = field(default_factory=Compress)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    # at the end perplexity against speed and bytes, of the dense model and each round's, as they are and quantised
+    bench: bool = field(default=False, metadata=PASSING)

@@ -13,6 +13,7 @@ from sparsekd.recipe import Recipe, as_dict
 from sparsekd.records import Record
 from sparsekd.report import html
 from sparsekd.run import (
+    BENCH,
     CORPUS,
     STAGES,
     Round,
@@ -56,6 +57,7 @@ def gather(folder: Path) -> Record:
         "distillation": last["distill"],
         "evaluation": last["evaluate"]
         | {"ratios": _ratios(last["evaluate"]["models"]), "tasks": _tasks(folder, recipe, rounds[-1])},
+        "bench": _bench(folder, recipe),
         "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
         "seconds": seconds,
         "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in summaries),
@@ -70,6 +72,16 @@ def _summary(folder: Path, stage: str, place: str) -> Record:
     if summary is None:
         path = folder / place / "stage.json"
         raise DataError(f"{path} is missing, so stage {stage} is not finished: continue it with sparsekd run")
+    return summary
+
+
+def _bench(folder: Path, recipe: Recipe) -> Record | None:
+    """Perplexity against speed and bytes; None where the recipe does not ask for it."""
+    if not recipe.bench:
+        return None
+    summary = read_summary(folder / BENCH, ("points", "left_out", "device", "threads", "text"))
+    if summary is None:
+        raise DataError(f"{folder / BENCH} is not finished: continue it with sparsekd run")
     return summary
 
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from sparsekd.device import memory_named
 from sparsekd.records import Record
-from sparsekd.report import experiments, figures, plots, tables
+from sparsekd.report import experiments, figures, frontier, plots, tables
 
 _drawing = memory_named(lambda: "the report", "all that it shows is finished, so call the same command again")
 
@@ -21,6 +21,8 @@ def render(report: Record) -> str:
         pictures["calibration"] = plots.calibration(report["evaluation"])
         if len(report["rounds"]) > 1:
             pictures["rounds"] = plots.rounds(report["rounds"])
+    if report["bench"]:
+        pictures["frontier"] = frontier.picture(report["bench"])
     structure = report["compression"]
     left = tables.left(structure)
     if left != "zeros":
@@ -40,6 +42,7 @@ def render(report: Record) -> str:
         allocations=tables.allocations(report),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(structure),
+        frontier=list(frontier.tables(report["bench"])) if report["bench"] else [],
         seconds=tables.seconds(report["seconds"]),
         memory=tables.memory(report),
         total=tables.duration(sum(report["seconds"].values())),

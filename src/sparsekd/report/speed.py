@@ -24,7 +24,8 @@ def bench(found: Record) -> Iterator[Titled]:
         by_variant.setdefault(_variant(cell), []).append(cell)
     for variant, cells in by_variant.items():
         rows = [_bench_row(cell, name, one) for cell in cells for name, one in cell["models"].items()]
-        yield Titled(f"{variant}; {found['device']}, {found['threads']} threads", BENCH_HEADER, rows)
+        title = f"{variant}; {cells[0]['device']}, {found['threads']} threads"
+        yield Titled(title, BENCH_HEADER, rows)
     disk = [[name, size(float(facts["disk_bytes"]))] for name, facts in found["models"].items()]
     yield Titled("On disk", ["model", "bytes"], disk)
 
@@ -54,7 +55,7 @@ def left_out(found: Record) -> list[str]:
 
 
 def _variant(one: Record) -> str:
-    return f"{one['runtime']} {one['dtype']} {one['attention']}"
+    return " ".join(one[key] for key in ("runtime", "dtype", "attention") if one[key] != "own")
 
 
 def profile(found: Record) -> Iterator[Titled]:

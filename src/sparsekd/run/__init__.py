@@ -14,6 +14,7 @@ from sparsekd.run.reading import read_manifest as read_manifest
 from sparsekd.run.reading import read_recipe as read_recipe
 from sparsekd.run.reading import read_summary as read_summary
 from sparsekd.run.rounds import ARMS as ARMS
+from sparsekd.run.rounds import BENCH as BENCH
 from sparsekd.run.rounds import CORPUS as CORPUS
 from sparsekd.run.rounds import SHARED_CACHE as SHARED_CACHE
 from sparsekd.run.rounds import Place as Place

@@ -15,27 +15,27 @@ _PACKAGES = ("sparsekd", "torch", "transformers", "tokenizers", "safetensors", "
 _FORGET_PEAK = b"5"  # see proc(5)
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held so far; it falls only by `reset_peak_memory`."""
-    return _held("VmHWM")
+def peak_memory_bytes(process: int | None = None) -> int:
+    """The most memory a process has held so far, by default this one; it falls only by `reset_peak_memory`."""
+    return _held("VmHWM", process)
 
 
 def memory_bytes() -> int:
     """What this process holds now; where only Linux tells it, the most so far."""
-    return _held("VmRSS")
+    return _held("VmRSS", None)
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(process: int | None = None) -> None:
     """Lets the peak begin anew from what is held now, which only Linux does."""
-    path = Path("/proc/self/clear_refs")
+    path = Path(f"/proc/{process or 'self'}/clear_refs")
     if path.exists():
         descriptor = os.open(path, os.O_WRONLY)
         os.write(descriptor, _FORGET_PEAK)
         os.close(descriptor)
 
 
-def _held(name: str) -> int:
-    status = Path("/proc/self/status")
+def _held(name: str, process: int | None) -> int:
+    status = Path(f"/proc/{process or 'self'}/status")
     if status.exists():  # Linux, where getrusage counts in the process that started this one
         return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", status.read_text())[1])  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -15,6 +15,7 @@ from sparsekd.recipe import Compress, Distill, Recipe
 
 Place = str | Path  # a model: a name, as in the recipe, or a folder of the run that has `model` in it
 CORPUS = "corpus"
+BENCH = "bench"
 ARMS = "arms"  # of a reproduction
 SHARED_CACHE = f"{ARMS}/teacher"  # the dense model's, which most arms share
 

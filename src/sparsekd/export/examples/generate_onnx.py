@@ -26,7 +26,7 @@ def end_tokens() -> list[int]:
 def generate(tokens: list[int], count: int) -> list[int]:
     """Up to `count` tokens that follow; each is fed back together with the cache of all before it."""
     session: Any = onnxruntime.InferenceSession(FOLDER / "model.onnx")
-    inputs = {one.name: one.shape for one in session.get_inputs()}
+    inputs = {one.name: one.shape for one in [*session.get_inputs(), *session.get_overridable_initializers()]}
     past = {
         name: np.zeros((1, heads, 0, width), np.float32)
         for name, (_, heads, _, width) in ((n, s) for n, s in inputs.items() if n.startswith("past_key_values"))
@@ -38,6 +38,7 @@ def generate(tokens: list[int], count: int) -> list[int]:
             "input_ids": np.array([new]),
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(seen, length)[None],
+            "num_logits_to_keep": np.array(1),  # of the last token, which is all that is needed
         }
         given = {name: array for name, array in given.items() if name in inputs}
         logits, *present = session.run(None, given | past)

@@ -40,6 +40,7 @@ def generate(tokens: list[int], count: int) -> list[int]:
             "input_ids": np.array([new]),
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(seen, length)[None],
+            "num_logits_to_keep": np.array(1),  # of the last token, which is all that is needed
         }
         given = {name: array for name, array in given.items() if name in inputs}
         logits, *present = request.infer(given | past).values()

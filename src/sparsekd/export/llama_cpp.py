@@ -29,7 +29,7 @@ from sparsekd.records import Record, exponential
 
 FOLDER = "SPARSEKD_LLAMA_CPP"  # the environment variable that names another folder than this
 _DEFAULT = Path("~/.cache/sparsekd/llama.cpp")
-_VERSION = "3.22.1"
+_INSTALL = "npm install --prefix {} node-llama-cpp@3.22.1"
 _LIKELIEST = 8  # of each position: whole vectors take ten times as long to get out of it as to compute
 _WINDOWS = 4
 _PROMPT, _GENERATED = 32, 16
@@ -56,11 +56,15 @@ def folder() -> Path:
 
 def missing() -> str | None:
     """Why llama.cpp cannot be asked, and with which line it is installed; None where it is there."""
+    line = install_line()
+    return None if line is None else f"llama.cpp was not asked, it is missing: {line}"
+
+
+def install_line() -> str | None:
+    """What installs it; None where it is there."""
     if shutil.which("node") is None:
-        return "llama.cpp was not asked, for there is no node (https://nodejs.org)"
-    if not (folder() / "node_modules" / "node-llama-cpp").is_dir():
-        return f"llama.cpp was not asked, it is missing: npm install --prefix {folder()} node-llama-cpp@{_VERSION}"
-    return None
+        return f"install node (https://nodejs.org), then {_INSTALL.format(folder())}"
+    return None if (folder() / "node_modules" / "node-llama-cpp").is_dir() else _INSTALL.format(folder())
 
 
 @torch.inference_mode()
