@@ -59,12 +59,18 @@ def test_the_bound_is_that_of_the_shares(decode: bool, make_model: Any) -> None:
     assert bound["arithmetic_reduction"] == pytest.approx(2, rel=0.15)
     assert bound["bound"] == speedup_bound(bound["mlp_share"], bound["arithmetic_reduction"])
     assert bound["achieved"] == bound["times_as_fast"]["median"] / bound["bound"]
+    by_kind = found["by_kind"]["small"]
+    assert set(by_kind) == set(kinds.KINDS) - {kinds.OVERHEAD}
+    medians = [row["seconds_by_kind"][kinds.MLP] for row in found["rows"][:2]]
+    assert by_kind[kinds.MLP]["median"] == pytest.approx(medians[0] / medians[1], rel=0.5)
     if decode:
         assert not found["together"]
         return
     (together,) = found["together"]
     assert (together["from"], together["to"]) == ("eager", "sdpa")
     assert together["product"] == together["attention_alone"]["median"] * together["compression_alone"]["median"]
+    assert together["both_to_product"]["low"] <= together["both_to_product"]["median"]
+    assert together["attention_itself"]["confidence"] >= 0.95
     assert dense.config._attn_implementation == "eager"  # the last that was asked for
 
 

@@ -9,6 +9,7 @@ from sparsekd.bench.cells import Shape as Shape
 from sparsekd.bench.intervals import estimate as estimate
 from sparsekd.bench.latency import Plan as Plan
 from sparsekd.bench.latency import compare as compare
+from sparsekd.bench.profiling import PASSES as PASSES
 from sparsekd.bench.profiling import profile as profile
 from sparsekd.bench.profiling import require_new as require_new
 from sparsekd.bench.runtimes import ATTENTIONS as ATTENTIONS
