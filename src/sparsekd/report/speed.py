@@ -146,26 +146,16 @@ def _memory(one: Record) -> float:
 
 def _beside_kernels(found: Record) -> Titled:
     """A row for each model: where its time goes, and how much faster it is."""
-    header = [
-        "model",
-        "attention",
-        "paper",
-        "MLP products",
-        "other products",
-        "paper: FFN/GEMM",
-        "times as fast",
-        "paper",
-    ]
+    products = ["MLP products", "other products"]
+    header = ["model", "attention", "paper", *products, "paper: FFN/GEMM", "times as fast", "paper"]
     faster = {bound["model"]: interval(bound["times_as_fast"]) for bound in found["measured"]["bounds"]}
     rows = []
     for row in found["measured"]["rows"]:
         name, paper = row["model"], found["paper"][row["model"]]
-        attention, *products = (
-            f"{row['shares'][kind]:.0%}" for kind in ("attention", "MLP products", "other products")
-        )
+        attention, *others = (f"{row['shares'][kind]:.0%}" for kind in ("attention", *products))
         known = [f"{paper[what]:.0%}" for what in ("attention_share", "products_share")]
         gained = [faster.get(name, ""), number(paper["times_as_fast"])]
-        rows.append([name, attention, known[0], *products, known[1], *gained])
+        rows.append([name, attention, known[0], *others, known[1], *gained])
     return Titled("Shares of the time of a prompt, and times as fast as the dense model", header, rows)
 
 
@@ -186,7 +176,7 @@ def _range(above: float | None, below: float | None) -> str:
 
 def _known(value: float | str | None) -> str:
     """A figure of the paper's, if it has one."""
-    return number(value) if isinstance(value, float) else value or ""
+    return "" if value is None else value if isinstance(value, str) else number(value)
 
 
 def pictures(found: Record) -> dict[str, str]:
@@ -211,7 +201,7 @@ def _served(found: Record) -> str:
         axes.axhline(1, ls=":", color=GREY)
         axes.set(title=title, xlabel="batch", ylabel="times as fast", xticks=range(len(cells)))
         axes.set_xticklabels([str(cell["batch"]) for cell in cells])
-    all_axes[0].legend(**LEGEND)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, **LEGEND)
     return svg(figure)
 
 

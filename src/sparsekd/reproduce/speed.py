@@ -183,7 +183,7 @@ def _served(found: Record) -> Iterator[Record]:
             of, paper = f"{name}, batch {batch}", _VII.get(str(batch), {}).get(name, {})
             first, each = ((one["times_as_fast"][what], paper.get(what)) for what in ("first_token", "per_token"))
             if batch == 1:
-                yield _claim("a single prompt gains hardly anything", of, *first, below=1.05)
+                yield _claim("a single prompt hardly gains", of, *first, below=1.05)
                 yield _claim("... nor do the tokens after it", of, *each, below=1.05)
             if batch >= 16:
                 yield _claim("16 prompts or more gain", of, *first, above=1.1)
