@@ -64,8 +64,9 @@ def _reproduced(folder: Path, run: str) -> dict[str, list[Row]]:
     """The finished arms of a directory of `sparsekd reproduce`, and its finished experiments."""
     tables: dict[str, list[Row]] = {table: [] for table in _tables.KEYS}
     windows = Windows()
-    for path in sorted(folder.glob("reproduce-*.json")):
-        _experiment(_json(path), run, tables)
+    for found in map(_json, sorted(folder.glob("reproduce-*.json"))):
+        if "measured" not in found:  # a table of speed has no trained arms
+            _experiment(found, run, tables)
     for arm in sorted(folder.glob("arms/*/seed-*")):
         if not (arm / "eval" / "stage.json").exists():
             continue

@@ -10,6 +10,7 @@ from architectures import made
 
 import sparsekd
 from sparsekd.bench import Shape, kinds, profile, speedup_bound
+from sparsekd.bench.profiling import Subject, _by_kind, _together
 from sparsekd.errors import UsageError
 from sparsekd.evaluate import Serving, prompt
 
@@ -59,6 +60,9 @@ def test_the_bound_is_that_of_the_shares(decode: bool, make_model: Any) -> None:
     assert bound["arithmetic_reduction"] == pytest.approx(2, rel=0.15)
     assert bound["bound"] == speedup_bound(bound["mlp_share"], bound["arithmetic_reduction"])
     assert bound["achieved"] == bound["times_as_fast"]["median"] / bound["bound"]
+    by_kind = found["by_kind"]["small"]
+    assert set(by_kind) == set(kinds.KINDS) - {kinds.OVERHEAD}
+    assert all(one["low"] <= one["median"] <= one["high"] and one["confidence"] >= 0.95 for one in by_kind.values())
     if decode:
         assert not found["together"]
         return
@@ -66,6 +70,29 @@ def test_the_bound_is_that_of_the_shares(decode: bool, make_model: Any) -> None:
     assert (together["from"], together["to"]) == ("eager", "sdpa")
     assert together["product"] == together["attention_alone"]["median"] * together["compression_alone"]["median"]
     assert dense.config._attn_implementation == "eager"  # the last that was asked for
+
+
+def test_ratios_by_kind_are_of_pairs() -> None:
+    """The machine becomes slower for both; a kind that one of the two has not is left out."""
+    dense, small = Subject("dense", "sdpa"), Subject("small", "sdpa")
+    parts = {
+        dense: [{kinds.MLP: load * 6.0, kinds.NORMS: 1.0} for load in range(1, 7)],
+        small: [{kinds.MLP: load * 2.0, kinds.NORMS: 0.0} for load in range(1, 7)],
+    }
+    found = _by_kind(parts, dense, small)
+    assert found == {kinds.MLP: {"median": 3.0, "low": 3.0, "high": 3.0, "confidence": 1 - 2 / 64}}
+
+
+def test_both_gains_are_set_against_their_product() -> None:
+    """In each turn: 2 times as fast by attention, 3 times by compression, and 4 times by both."""
+    names = [Subject(name, attention) for attention in ("eager", "sdpa") for name in ("dense", "small")]
+    seconds = {
+        name: [load * taken for load in range(1, 7)] for name, taken in zip(names, (12.0, 4.0, 6.0, 3.0), strict=True)
+    }
+    parts = {name: [{kinds.ATTENTION: taken}] * 6 for name, taken in zip(names, (5.0, 5.0, 1.0, 1.0), strict=True)}
+    found = _together(seconds, parts, "dense", "small", "eager", "sdpa")
+    assert (found["product"], found["both"]["median"], found["attention_itself"]["median"]) == (6, 4, 5)
+    assert found["both_to_product"]["low"] == found["both_to_product"]["high"] == pytest.approx(4 / 6)
 
 
 def test_the_command(sparsekd: Any, small_model: Any, model_folder: Any, tmp_path: Path) -> None:

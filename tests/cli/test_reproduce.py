@@ -30,6 +30,6 @@ def test_dry_run_of_an_experiment(sparsekd: Any, tiny_recipe: Path, tmp_path: Pa
     printed = sparsekd("reproduce", "III", tiny_recipe, "--dry-run").out
     arms = "Dense+KD, Dense+KD equal tokens, round 15%, round 35%, round 51%, round 65%"
     assert f"arms          {arms}" in printed and "total" in printed
-    wrong = sparsekd("reproduce", "VII", tiny_recipe, "--dry-run")
-    assert wrong.code == 2 and "experiment VII: expected one of" in wrong.err
+    wrong = sparsekd("reproduce", "IX", tiny_recipe, "--dry-run")
+    assert wrong.code == 2 and "experiment IX: expected one of" in wrong.err
     assert snapshot(tmp_path) == before

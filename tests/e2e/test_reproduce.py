@@ -144,7 +144,9 @@ def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("experiment", "overrides", "options", "message"),
     [
-        ("VII", (), {}, "experiment VII: expected one of II, III, IV, V, VI, controls, recovery, svd"),
+        ("IX", (), {}, "experiment IX: expected one of II, III, IV, V, VI, VII, VIII, X, controls, recovery, svd"),
+        ("VII", (), {}, "experiment VII measures speed and trains nothing: leave --seeds and --rates out"),
+        ("X", (), {"seeds": None}, "experiment X measures speed and trains nothing"),
         ("III", (), {"seeds": []}, r"seeds are \[\]"),
         ("III", (), {"rates": [1e-4, 0.0]}, r"distill.learning_rate is 0.0: expected \(0, 1\]"),
         ("V", ("distill.train=lora",), {}, "distill.train is lora"),

@@ -13,6 +13,7 @@ from sparsekd.bench.points import Candidate as Candidate
 from sparsekd.bench.points import formats as formats
 from sparsekd.bench.points import frontier as frontier
 from sparsekd.bench.points import require_format as require_format
+from sparsekd.bench.profiling import PASSES as PASSES
 from sparsekd.bench.profiling import profile as profile
 from sparsekd.bench.profiling import require_new as require_new
 from sparsekd.bench.runtimes import ATTENTIONS as ATTENTIONS

@@ -25,7 +25,8 @@ from sparsekd.records import Record
 from sparsekd.run import versions
 
 _TURNS = 7  # of each model, after one that is not counted
-_PROFILED = 3  # more of each
+_PROFILED = 6  # more of each; six are the fewest of which an interval of 95 % can be had
+PASSES = 1 + _TURNS + _PROFILED  # of each model with each attention
 _STEPS = 8  # of decoding in a pass
 
 
@@ -82,7 +83,8 @@ def profile(
         "versions": versions(),
         "rows": rows,
         "bounds": [_bound(name, models[dense], models[name], share, gain) for name, gain in gains.items()],
-        "together": [_together(seconds, dense, name, slow, fast) for name in others if slow != fast],
+        "by_kind": {name: _by_kind(parts, Subject(dense, fast), Subject(name, fast)) for name in others},
+        "together": [_together(seconds, parts, dense, name, slow, fast) for name in others if slow != fast],
     }
 
 
@@ -156,6 +158,14 @@ def _faster(seconds: dict[Subject, list[float]], slow: Subject, fast: Subject) -
     return estimate([one / other for one, other in zip(seconds[slow], seconds[fast], strict=True)])
 
 
+def _by_kind(parts: dict[Subject, list[dict[str, float]]], slow: Subject, fast: Subject) -> dict[str, Record]:
+    """How many times as fast each kind is, from pairs of profiled passes of the same turn; of the kinds that both
+    have."""
+    pairs = list(zip(parts[slow], parts[fast], strict=True))
+    measured = [kind for kind in pairs[0][0] if all(one[kind] > 0 for pair in pairs for one in pair)]
+    return {kind: estimate([one[kind] / other[kind] for one, other in pairs]).as_dict() for kind in measured}
+
+
 def _bound(name: str, dense: PreTrainedModel, other: PreTrainedModel, share: float, measured: Estimate) -> Record:
     before, after = mlp_multiplications(dense), mlp_multiplications(other)
     bound = speedup_bound(share, before / after)
@@ -171,18 +181,28 @@ def _bound(name: str, dense: PreTrainedModel, other: PreTrainedModel, share: flo
     }
 
 
-def _together(seconds: dict[Subject, list[float]], dense: str, other: str, slow: str, fast: str) -> Record:
-    """The gain of other attention, of compression, and of both."""
-    base = Subject(dense, slow)
-    attention = _faster(seconds, base, Subject(dense, fast))
-    compression = _faster(seconds, base, Subject(other, slow))
-    both = _faster(seconds, base, Subject(other, fast))
+def _together(
+    seconds: dict[Subject, list[float]],
+    parts: dict[Subject, list[dict[str, float]]],
+    dense: str,
+    other: str,
+    slow: str,
+    fast: str,
+) -> Record:
+    """The gain of other attention, also by itself, of compression, and of both; of both over the product of the two,
+    from the four times of each turn."""
+    base, better = Subject(dense, slow), Subject(dense, fast)
+    smaller, both = Subject(other, slow), Subject(other, fast)
+    attention, compression = _faster(seconds, base, better), _faster(seconds, base, smaller)
+    turns = zip(*(seconds[one] for one in (base, better, smaller, both)), strict=True)
     return {
         "model": other,
         "from": slow,
         "to": fast,
+        "attention_itself": _by_kind(parts, base, better).get(kinds.ATTENTION),
         "attention_alone": attention.as_dict(),
         "compression_alone": compression.as_dict(),
-        "both": both.as_dict(),
+        "both": _faster(seconds, base, both).as_dict(),
         "product": attention.median * compression.median,
+        "both_to_product": estimate([two * three / (one * four) for one, two, three, four in turns]).as_dict(),
     }

@@ -110,20 +110,21 @@ def print_plan(planned: Estimate, as_json: bool) -> None:
 
 
 def print_costs(planned: Estimate) -> None:
-    """The device, bytes and time of a plan."""
+    """The device, bytes and time of a plan, as far as it has the stages that take them."""
     from sparsekd.report import tables
 
     recipe = planned.recipe
     print(f"device        {planned.device}, {planned.dtype}")
-    if recipe.distill.teacher == "online":
+    if "cache" in planned.seconds and recipe.distill.teacher == "online":
         print("teacher cache none: distill.teacher is online")
-    else:
+    elif "cache" in planned.seconds:
         print(f"teacher cache {planned.cache_tokens:,} tokens, before zstd")
         for name, size in planned.cache.items():
             chosen = "  <- this recipe" if name == recipe.cache.codec else ""
             total = tables.size(float(size.bytes))
             print(f"  {name:<11} {size.bytes_per_token:>4} bytes a token  {total:>9}{chosen}")
-    print(f"peak memory   about {planned.peak_memory_bytes / 1e9:.1f} GB")
+    if "distill" in planned.seconds:
+        print(f"peak memory   about {planned.peak_memory_bytes / 1e9:.1f} GB")
     for name, duration in tables.seconds(planned.seconds):
         print(f"{name:<13} about {duration}")
     print(f"{'total':<13} about {tables.duration(sum(planned.seconds.values()))}")

@@ -6,11 +6,15 @@ import statistics
 from collections.abc import Callable
 
 from sparsekd.records import Record
+from sparsekd.report import speed
 from sparsekd.report.tables import Titled, number, plus_minus
 
 
 def all_tables(found: Record) -> list[Titled]:
-    """What `reproduce` found: the arms, the claims, and where there are any the attribution and the recovery."""
+    """What `reproduce` found: the arms, the claims, and where there are any the attribution and the recovery; of a
+    table of speed what was measured."""
+    if "measured" in found:
+        return speed.reproduced(found)
     tables = [_arms(found), _claims(found), _distributions(found)]
     if found["experiment"] == "II":
         tables.append(_protocols(found))

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from sparsekd.records import Record
+from sparsekd.report import speed
 from sparsekd.report.plots import BLUE, COLORS, GREEN, GREY, LEGEND, ORANGE, figures, svg
 
 
 def all_figures(found: Record) -> dict[str, str]:
     """The pictures that an experiment has, by title."""
+    if "measured" in found:
+        return speed.pictures(found)
     made = {"Calibration": _calibration(found)}
     if found["experiment"] in ("II", "III", "V", "svd"):
         made = {"Perplexity against reduction": _reductions(found)} | made

@@ -52,7 +52,8 @@ def render(report: Record) -> str:
 @_drawing
 def render_experiment(found: Record) -> str:
     """The page for what `reproduce` found."""
-    return _template("experiment.html").render(
+    name = "speed.html" if "measured" in found else "experiment.html"
+    return _template(name).render(
         found=found, tables=experiments.all_tables(found), pictures=_drawn(figures.all_figures(found))
     )
 

@@ -1,8 +1,9 @@
 """The paper's experiments on a model of your own, with the controls that it lacks.
 
 `reproduce` runs the arms of one experiment for each seed in one run directory, compares them as the paper does, and
-says of each of its claims whether it holds here. Experiments share arms, so one directory serves all of them. In: a
-recipe, seeds, learning rates; out: `reproduce-<experiment>.json` and a page.
+says of each of its claims whether it holds here. Experiments share arms, so one directory serves all of them. The
+tables of speed take the pruned models only. In: a recipe, seeds, learning rates; out: `reproduce-<experiment>.json` and
+a page.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, Teacher, as_dict, check
 from sparsekd.records import Record
 from sparsekd.report import html
+from sparsekd.reproduce import speed
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
 from sparsekd.reproduce.patterns import (
     DISTILLED,
@@ -40,6 +42,7 @@ from sparsekd.reproduce.results import Arms, Curve, Found, Result
 from sparsekd.reproduce.spread import fit_recovery
 from sparsekd.run import Estimate, Round, Run, Work, estimate, settings_of, stages
 
+SEEDS, RATES = (42, 123, 456), (3e-5, 1e-4, 3e-4)  # where none are given
 RECOVERED = (1.05, 1.20, 1.60)  # perplexity over Dense+KD's that the recovery curve is asked for
 
 
@@ -48,8 +51,8 @@ def reproduce(
     recipe: Recipe,
     folder: Path,
     *,
-    seeds: Sequence[int],
-    rates: Sequence[float],
+    seeds: Sequence[int] | None = None,
+    rates: Sequence[float] | None = None,
     resume: bool = False,
     fresh: bool = False,
     console: Console | None = None,
@@ -59,26 +62,49 @@ def reproduce(
 
     The recipe gives model, corpus, training budget and the method under test; its `rounds` are the reductions, by
     default those that the paper reports. Each arm's learning rate is searched among `rates` with the first seed, and
-    used for all. Killed and called again, it goes on. Raises `UsageError` for an unknown experiment, no seed, and
-    options that an arm cannot have, all before anything starts; then what the stages raise.
+    used for all. The tables of speed train nothing: they have the recipe's seed and no rates. Killed and called again,
+    it goes on. Raises `UsageError` for an unknown experiment, no seed, and options that an arm cannot have, all before
+    anything starts; then what the stages raise.
     """
+    seeds, rates = _chosen(experiment, recipe, seeds, rates)
     planned = plan_arms(experiment, recipe, seeds, rates)
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
         opened.keep_recipe(_settings(recipe, planned))
         opened.processes.main_first(lambda: stages.corpus.make(work))
-        arms: dict[str, dict[int, Result]] = {}
-        for seed, rounds in planned.items():
-            for name, round_ in rounds.items():
-                opened.console.say(f"{name}, seed {seed}:")
-                searched = None if seed == seeds[0] else arms[name][seeds[0]].rate
-                tasks = experiment == "II"  # the others compare perplexities only
-                arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
-        found = gather(experiment, recipe, arms) | {"rates": list(rates)}
+        if experiment in speed.TABLES:
+            found = speed.measure(experiment, work, planned[seeds[0]])
+        else:
+            found = gather(experiment, recipe, _train(experiment, work, planned, rates)) | {"rates": list(rates)}
         if opened.processes.is_main:
             files.write_json(folder / f"reproduce-{experiment}.json", found)
             files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
         return found
+
+
+def _chosen(
+    experiment: str, recipe: Recipe, seeds: Sequence[int] | None, rates: Sequence[float] | None
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Seeds and rates where none are given; raises `UsageError` where there can be none."""
+    if experiment not in speed.TABLES:
+        return SEEDS if seeds is None else seeds, RATES if rates is None else rates
+    if seeds is not None or rates is not None:
+        raise UsageError(f"experiment {experiment} measures speed and trains nothing: leave --seeds and --rates out")
+    return [recipe.seed], [recipe.distill.learning_rate]
+
+
+def _train(
+    experiment: str, work: Work, planned: dict[int, dict[str, Round]], rates: Sequence[float]
+) -> dict[str, dict[int, Result]]:
+    arms: dict[str, dict[int, Result]] = {}
+    first = next(iter(planned))
+    for seed, rounds in planned.items():
+        for name, round_ in rounds.items():
+            work.run.console.say(f"{name}, seed {seed}:")
+            searched = None if seed == first else arms[name][first].rate
+            tasks = experiment == "II"  # the others compare perplexities only
+            arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
+    return arms
 
 
 def plan_arms(
@@ -89,7 +115,7 @@ def plan_arms(
         raise UsageError(f"experiment {experiment}: expected one of {', '.join(EXPERIMENTS)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds are {list(seeds)}: expected one or several different numbers")
-    if not recipe.evaluate.texts:
+    if not recipe.evaluate.texts and experiment not in speed.TABLES:
         raise UsageError("evaluate.texts is empty: the experiments compare perplexities, so name a text in the recipe")
     if recipe.teacher != Teacher():
         raise UsageError("teacher: the experiments choose their teachers: leave the section out")
@@ -116,13 +142,19 @@ class Preview:
         return {"experiment": self.experiment, "arms": self.arms, "seeds": self.seeds} | self.costs.as_dict()
 
 
-def preview(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]) -> Preview:
+def preview(
+    experiment: str, recipe: Recipe, seeds: Sequence[int] | None = None, rates: Sequence[float] | None = None
+) -> Preview:
     """Plans the arms; raises the `UsageError`s of `reproduce`."""
+    seeds, rates = _chosen(experiment, recipe, seeds, rates)
     planned = plan_arms(experiment, recipe, seeds, rates)
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
-    return Preview(experiment, list(arms), list(seeds), estimate(recipe, rounds, num_trials))
+    costs = estimate(recipe, rounds, num_trials)
+    if experiment in speed.TABLES:
+        costs = replace(costs, seconds=speed.seconds(experiment, costs, arms))
+    return Preview(experiment, list(arms), list(seeds), costs)
 
 
 def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, Record]:

@@ -55,6 +55,7 @@ class Estimate:
     model_bytes: int
     peak_memory_bytes: float
     seconds: dict[str, float]  # by stage, of all rounds together
+    seconds_per_token: float  # of the dense model's forward pass
 
     def as_dict(self) -> Record:
         """Plain values for JSON, in the order of the fields."""
@@ -79,6 +80,8 @@ def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
     sizes = _sizes(skeleton, structure)
     blocks = recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks
     cached = blocks * recipe.corpus.seq_len
+    flops = measured_flops(placement)
+    forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)
     return Estimate(
         recipe=recipe,
         device=str(placement.device),
@@ -88,7 +91,8 @@ def estimate(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
         cache={name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
         model_bytes=sizes.parameters * placement.dtype.itemsize,
         peak_memory_bytes=_memory(recipe, sizes, structure, placement.dtype.itemsize),
-        seconds=_seconds(recipe, rounds, num_trials, sizes, structure, cached, measured_flops(placement)),
+        seconds=_seconds(recipe, rounds, num_trials, structure, cached, flops, forward),
+        seconds_per_token=forward,
     )
 
 
@@ -138,12 +142,11 @@ def _seconds(
     recipe: Recipe,
     rounds: Sequence[Round],
     num_trials: int,
-    sizes: _Sizes,
     structure: compression.Plan,
     cached: int,
     flops: float,
+    forward: float,
 ) -> dict[str, float]:
-    forward = 2 * sizes.multiplied / (flops * _FORWARD_EFFICIENCY)  # a token
     smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
