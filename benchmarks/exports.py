@@ -59,7 +59,7 @@ def row(name: str, source: export.Source, format_name: str, weights: str, text: 
             made = export.export(
                 model, tokenizer, format_name, Path(folder) / "out", source, weights=weights, text=content
             )
-            found |= {key: made[key] for key in ("bytes", "comparison", "versions")}
+            found |= {key: made[key] for key in ("bytes", "comparison", "versions", "llama.cpp") if key in made}
         except SparseKDError as error:
             found["error"] = str(error)
     seconds, process = time.perf_counter() - loaded, time.process_time() - used

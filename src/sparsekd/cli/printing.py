@@ -74,7 +74,7 @@ def print_evaluation(found: Record, as_json: bool) -> None:
 
 def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
     """What `report.gather` gives, and where the model and the page are."""
-    from sparsekd.report import tables
+    from sparsekd.report import frontier, tables
 
     if as_json:
         print_json(gathered)
@@ -88,6 +88,8 @@ def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
     print_evaluation(gathered["evaluation"], as_json=False)
     if len(gathered["rounds"]) > 1:
         print_tables([("Rounds", *tables.rounds(gathered))])
+    if gathered["bench"]:
+        print_tables(frontier.tables(gathered["bench"]))
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
     print_tables([("Time", ["stage", ""], [*tables.seconds(gathered["seconds"]), total])])
     print(f"peak memory {tables.memory(gathered)}")
