@@ -122,7 +122,8 @@ def preview(experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequen
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
-    return Preview(experiment, list(arms), list(seeds), estimate(recipe, rounds, num_trials))
+    silent = replace(recipe, evaluate=replace(recipe.evaluate, prompts=[]))  # arms are asked nothing
+    return Preview(experiment, list(arms), list(seeds), estimate(silent, rounds, num_trials))
 
 
 def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str, Record]:
