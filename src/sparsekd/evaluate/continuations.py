@@ -129,8 +129,8 @@ def _in_float32(model: PreTrainedModel, vocab_size: int) -> Callable[..., Any]:
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[Any]:
     """The model's end-of-sequence tokens, which may be several, and the tokenizer's."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    return {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    found: list[Any] = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+    return {token for one in found for token in (one if isinstance(one, list) else [one])}
 
 
 def _up_to_stop(tokens: list[int], stops: set[Any]) -> tuple[list[int], bool]:

@@ -10,5 +10,5 @@ PROMPTS = (
     "Once upon a time, in a village at the edge of a dark forest, there lived",
     "Customer: Excuse me, this soup is cold.\nWaiter:",
     "Dear Ms Miller,\n\nThank you for your letter. I am sorry to hear that",
-    'def is_prime(n):\n    """Whether n is a prime number."""\n',
+    'def is_prime(n):\n    """Whether n is a prime number."""\n    if',
 )

@@ -7,8 +7,8 @@ from sparsekd.report.tables import model_title
 
 
 def side_by_side(said: dict[str, list[Record]]) -> list[Record]:
-    """For each prompt the models, each with the text that it has in common with the first one's, the rest of its text,
-    and a note."""
+    """For each prompt the models, each with the beginning of its text that is the first one's too, the rest, and a
+    note; the first one's own text is all rest."""
     first = next(iter(said), None)
     return [
         {
@@ -20,7 +20,7 @@ def side_by_side(said: dict[str, list[Record]]) -> list[Record]:
 
 
 def _side(name: str, one: Record, is_first: bool) -> Record:
-    text, at = one["text"], one["parts_at"]
+    text, at = one["text"], 0 if is_first else one["parts_at"]
     end = len(text) if at is None else one["ends"][at - 1] if at else 0
     facts = [_counted(len(one["tokens"])), f"repetition {one['repetition']:.2f}"]
     if one["has_ended"]:
@@ -30,7 +30,7 @@ def _side(name: str, one: Record, is_first: bool) -> Record:
     return {
         "model": model_title(name),
         "same": text[:end],
-        "parts": at is not None,
+        "parts": one["parts_at"] is not None,
         "rest": text[end:],
         "note": ", ".join(facts),
     }

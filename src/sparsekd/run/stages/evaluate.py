@@ -107,7 +107,7 @@ def continue_model(work: Work, where: Place) -> list[Record]:
     inputs = {
         "model": work.identity(where),
         "dtype": work.dtype,
-        "prompts": {str(number): prompt for number, prompt in enumerate(prompts, 1)},
+        "prompts": {str(number): repr(prompt) for number, prompt in enumerate(prompts, 1)},  # a difference is one line
         "num_tokens": continuations.NUM_TOKENS,
     }
     stage = work.run.stage(str(folder_of(where, "continuations")), inputs, replaces=True)
