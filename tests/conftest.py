@@ -121,6 +121,7 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
             "context": 64,
             "stride": 32,
             "max_tokens": 256,
+            "prompts": ["The quiet river", "A garden"],
         },
     }
     path = tmp_path / "tiny.yaml"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sparsekd import errors, models
+from sparsekd.recipe import PROMPTS
 
 
 def test_eval_of_a_dense_and_a_compressed_model(
@@ -51,8 +52,12 @@ def test_eval_against_a_teacher_and_on_a_task(
     assert found["models"][small][text_file.name]["agreement"]["kl"]["value"] > 0
     assert found["models"][dense][text_file.name]["agreement"] is None
     assert found["tasks"][small]["local_piqa"]["num_rows"] == 4
+    assert [one["prompt"] for one in found["continuations"][small]] == list(PROMPTS)
+    assert list(found["continuations"]) == [dense, small]
+    assert {one["parts_at"] for one in found["continuations"][dense]} == {None}
+    assert {one["parts_at"] for one in found["continuations"][small]} != {None}
     printed = sparsekd("eval", small, *options).out
-    for title in ("Perplexity", "Calibration", "Agreement with the teacher", "Tasks"):
+    for title in ("Perplexity", "Calibration", "Agreement with the teacher", "What the models say", "Tasks"):
         assert title in printed
     only_task = sparsekd("eval", small, "--tasks", "local_piqa", "--root", tmp_path)
     assert only_task.code == 0

@@ -272,6 +272,7 @@ _CHOICES: dict[str, list[Any]] = {
     "evaluate.max_tokens": [2, None],
     "evaluate.batch_size": [1, 10**9],
     "evaluate.agreement": [False],
+    "evaluate.prompts": [[], ["a"], ["\u202e\u0007", "x" * 5000]],
     "model.dtype": ["bfloat16", "float16"],
 }
 

@@ -81,6 +81,7 @@ def recipe_for(folder: Path) -> dict[str, Any]:
             "context": 32,
             "stride": 16,
             "max_tokens": 128,
+            "prompts": ["river"],
         },
     }
 

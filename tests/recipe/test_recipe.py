@@ -190,6 +190,10 @@ def test_the_options_of_version_0_1_stand_beside_the_common_ones(tmp_path: Path)
         ("corpus: {sources: {a: {hub: b, holdout: 0.1}}}", "holdout works for files only"),
         ("corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {}}}", "exactly one of path, holdout_of"),
         ("preset: demo\nevaluate: {tasks: piqa}", "evaluate.tasks is 'piqa': expected a list such as [a, b]"),
+        ("preset: demo\nevaluate: {prompts: false}", "evaluate.prompts is False: expected a list such as [a, b]"),
+        ("preset: demo\nevaluate: {prompts: [{a: b}]}", "evaluate.prompts is {'a': 'b'}: expected str"),
+        ("preset: demo\nevaluate: {prompts: [a, ' ']}", "evaluate.prompts: number 2 is ' ': expected a text to go on"),
+        ('preset: demo\nevaluate: {prompts: ["\\ud800"]}', "evaluate.prompts: number 1 is '\\ud800': expected a text"),
         ("preset: demo\nevaluate: {tasks: [[piqa]]}", "evaluate.tasks is ['piqa']: expected str"),
         (
             "corpus: {sources: {a: {path: a.txt}}}\nevaluate: {texts: {t: {holdout_of: a}}}",

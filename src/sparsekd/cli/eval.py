@@ -77,7 +77,11 @@ def command(
         compared = {teacher: reference, model: loaded}
     measured = _measure_texts(compared, tokenizer, contents, teacher, context, stride, max_tokens)
     scores = harness.run_tasks(loaded, tokenizer, names, root=folder, limit=limit) if names else {}
-    found = {"models": measured, "tasks": {model: {name: score.as_dict() for name, score in scores.items()}}}
+    found = {
+        "models": measured,
+        "continuations": _continuations(compared, tokenizer),
+        "tasks": {model: {name: score.as_dict() for name, score in scores.items()}},
+    }
     printing.print_evaluation(found, as_json)
 
 
@@ -119,3 +123,16 @@ def _measure_texts(
         for name, measurement in found.items():
             results[name][title] = measurement.as_dict()
     return results
+
+
+def _continuations(compared: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Record]]:
+    """What each model says after our prompts, beside the first one."""
+    from sparsekd.console import Console
+    from sparsekd.evaluate import continuations
+    from sparsekd.recipe import PROMPTS
+
+    said = {}
+    for name, model in compared.items():
+        with Console().bar(f"what {name} says", len(PROMPTS) * continuations.NUM_TOKENS) as bar:
+            said[name] = continuations.generate(model, tokenizer, PROMPTS, on_tokens=bar.advance)
+    return continuations.compare(said)

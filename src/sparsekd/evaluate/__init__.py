@@ -1,5 +1,5 @@
 """What a model costs in quality. In: models and a text, or tasks; out: perplexity in two protocols, calibration,
-agreement with the teacher, scores, each with its error; how fast a model reads a prompt.
+agreement with the teacher, scores, each with its error; what a model says, and how fast it reads a prompt.
 """
 
 from sparsekd.evaluate.measure import Measurement as Measurement

@@ -50,6 +50,11 @@ class Serving:
         # what knows it not computes all logits
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model has read something and kept a cache of it."""
+        return self._cache is not None
+
     def prefill(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, " B"]:
         self._cache = self._new_cache(tokens)
         return self._step(tokens)

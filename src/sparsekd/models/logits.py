@@ -23,8 +23,26 @@ _GIVES_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.
 
 def logits_of(model: Any, **inputs: Any) -> Float[Tensor, "B L V"]:
     """The logits of `model`, whose output projection is in float32, and so are scale and cap, which follow it."""
-    with _float32_head(model):
+    with float32_head(model):
         return model(**inputs, use_cache=False).logits
+
+
+@contextmanager
+def float32_head(model: Any) -> Iterator[None]:
+    """The output projection gives float32; it is left alone where it does anyway."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or _number_format(head, model.device.type).itemsize >= 4:
+        yield
+        return
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"  # accelerate's hook calls the first
+    replaced = head.__dict__.get(name)
+    setattr(head, name, functools.partial(_forward, head))
+    try:
+        yield
+    finally:
+        delattr(head, name)
+        if replaced is not None:
+            setattr(head, name, replaced)
 
 
 def project(hidden: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
@@ -62,24 +80,6 @@ class _Project(torch.autograd.Function):
         hidden, low = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         return upstream.to(low.dtype) @ low if wanted[0] else None, upstream.T @ hidden.float() if wanted[1] else None
-
-
-@contextmanager
-def _float32_head(model: Any) -> Iterator[None]:
-    """The output projection gives float32; it is left alone where it does anyway."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or _number_format(head, model.device.type).itemsize >= 4:
-        yield
-        return
-    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"  # accelerate's hook calls the first
-    replaced = head.__dict__.get(name)
-    setattr(head, name, functools.partial(_forward, head))
-    try:
-        yield
-    finally:
-        delattr(head, name)
-        if replaced is not None:
-            setattr(head, name, replaced)
 
 
 def _forward(head: nn.Linear, x: Tensor) -> Tensor:

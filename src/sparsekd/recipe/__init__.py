@@ -8,6 +8,7 @@ from sparsekd.recipe.names import EMBEDDED_MODEL as EMBEDDED_MODEL
 from sparsekd.recipe.names import expanded as expanded
 from sparsekd.recipe.names import model_name as model_name
 from sparsekd.recipe.presets import PRESETS as PRESETS
+from sparsekd.recipe.prompts import PROMPTS as PROMPTS
 from sparsekd.recipe.reading import compress_section as compress_section
 from sparsekd.recipe.reading import distill_section as distill_section
 from sparsekd.recipe.reading import load_recipe as load_recipe

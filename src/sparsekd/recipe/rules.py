@@ -43,6 +43,9 @@ def check(recipe: Recipe) -> None:
             ("evaluate.stride", evaluate.stride, "1 to evaluate.context", evaluate.stride <= evaluate.context),
         ]
     )
+    for number, prompt in enumerate(evaluate.prompts, 1):
+        if not prompt.strip() or re.search("[\ud800-\udfff]", prompt):  # YAML can write half a character
+            raise UsageError(f"evaluate.prompts: number {number} is {prompt!r}: expected a text to go on from")
     for lower, upper in itertools.pairwise([0.0, *recipe.rounds]):
         expected = f"above {lower:g}, the round before, and at most 0.95"
         _check_ranges([("rounds", upper, expected, lower < upper <= 0.95)])

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from sparsekd.recipe.fields import PASSING, Range
 from sparsekd.recipe.methods import method_named, method_names
 from sparsekd.recipe.names import EMBEDDED_MODEL
+from sparsekd.recipe.prompts import PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,7 @@ class Evaluate:
     # windows, or rows of a task, in one forward pass; halved when memory runs out
     batch_size: Annotated[int, Range(">= 1")] = field(default=2, metadata=PASSING)
     agreement: bool = True  # compare with the dense model's distributions; keeps it in memory beside one other
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))  # texts that the models go on from; []: none
     tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness; local_...: files under corpus.root
     task_limit: Annotated[int, Range(">= 1")] | None = None  # rows of each task; none: all
     # name a task that is not available here and go on; false: an error

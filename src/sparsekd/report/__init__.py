@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparsekd import files
 from sparsekd.errors import DataError
-from sparsekd.evaluate import perplexity_of, ratio
+from sparsekd.evaluate import continuations, perplexity_of, ratio
 from sparsekd.recipe import Recipe, as_dict
 from sparsekd.records import Record
 from sparsekd.report import html
@@ -17,16 +17,17 @@ from sparsekd.run import (
     CORPUS,
     STAGES,
     Round,
+    folder_of,
     folders_of,
     planned,
     read_manifest,
     read_recipe,
     read_summary,
-    tasks_folder,
 )
 
 _MADE_BY = ("versions", "machine")  # in the run's manifest
 _COSTS = ("seconds", "peak_memory_bytes")
+_OF_A_MODEL = {"continuations": ("continuations",), "tasks": ("scores",)}  # stages, and what is shown of them
 
 
 def gather(folder: Path) -> Record:
@@ -56,7 +57,11 @@ def gather(folder: Path) -> Record:
         "compression": last["compress"],
         "distillation": last["distill"],
         "evaluation": last["evaluate"]
-        | {"ratios": _ratios(last["evaluate"]["models"]), "tasks": _tasks(folder, recipe, rounds[-1])},
+        | {
+            "ratios": _ratios(last["evaluate"]["models"]),
+            "continuations": _continuations(folder, recipe, rounds[-1]),
+            "tasks": _tasks(folder, recipe, rounds[-1]),
+        },
         "bench": _bench(folder, recipe),
         "rounds": [_round(one, stages) for one, stages in zip(rounds, found, strict=True)],
         "seconds": seconds,
@@ -67,7 +72,7 @@ def gather(folder: Path) -> Record:
 
 
 def _summary(folder: Path, stage: str, place: str) -> Record:
-    shown = ("scores",) if stage == "tasks" else (*STAGES[stage].shown, *_COSTS)
+    shown = _OF_A_MODEL.get(stage) or (*STAGES[stage].shown, *_COSTS)
     summary = read_summary(folder / place, shown)  # an earlier version's has no checksum that vouches for the rest
     if summary is None:
         path = folder / place / "stage.json"
@@ -88,7 +93,20 @@ def _bench(folder: Path, recipe: Recipe) -> Record | None:
 def _tasks(folder: Path, recipe: Recipe, one: Round) -> Record:
     """Scores of the dense model and of a round's own, by name."""
     places = one.models(recipe.model.name) if recipe.evaluate.tasks else {}
-    return {name: _summary(folder, "tasks", str(tasks_folder(place)))["scores"] for name, place in places.items()}
+    return {name: _summary(folder, "tasks", str(folder_of(place, "tasks")))["scores"] for name, place in places.items()}
+
+
+def _continuations(folder: Path, recipe: Recipe, one: Round) -> Record:
+    """What the dense model and a round's own say, by name; none of a run of an earlier version, which asked nothing."""
+    models = one.models(recipe.model.name) if recipe.evaluate.prompts else {}
+    places = {name: str(folder_of(place, "continuations")) for name, place in models.items()}
+    if not any((folder / place).exists() for place in places.values()):
+        return {}
+    said = {name: _summary(folder, "continuations", place)["continuations"] for name, place in places.items()}
+    for name, records in said.items():
+        if [record["prompt"] for record in records] != recipe.evaluate.prompts:
+            raise DataError(f"{folder / places[name]} is of other prompts: continue it with sparsekd run")
+    return continuations.compare(said)
 
 
 def _round(one: Round, stages: Record) -> Record:

@@ -6,8 +6,9 @@ import jinja2
 from markupsafe import Markup
 
 from sparsekd.device import memory_named
+from sparsekd.evaluate import continuations
 from sparsekd.records import Record
-from sparsekd.report import experiments, figures, frontier, plots, tables
+from sparsekd.report import experiments, figures, frontier, plots, said, tables
 
 _drawing = memory_named(lambda: "the report", "all that it shows is finished, so call the same command again")
 
@@ -39,6 +40,8 @@ def render(report: Record) -> str:
         evaluation={table.title: table for table in tables.evaluation(report["evaluation"])},
         frequency_header=tables.FREQUENCY_HEADER,
         frequencies=tables.agreements_by_frequency(report["evaluation"]),
+        said=said.side_by_side(report["evaluation"]["continuations"]),
+        num_said=continuations.NUM_TOKENS,
         allocations=tables.allocations(report),
         matrix_header=tables.MATRIX_HEADER,
         matrices=tables.matrices(structure),

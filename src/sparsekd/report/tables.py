@@ -26,6 +26,7 @@ PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte",
 CALIBRATION_HEADER = ["text", "model", "calibration error", "overconfidence", "accuracy", "Brier score", "entropy"]
 AGREEMENT_HEADER = ["text", "model", "KL to the teacher", "same likeliest token"]
 FREQUENCY_HEADER = ["text", "model", "occurrences", *AGREEMENT_HEADER[2:], "tokens"]
+SAID_HEADER = ["model", "tokens", "ended", "repetition", "tokens in common"]
 TASK_HEADER = ["task", "model", "metric", "score", "rows"]
 SIZE_HEADER = ["", "before", "after", "removed"]
 MATRIX_HEADER = [
@@ -61,6 +62,7 @@ def evaluation(found: Record) -> list[Titled]:
         Titled("Perplexity", PERPLEXITY_HEADER, perplexities(found)),
         Titled("Calibration", CALIBRATION_HEADER, calibrations(found)),
         Titled("Agreement with the teacher", AGREEMENT_HEADER, agreements(found)),
+        Titled("What the models say", SAID_HEADER, continuations(found)),
         Titled("Tasks", TASK_HEADER, tasks(found)),
     ]
     return [table for table in tables if table.rows]
@@ -74,7 +76,7 @@ def perplexities(evaluation: Record) -> Rows:
         rows.append(
             [
                 text,
-                _model(name),
+                model_title(name),
                 plus_minus(result["perplexity"], result["standard_error"]),
                 plus_minus(compared["ratio"], compared["standard_error"]) if compared else "",
                 f"{result['bits_per_byte']:.3f}",
@@ -103,14 +105,14 @@ def calibrations(evaluation: Record) -> Rows:
     for text, name, result in _results(evaluation):
         found = result["calibration"]
         estimates = [_estimate(found[key]) for key in ("overconfidence", "accuracy", "brier", "entropy")]
-        rows.append([text, _model(name), f"{found['expected_calibration_error']:.3f}", *estimates])
+        rows.append([text, model_title(name), f"{found['expected_calibration_error']:.3f}", *estimates])
     return rows
 
 
 def agreements(evaluation: Record) -> Rows:
     """A row a text and model that was compared with its teacher: KL in nats a token and top-1 agreement +- error."""
     return [
-        [text, _model(name), _estimate(result["agreement"]["kl"]), _estimate(result["agreement"]["top1"])]
+        [text, model_title(name), _estimate(result["agreement"]["kl"]), _estimate(result["agreement"]["top1"])]
         for text, name, result in _results(evaluation)
         if result["agreement"] is not None
     ]
@@ -121,7 +123,7 @@ def agreements_by_frequency(evaluation: Record) -> Rows:
     return [
         [
             text,
-            _model(name),
+            model_title(name),
             f"{part['least']:,}" if part["least"] == part["most"] else f"{part['least']:,} to {part['most']:,}",
             _estimate(part["kl"]),
             _estimate(part["top1"]),
@@ -133,6 +135,25 @@ def agreements_by_frequency(evaluation: Record) -> Rows:
     ]
 
 
+def continuations(evaluation: Record) -> Rows:
+    """A row a model, means over the prompts: tokens, how many ended, repetition, and how many tokens it has in common
+    with the first model before it parts from it."""
+    rows = []
+    for number, (name, said) in enumerate(evaluation["continuations"].items()):
+        lengths = [len(one["tokens"]) for one in said]
+        in_common = [n if one["parts_at"] is None else one["parts_at"] for n, one in zip(lengths, said, strict=True)]
+        rows.append(
+            [
+                model_title(name),
+                f"{np.mean(lengths):.1f}",
+                f"{sum(one['has_ended'] for one in said)} of {len(said)}",
+                f"{np.mean([one['repetition'] for one in said]):.2f}",
+                f"{np.mean(in_common):.1f}" if number else "",
+            ]
+        )
+    return rows
+
+
 def tasks(evaluation: Record) -> Rows:
     """A row a task, model and metric, with the harness's standard error, or why the task was skipped."""
     rows = []
@@ -140,9 +161,9 @@ def tasks(evaluation: Record) -> Rows:
         for name, found in evaluation["tasks"].items():
             result = found[task]
             if result["skipped"] is not None:
-                rows.append([task, _model(name), "skipped", result["skipped"], ""])
+                rows.append([task, model_title(name), "skipped", result["skipped"], ""])
             for metric, score in result["scores"].items():
-                rows.append([task, _model(name), metric, _estimate(score), f"{result['num_rows']:,}"])
+                rows.append([task, model_title(name), metric, _estimate(score), f"{result['num_rows']:,}"])
     return rows
 
 
@@ -153,7 +174,8 @@ def _results(evaluation: Record) -> Iterator[tuple[str, str, Record]]:
             yield text, name, results[text]
 
 
-def _model(name: str) -> str:
+def model_title(name: str) -> str:
+    """What a model of a run is called."""
     return {"compressed": "compressed, not distilled"}.get(name, name)
 
 

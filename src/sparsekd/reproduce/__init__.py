@@ -151,7 +151,8 @@ def preview(
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
-    costs = estimate(recipe, rounds, num_trials)
+    silent = replace(recipe, evaluate=replace(recipe.evaluate, prompts=[]))  # arms are asked nothing
+    costs = estimate(silent, rounds, num_trials)
     if experiment in speed.TABLES:
         costs = replace(costs, seconds=speed.seconds(experiment, costs, arms))
     return Preview(experiment, list(arms), list(seeds), costs)

@@ -19,9 +19,9 @@ from sparsekd.run.rounds import CORPUS as CORPUS
 from sparsekd.run.rounds import SHARED_CACHE as SHARED_CACHE
 from sparsekd.run.rounds import Place as Place
 from sparsekd.run.rounds import Round as Round
+from sparsekd.run.rounds import folder_of as folder_of
 from sparsekd.run.rounds import planned as planned
 from sparsekd.run.rounds import split as split
-from sparsekd.run.rounds import tasks_folder as tasks_folder
 from sparsekd.run.settings import settings_of as settings_of
 from sparsekd.run.stages import OF_ROUND as OF_ROUND
 from sparsekd.run.stages import STAGES as STAGES

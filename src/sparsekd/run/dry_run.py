@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sparsekd import compression, models
 from sparsekd.corpus import Share
 from sparsekd.device import measured_flops, place
+from sparsekd.evaluate import continuations
 from sparsekd.recipe import Compress, Recipe, as_dict, method_named
 from sparsekd.records import Record
 from sparsekd.run.rounds import Round, planned
@@ -150,6 +151,7 @@ def _seconds(
     smaller = forward * structure.model_parameters_stored / structure.model_parameters_before  # zeros cost time too
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
+    said = len(evaluate.prompts) * continuations.NUM_TOKENS  # in batches: a token costs what it does in a text
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
     # of all rounds; a trial is a quarter of an epoch, validated before and after
     epochs = sum(one.distill.epochs / one.share.count for one in rounds)
@@ -171,5 +173,6 @@ def _seconds(
         "cache": forward * cached * caches,
         "compress": sum(itertools.starmap(truncation, pruned.values())),
         "distill": smaller * (3 * trained + validated) + forward * asked,
-        "evaluate": ((1 + evaluate.agreement) * forward + 2 * smaller) * scored * len(rounds),
+        "evaluate": ((1 + evaluate.agreement) * forward + 2 * smaller) * scored * len(rounds)
+        + (forward + 2 * smaller * len(rounds)) * said,
     }

@@ -20,9 +20,10 @@ ARMS = "arms"  # of a reproduction
 SHARED_CACHE = f"{ARMS}/teacher"  # the dense model's, which most arms share
 
 
-def tasks_folder(where: Place) -> Path:
-    """Where a model's scores on tasks lie; every named model but the dense one only teaches and has none."""
-    return (where if isinstance(where, Path) else Path("dense")) / "tasks"
+def folder_of(where: Place, stage: str) -> Path:
+    """Where a stage of a single model lies, `tasks` or `continuations`; every named model but the dense one only
+    teaches and has none."""
+    return (where if isinstance(where, Path) else Path("dense")) / stage
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsekd import corpus, files, records
 from sparsekd.corpus import sources
 from sparsekd.distillation import require_document_mask
-from sparsekd.evaluate import harness
+from sparsekd.evaluate import continuations, harness
 from sparsekd.recipe import inputs_of
 from sparsekd.records import Record
 from sparsekd.run.reading import Summary
@@ -33,8 +33,10 @@ def make(work: Work, round_: Round | None = None) -> Summary:
         _add_texts(work, stage.folder)
         return stage.summary
     model, tokenizer = work.open(work.dense)
-    if recipe.corpus.document_mask:  # here, and not after hours of work for a model that cannot do it
+    # here, and not after hours of work for a model that cannot do it
+    if recipe.corpus.document_mask:
         require_document_mask(model)
+    continuations.prompt_ids(model, tokenizer, recipe.evaluate.prompts)
     tasks = _texts_of_tasks(work, recipe.evaluate.tasks)
     built = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed, tasks)
     corpus.save(built, stage.folder)

@@ -1,4 +1,6 @@
-"""Stage `evaluate`: the dense model and the round's own to what the texts, and the tasks, say about them."""
+"""Stage `evaluate`: the dense model and the round's own to what the texts, and the tasks, say about them, and to what
+they say themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus, files
-from sparsekd.evaluate import harness, measure, prefill
+from sparsekd.evaluate import continuations, harness, measure, prefill
 from sparsekd.recipe import inputs_of
 from sparsekd.records import Record
 from sparsekd.run.reading import Summary
-from sparsekd.run.rounds import Place, Round, tasks_folder
+from sparsekd.run.rounds import Place, Round, folder_of
 from sparsekd.run.stage import Stage
 from sparsekd.run.work import Loaded, Work
 
 
 def make(work: Work, round_: Round) -> Summary:
-    """The dense model and the round's own on the texts, and on the tasks that the recipe names."""
-    return measure_texts(work, round_) | {"tasks": score_tasks(work, round_)}
+    """The dense model and the round's own on the texts, on the tasks and on the prompts that the recipe names."""
+    found = measure_texts(work, round_)
+    return found | {"continuations": continue_prompts(work, round_), "tasks": score_tasks(work, round_)}
 
 
 def score_tasks(work: Work, round_: Round) -> dict[str, Record]:
@@ -29,18 +32,24 @@ def score_tasks(work: Work, round_: Round) -> dict[str, Record]:
     return {name: score_model(work, where) for name, where in named.items()}
 
 
+def continue_prompts(work: Work, round_: Round) -> dict[str, list[Record]]:
+    """What the dense model and the round's own say, by name; none without prompts in the recipe."""
+    named = round_.models(work.dense) if work.recipe.evaluate.prompts else {}
+    return {name: continue_model(work, where) for name, where in named.items()}
+
+
 def measure_texts(work: Work, round_: Round) -> Summary:
     """Stage `evaluate`: the dense model and the round's own on every text; what is there already is not measured
     again, and with other texts or settings all of it is."""
     options = work.recipe.evaluate
     named = round_.models(work.dense)
-    about_tasks = {"texts", "tasks", "task_limit"}
+    apart = {"texts", "tasks", "task_limit", "prompts"}  # compared by their content, or stages of their own
     inputs = {
         "models": {name: work.identity(where) for name, where in named.items()},
         "dtype": work.dtype,
         "corpus": work.blocks.fingerprint,
         "texts": {name: files.sha256(work.blocks.texts[name]) for name in options.texts},
-        "evaluate": {key: value for key, value in inputs_of(options).items() if key not in about_tasks},
+        "evaluate": {key: value for key, value in inputs_of(options).items() if key not in apart},
     }
     stage = work.run.stage(str(round_.evaluation), inputs, replaces=True)
     if stage.summary is not None:
@@ -69,7 +78,7 @@ def score_model(work: Work, where: Place) -> Record:
         "limit": options.task_limit,
         "files": {name: files.file_sha256(path) for name, path in harness.local_files(options.tasks, root).items()},
     }
-    stage = work.run.stage(str(tasks_folder(where)), inputs, replaces=True)
+    stage = work.run.stage(str(folder_of(where, "tasks")), inputs, replaces=True)
     known, missing = {}, options.tasks
     if stage.summary is not None:
         known = stage.summary["scores"]
@@ -90,6 +99,24 @@ def score_model(work: Work, where: Place) -> Record:
         if result.skipped is not None:
             console.say(f"  skipped: {result.skipped}")
     return stage.finish({"scores": known | {task: result.as_dict() for task, result in found.items()}})["scores"]
+
+
+def continue_model(work: Work, where: Place) -> list[Record]:
+    """Stage `continuations`: how a model goes on from the recipe's prompts. The dense model's serve all rounds."""
+    prompts, console = work.recipe.evaluate.prompts, work.run.console
+    inputs = {
+        "model": work.identity(where),
+        "dtype": work.dtype,
+        "prompts": {str(number): repr(prompt) for number, prompt in enumerate(prompts, 1)},  # a difference is one line
+        "num_tokens": continuations.NUM_TOKENS,
+    }
+    stage = work.run.stage(str(folder_of(where, "continuations")), inputs, replaces=True)
+    if stage.summary is not None:
+        return stage.summary["continuations"]
+    model, tokenizer = work.open(where)
+    with console.bar("going on from the prompts", len(prompts) * continuations.NUM_TOKENS) as bar:
+        said = continuations.generate(model, tokenizer, prompts, on_tokens=bar.advance, say=console.say)
+    return stage.finish({"continuations": said})["continuations"]
 
 
 class _Compared:
