@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsekd.evaluate import perplexity, perplexity_in
 from sparsekd.recipe import load_recipe
 from sparsekd.report import frontier as shown
 
-PLAIN = {"hf": ("torch", ("bfloat16",))}  # in the place of other runtimes, whose exports are slow
+PLAIN = {"hf": ("torch", ())}  # nothing in fewer bits: each export takes seconds
 
 
 def point(perplexity: float, cost: float | None) -> dict[str, Any]:
@@ -44,13 +45,11 @@ def test_a_run_measures_it(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any, 
     found = json.loads((run / "report.json").read_text())["bench"]
     points = found["points"]
     assert [(one["model"], one["weights"]) for one in points] == [
-        *[("dense", "float32"), ("dense", "bfloat16")],
-        *[("run: whitened 50%", "float32"), ("run: two-sided 50%", "bfloat16")],
+        ("dense", "float32"),
+        ("run: whitened 50%", "float32"),
     ]
-    assert points[0]["ratio"] == 1 and points[2]["ratio"] != 1
-    assert (
-        points[1]["bytes"] == pytest.approx(points[0]["bytes"] / 2, rel=0.1) and points[2]["bytes"] < points[0]["bytes"]
-    )
+    assert points[0]["ratio"] == 1 and points[1]["ratio"] != 1
+    assert points[1]["bytes"] < points[0]["bytes"] and points[1]["parameters"] < points[0]["parameters"]
     assert all(one[cost] > 0 for one in points for cost in COSTS)
     assert not all(one["dominated"][cost] for one in points for cost in COSTS)
     page = (run / "report.html").read_text()
@@ -100,4 +99,4 @@ def test_what_is_refused(refused: Any, model_folder: Any, tiny_recipe: Path, mon
         frontier([], "", tmp_path, format_="onnx")
     monkeypatch.undo()
     with pytest.raises(UsageError, match="bench: true needs a text"):
-        pipeline.check_before_starting(load_recipe(str(tiny_recipe), ("bench=true", "evaluate.texts={}")))
+        pipeline.check_before_starting(replace(recipe, evaluate=replace(recipe.evaluate, texts={})))

@@ -134,9 +134,17 @@ def _exported(candidate: Candidate, how: tuple[str, str, str], text: str, tokens
 def _quality(
     folder: Path, format_: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: str, tokens: int
 ) -> Perplexity:
-    runtime = export.format_named(format_).open(folder)
     with torch.inference_mode():
-        return perplexity_in(runtime, vocab_size, tokenizer, text, context=CONTEXT, stride=STRIDE, max_tokens=tokens)
+        return perplexity_in(
+            _opened(folder, format_), vocab_size, tokenizer, text, context=CONTEXT, stride=STRIDE, max_tokens=tokens
+        )
+
+
+def _opened(folder: Path, format_: str) -> export.Runtime:
+    if format_ != "hf":
+        return export.format_named(format_).open(folder)
+    model, _ = models.load(str(folder), dtype=torch.float32)  # format hf opens it anew for each question
+    return lambda tokens: models.logits_of(model, input_ids=tokens)
 
 
 def _timed(one: _Exported, name: str, cells: Sequence[Record]) -> Record:
