@@ -47,14 +47,14 @@ INPUTS = {
     "model": 3000,
     "text": 3000,
 }
-QUICK_FAULTS = {"flip": 14, "cut": 4, "zero": 4, "swap": 4, "delete": 4}
+QUICK_FAULTS = {"flip": 7, "cut": 2, "zero": 2, "swap": 2, "delete": 2}
 QUICK_INPUTS = {
-    "recipe-text": 60,
-    "recipe-values": 60,
-    "whole-run": 3,
-    "arguments": 60,
-    "model": 40,
-    "text": 40,
+    "recipe-text": 30,
+    "recipe-values": 30,
+    "whole-run": 2,
+    "arguments": 30,
+    "model": 20,
+    "text": 20,
 }
 QUICK_LEVELS_MB = (8,)
 _SHOWN = 200  # of what got through, in the record

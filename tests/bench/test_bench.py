@@ -44,7 +44,7 @@ def test_a_runtime_has_what_it_has() -> None:
 
 def test_a_runtime_that_no_model_is_for(refused: Any, model_folder: Any) -> None:
     line = refused("bench", model_folder("llama"), "--runtime", "llama.cpp", error=UsageError)
-    assert "none of the models is for runtime llama.cpp: sparsekd export MODEL --format gguf makes one" in line
+    assert "none of the models is for runtime llama.cpp: sparsekd export MODEL --format gguf" in line
 
 
 class Timed:

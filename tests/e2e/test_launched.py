@@ -40,7 +40,7 @@ def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path) ->
     expected, found = (read(folder / "eval/stage.json")["models"]["distilled"]["held"] for folder in (one, two))
     assert abs(found["perplexity"] / expected["perplexity"] - 1) < 1e-3
     again = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", "cache.blocks_per_shard=2", count=1)
-    assert again.returncode == 0 and again.stderr.count("up to date") == 5  # any number of processes may go on
+    assert again.returncode == 0 and again.stderr.count("up to date") == 8  # any number of processes may go on
 
 
 def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> None:
