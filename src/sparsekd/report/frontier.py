@@ -11,12 +11,12 @@ from sparsekd.report.speed import milliseconds
 from sparsekd.report.tables import Titled, size
 
 HEADER = ["model", "runs in", "weights", "perplexity", "to dense", "bytes", "first token", "per token", "best for"]
-_COSTS = {"per_token": "speed after the prompt", "first_token": "speed of the prompt", "bytes": "bytes"}
+_COSTS = {"per_token": "token", "first_token": "prompt", "bytes": "bytes"}
 _SCALES = {"per_token": (1e3, "ms per token"), "first_token": (1e3, "ms to the first token"), "bytes": (1e-6, "MB")}
 
 
 def tables(found: Record) -> Iterator[Titled]:
-    """A row for each point. It is best for what no other point is at least as good and as cheap in."""
+    """A row for each point, best for the costs by which it is not dominated: a token, a prompt, bytes."""
     rows = [
         [
             point["model"],
@@ -41,7 +41,7 @@ def picture(found: Record) -> str:
     """Perplexity against time and bytes; what another point is at least as good and as cheap as is pale, the others are
     joined."""
     points = found["points"]
-    figure, panels = figures(3, height=3.6, width=11.0)
+    figure, panels = figures(3, height=3.6, width=9.0)
     colors = dict(zip(dict.fromkeys(point["model"] for point in points), COLORS, strict=False))
     for (cost, (scale, label)), axes in zip(_SCALES.items(), panels, strict=True):
         here = [point for point in points if point[cost] is not None]
@@ -49,7 +49,7 @@ def picture(found: Record) -> str:
             _draw(axes, point, scale * point[cost], colors[point["model"]], _leads(point, cost))
         best = sorted((scale * point[cost], point["perplexity"]) for point in here if _leads(point, cost))
         axes.plot(*zip(*best, strict=True), color=GREY, lw=1, zorder=0) if best else None
-        axes.set(xlabel=label, xscale="log", yscale="log")
+        axes.set(xlabel=label, xlim=(0, 1.3 * max((scale * point[cost] for point in here), default=1)))
     panels[0].set_ylabel("perplexity")
     handles = [panels[0].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, **LEGEND)
