@@ -21,6 +21,7 @@ from sparsekd.bench.latency import Plan, compare
 from sparsekd.bench.runtimes import stored_bytes
 from sparsekd.errors import ResourceError, SparseKDError, UsageError
 from sparsekd.evaluate import Perplexity, perplexity_in, ratio
+from sparsekd.export import llama_cpp
 from sparsekd.records import Record
 
 COSTS = ("per_token", "first_token", "bytes")  # each is one picture
@@ -70,7 +71,7 @@ def require_format(name: str | None = None) -> str:
 
 
 def _install_line(format_: str) -> str | None:
-    return export.llama_cpp.install_line() if format_ == "gguf" else export.install_line(format_)
+    return llama_cpp.install_line() if format_ == "gguf" else export.install_line(format_)
 
 
 def frontier(

@@ -56,8 +56,8 @@ class Runtime:
 
     def variants(self, dtypes: Sequence[str], attentions: Sequence[str]) -> list[tuple[str, str]]:
         """Those of what is asked for that it has; what it does not let choose, as it is."""
-        pairs = ((self.dtypes, dtypes), (self.attentions, attentions))
-        return list(itertools.product(*([one for one in (*asked, OWN) if one in has] for has, asked in pairs)))
+        mine = [one for one in (*dtypes, OWN) if one in self.dtypes]
+        return list(itertools.product(mine, [one for one in (*attentions, OWN) if one in self.attentions]))
 
 
 def open_session(name: str, variant: Variant, device: torch.device) -> Session:
