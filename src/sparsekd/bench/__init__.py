@@ -10,7 +10,6 @@ from sparsekd.bench.intervals import estimate as estimate
 from sparsekd.bench.latency import Plan as Plan
 from sparsekd.bench.latency import compare as compare
 from sparsekd.bench.points import Candidate as Candidate
-from sparsekd.bench.points import formats as formats
 from sparsekd.bench.points import frontier as frontier
 from sparsekd.bench.points import require_format as require_format
 from sparsekd.bench.profiling import PASSES as PASSES

@@ -6,7 +6,6 @@ Shape letters: B prompts, L tokens of each.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import weakref
 from pathlib import Path
@@ -41,7 +40,7 @@ class LlamaCpp:
     def __init__(self, file: Path):
         """Raises `ResourceError` where llama.cpp does not open the file."""
         self._process = subprocess.Popen(  # noqa: S603
-            [shutil.which("node") or "node", str(Path(__file__).with_name("llama_cpp.mjs"))],
+            llama_cpp.command(Path(__file__).with_name("llama_cpp.mjs")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -79,8 +78,7 @@ class LlamaCpp:
 
     def _death(self) -> Exception:
         assert self._process.stderr is not None
-        said = self._process.stderr.read().splitlines() or ["nothing"]
-        reason = next((line for line in said if "rror" in line), said[-1]).strip()
+        reason = llama_cpp.reason(self._process.stderr.read())
         if "memory" in reason.lower():
             return MemoryError(reason)
         return ResourceError(f"llama.cpp ended, it says: {reason}")

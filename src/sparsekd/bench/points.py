@@ -26,7 +26,6 @@ from sparsekd.records import Record
 
 COSTS = ("per_token", "first_token", "bytes")  # each is one picture
 PROMPTS, ONE = Shape(16, 128), Shape(1, 128)  # of which the time to the first token is, and per token
-CONTEXT, STRIDE = 512, 256
 _AS_IT_IS = ("hf", "float32", "torch")
 _IN_FEWER_BITS = {  # by format: its runtime, and the number formats that are measured
     "openvino": ("openvino", ("float32", "int8", "int4")),
@@ -136,9 +135,7 @@ def _quality(
     folder: Path, format_: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: str, tokens: int
 ) -> Perplexity:
     with torch.inference_mode():
-        return perplexity_in(
-            _opened(folder, format_), vocab_size, tokenizer, text, context=CONTEXT, stride=STRIDE, max_tokens=tokens
-        )
+        return perplexity_in(_opened(folder, format_), vocab_size, tokenizer, text, max_tokens=tokens)
 
 
 def _opened(folder: Path, format_: str) -> export.Runtime:

@@ -24,7 +24,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity against speed and bytes: the dense model and those of runs, as they are and quantised."""
-    from sparsekd import files, pipeline
+    from sparsekd import pipeline
     from sparsekd.console import Console
     from sparsekd.report import frontier
 
@@ -32,10 +32,7 @@ def command(
     found = pipeline.frontier(
         [Path(one) for one in run], text, Console(), format_=format_, tokens=tokens, minutes=minutes
     )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / "frontier.json", found)
-        files.write_text(out / "frontier.svg", frontier.picture(found))
+    printing.keep(out, "frontier", found, frontier.picture)
     if as_json:
         printing.print_json(found)
         return

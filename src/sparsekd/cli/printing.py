@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,16 @@ def print_json(value: Any) -> None:
     from sparsekd.files import as_json
 
     print(as_json(value, "the result", indent=1))
+
+
+def keep(folder: Path | None, name: str, found: Record, picture: Callable[[Record], str]) -> None:
+    """Writes what was measured, and the picture of it, into a folder that was asked for."""
+    from sparsekd import files
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / f"{name}.json", found)
+        files.write_text(folder / f"{name}.svg", picture(found))
 
 
 def print_facts(facts: Record, as_json: bool) -> None:

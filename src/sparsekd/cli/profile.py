@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Time by kind of work, Amdahl's bound and what of it is achieved; the first model is the dense one."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler says when it starts
-    from sparsekd import bench, files, models
+    from sparsekd import bench, models
     from sparsekd.console import Console
     from sparsekd.device import place
     from sparsekd.report import speed
@@ -42,10 +42,7 @@ def command(
     loaded = {name: models.load(name, dtype=placement.dtype, device=placement.device)[0] for name in names}
     shape = bench.Shape(batch, length)
     found = bench.profile(loaded, shape, attentions, decode=decode, trace=trace, say=Console().say)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / "profile.json", found)
-        files.write_text(out / "profile.svg", speed.picture(found))
+    printing.keep(out, "profile", found, speed.picture)
     if as_json:
         printing.print_json(found)
         return

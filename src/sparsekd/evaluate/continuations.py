@@ -146,17 +146,17 @@ def _continuation(tokenizer: Any, prompt: str, ids: list[int], tokens: list[int]
     ]
     start, whole = len(texts[0]), texts[-1]
     # a token may end within a character, which shows as another one then
-    ends = [_num_common(whole, text) - start for text in texts[1:]]
+    ends = [num_common(whole, text) - start for text in texts[1:]]
     return Continuation(prompt, whole[start:], tokens, ends, has_ended, repetition(tokens))
 
 
 def _parts_at(one: Record, other: Record) -> int | None:
     if all(one[key] == other[key] for key in ("tokens", "has_ended")):
         return None
-    return _num_common(one["tokens"], other["tokens"])
+    return num_common(one["tokens"], other["tokens"])
 
 
-def _num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The length of the beginning that two sequences have in common."""
     differs = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differs, min(len(one), len(other)))

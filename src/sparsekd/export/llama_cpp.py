@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import corpus
 from sparsekd.errors import QualityError, ResourceError
+from sparsekd.evaluate import continuations
 from sparsekd.export.checking import Comparison, perplexity
 from sparsekd.models import logits_of
 from sparsekd.records import Record, exponential
@@ -105,7 +106,7 @@ def compare(
         reference_perplexity=perplexity(logits, tokens),
         logits_per_position=wanted.shape[-1],
         greedy_tokens=_GENERATED,
-        greedy_tokens_alike=_alike(ours.tolist(), answer["generated"]),
+        greedy_tokens_alike=continuations.num_common(ours.tolist(), answer["generated"]),
         text_is_split_alike=answer["tokens"] == corpus.encode(tokenizer, _TEXT),
     )
     return answer["version"], found
@@ -116,22 +117,27 @@ def _number(found: float | None) -> float:
     return math.nan if found is None else found
 
 
-def _alike(ours: list[int], theirs: list[int]) -> int:
-    pairs = zip(ours, theirs, strict=True)
-    return next((number for number, (one, other) in enumerate(pairs) if one != other), len(theirs))
+def command(script: Path) -> list[str]:
+    """What runs a script of ours in node."""
+    return [shutil.which("node") or "node", str(script)]
+
+
+def reason(stderr: str) -> str:
+    """The line of a script's stderr that says why it ended."""
+    lines = stderr.splitlines() or ["nothing"]
+    return next((line for line in lines if "rror" in line), lines[-1]).strip()
 
 
 def _ask(**asked: Any) -> Any:
     """What the script beside this file answers."""
     done = subprocess.run(  # noqa: S603
-        [shutil.which("node") or "node", str(Path(__file__).with_name("llama_cpp.mjs"))],
+        command(Path(__file__).with_name("llama_cpp.mjs")),
         input=json.dumps({"packages": str(folder()), **asked}),
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        lines = done.stderr.splitlines() or ["nothing"]
-        said = next((line for line in lines if "rror" in line), lines[-1]).strip()
+        said = reason(done.stderr)
         if done.returncode == _NOT_STARTED:
             raise ResourceError(f"node-llama-cpp in {folder()} does not start, so install it again: {said}")
         raise QualityError(f"llama.cpp does not open what format gguf wrote, it says: {said}")
