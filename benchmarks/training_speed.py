@@ -155,15 +155,15 @@ def our_steps(model: Any, blocks: np.ndarray, cache: Cache, micro_batch_size: in
     settings: dict[str, Any] = {"batch_size": BATCH, "micro_batch_size": micro_batch_size, "validations": 1}
     options = Distill(alpha=ALPHA, temperature=TEMPERATURE, **settings)
     waits: list[float] = []
-    make_batch = worker.make_batch
+    batch_of = worker.Worker._batch
 
     def timed(*args: Any) -> Any:
         start = time.perf_counter()
-        batch = make_batch(*args)
+        batch = batch_of(*args)
         waits.append(time.perf_counter() - start)
         return batch
 
-    with patch.object(worker, "make_batch", timed):
+    with patch.object(worker.Worker, "_batch", timed):
         history = distillation.train(model, data, options)
     seconds = sum(step.seconds for step in history.steps[1:])
     batches = STEPS * BATCH // micro_batch_size

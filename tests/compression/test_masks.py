@@ -293,7 +293,7 @@ def test_the_gradient_norm_is_that_of_the_kept_weights(new_masked: Any, blocks: 
     everything = data(blocks, cache)
     objective = distillation.Objective(copy.deepcopy(student), options, cache.vocab_size)
     ids = everything.order(0)[:4].tolist()
-    batch = distillation.make_batch(everything, ids, objective.vocab_size, torch.device("cpu"))
+    batch = distillation.make_batch(everything, ids, objective.vocab_size)
     objective(batch, everything.num_positions(ids)).total.backward()
     total = 0.0
     for name, parameter in objective.student.named_parameters():

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training import OPTIONS, data
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel, masking_utils
 
 import sparsekd
 from sparsekd import distillation
@@ -176,3 +178,43 @@ def test_bfloat16_trains_when_asked_for(new_student: Any, blocks: torch.Tensor, 
     assert history.steps[0].loss != exact.steps[0].loss
     assert history.steps[0].loss == pytest.approx(exact.steps[0].loss, rel=0.05)
     assert history.validations[-1].kd < 0.8 * history.validations[0].kd
+
+
+class Waits(TorchDispatchMode):
+    """What would make the host wait for a GPU while it is on: a number read off the device, or a size it decides."""
+
+    NAMES = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in tree_leaves(args[1:])
+        )
+        if name in self.NAMES or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_micro_batch_lets_the_host_run_ahead(
+    fused: bool, new_student: Any, blocks: torch.Tensor, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers' own look, one for each pass: do the positions start again?
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    student = new_student()
+    measured = objective.Objective(student, OPTIONS, cache.vocab_size)
+    measured._head = measured._head._replace(fused=fused)
+    everything = data(blocks, cache)
+    batch = distillation.make_batch(everything, [0, 1], measured.vocab_size)
+    with Waits() as waits:
+        measured(batch, 46).total.backward()
+        with torch.no_grad():
+            measured(batch, 46)
+    assert not waits.seen
+    with Waits() as waits:
+        assert bool(batch.labels.nonzero().any())
+    assert waits.seen == ["nonzero", "_local_scalar_dense"]

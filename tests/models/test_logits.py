@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_float32_logits(fused: bool, low: PreTrainedModel, b
     bias = 0 if fused else model.get_output_embeddings().bias
     options = Distill(alpha=0.0, teacher="online", temperature=1.0)
     online = data(blocks, Online(model, 8))
-    batch = make_batch(online, [0, 1], 400, torch.device("cpu"))
+    batch = make_batch(online, [0, 1], 400)
     measured = objective.Objective(model, options, 400)
     assert measured._head.fused == fused
     outcome = measured(batch, 2 * 23)
@@ -111,7 +111,7 @@ def test_the_loss_is_that_of_float32_logits(fused: bool, low: PreTrainedModel, b
 def test_training_with_bfloat16_products_has_float32_logits(teacher: PreTrainedModel, blocks: torch.Tensor) -> None:
     """The weights are float32, autocast makes the factors bfloat16; the head has a bias, so logits are taken whole."""
     model = with_bias(teacher)
-    batch = make_batch(data(blocks, Online(model, 8)), [0, 1], 400, torch.device("cpu"))
+    batch = make_batch(data(blocks, Online(model, 8)), [0, 1], 400)
     outcome = objective.Objective(model, Distill(alpha=0.0), 400, bfloat16=True)(batch, 2 * 23)
     outcome.total.backward()
     head: Any = model.get_output_embeddings()

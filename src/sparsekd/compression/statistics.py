@@ -10,7 +10,8 @@ a diagonal for the intermediate-size outputs, where the whole matrix was measure
 The backward pass goes one layer at a time, from recorded layer inputs, so one layer's graph is all that is in memory;
 no weight gradient is formed.
 
-Sums are kept on the host in float64. In several processes each takes its share of the batches and the sums are added.
+Sums are float64, where the model is, and on the host for layers that visit a device in turn. In several processes each
+takes its share of the batches and the sums are added.
 
 Shape letters: N tokens, H hidden size, F features of a layer's output, B blocks, L positions.
 """
@@ -47,9 +48,16 @@ def weights_of(x: Float[Tensor, "N F"], cap: float = NORM_CAP) -> Float[Tensor, 
 class Gram:
     """Running sum of `x x^T`, or of its diagonal: products in the activations' precision, sums in float64."""
 
-    def __init__(self, size: int, *, cap: float | None = NORM_CAP, diagonal: bool = False):
+    def __init__(
+        self,
+        size: int,
+        *,
+        cap: float | None = NORM_CAP,
+        diagonal: bool = False,
+        device: torch.device | str = "cpu",
+    ):
         self.cap, self.diagonal = cap, diagonal
-        self.sum = torch.zeros(size if diagonal else (size, size), dtype=torch.float64)
+        self.sum = torch.zeros(size if diagonal else (size, size), dtype=torch.float64, device=device)
         self.num_tokens = 0
 
     def add(self, x: Float[Tensor, "N F"]) -> None:
@@ -57,11 +65,12 @@ class Gram:
         if self.cap is not None:
             x = x * weights_of(x, self.cap)
         with torch.autocast(x.device.type, enabled=False):
-            self.sum += (x.square().sum(0) if self.diagonal else x.T @ x).cpu().double()
+            found = x.square().sum(0) if self.diagonal else x.T @ x
+        self.sum += found.to(self.sum.device).double()  # one after the other: some devices have no float64
         self.num_tokens += len(x)
 
     def mean(self, device: torch.device | None = None) -> Tensor:
-        """On the host, or where what is on that `device` is solved."""
+        """Where it was summed, or where what is on that `device` is solved."""
         mean = self.sum / max(1, self.num_tokens)
         return mean if device is None else mean.to(solver_device(device))
 
@@ -101,10 +110,12 @@ def collect(
     than the model's the weights stay where they are and each layer visits the device for its turn. Raises `DataError`
     naming the MLP when a number is not finite.
     """
-    hidden = model.config.get_text_config().hidden_size
+    hidden, place = model.config.get_text_config().hidden_size, _place(model, device)
     moments, handles = {}, []
     for mlp in find_mlps(model):
-        seen = moments[mlp] = Moments(Gram(hidden), Gram(hidden), Gram(hidden, cap=None))
+        seen = moments[mlp] = Moments(
+            Gram(hidden, device=place), Gram(hidden, device=place), Gram(hidden, cap=None, device=place)
+        )
         first, last = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
         # with curvature each layer runs twice: to record, and then with a graph, when it counts
         handles.append(first.register_forward_pre_hook(_reads_input(seen.input, curvature)))
@@ -113,7 +124,7 @@ def collect(
             handles.append(last.register_forward_hook(_reads_gradient(seen.output_curvature)))
             for name in mlp.inputs:
                 module = model.get_submodule(name)
-                seen.input_curvature[name] = Gram(shape(module)[1], cap=None, diagonal=True)
+                seen.input_curvature[name] = Gram(shape(module)[1], cap=None, diagonal=True, device=place)
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
     grams = {mlp: seen.grams() for mlp, seen in moments.items()}
     try:
@@ -134,7 +145,7 @@ def output_curvature(
 ) -> dict[MLP, Gram]:
     """The curvature at the output of each MLP alone; all else as in `collect`."""
     hidden = model.config.get_text_config().hidden_size
-    found = {mlp: Gram(hidden, cap=None) for mlp in find_mlps(model)}
+    found = {mlp: Gram(hidden, cap=None, device=_place(model, device)) for mlp in find_mlps(model)}
     handles = [model.get_submodule(mlp.output).register_forward_hook(_reads_gradient(g)) for mlp, g in found.items()]
     try:
         _run_all(model, batches, {mlp: [gram] for mlp, gram in found.items()}, device, separator, seed)
@@ -170,6 +181,12 @@ def input_norms(
     return {name: gram.sum.sqrt() for name, gram in norms.items()}
 
 
+def _place(model: PreTrainedModel, device: torch.device | None) -> torch.device:
+    """Where sums are kept."""
+    is_whole = device is None or device == model.device  # else there may not be room for them
+    return solver_device(model.device) if is_whole else torch.device("cpu")
+
+
 def _run_all(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "_ _"]],
@@ -189,7 +206,8 @@ def _run_all(
                 continue
             inputs = document_inputs(batch.to(device), separator)
             if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
-                labels = torch.Generator().manual_seed((label_seed * 1_000_003 + number) % 2**64)
+                labels = torch.Generator(device if device.type == "cuda" else "cpu")
+                labels.manual_seed((label_seed * 1_000_003 + number) % 2**64)
                 _backward(model, layers, inputs, number, home, device, labels)
             else:
                 with torch.inference_mode(), _in_turn(layers, home, device):
@@ -201,9 +219,12 @@ def _run_all(
 
 def _check_finite(grams: dict[MLP, list[Gram]], number: int, size: int) -> None:
     """Raises `DataError` naming the first MLP around which something was not finite, and the batch it came with."""
-    for mlp, of_mlp in grams.items():
-        diagonals = [gram.sum if gram.diagonal else gram.sum.diagonal() for gram in of_mlp]
-        if not all(bool(torch.isfinite(diagonal).all()) for diagonal in diagonals):
+    found = [
+        torch.stack([torch.isfinite(gram.sum if gram.diagonal else gram.sum.diagonal()).all() for gram in of_mlp]).all()
+        for of_mlp in grams.values()
+    ]
+    for mlp, is_finite in zip(grams, torch.stack(found).tolist(), strict=True):  # one wait for the device
+        if not is_finite:
             raise _not_finite(f"activations around {mlp.output}", number, size)
 
 
@@ -228,9 +249,10 @@ def _backward(
 
     with torch.no_grad(), _in_turn(layers, home, device):
         hidden = layers.record(decoder)
-    for layer, states in enumerate(hidden):
-        if not bool(torch.isfinite(states).all()):
-            raise _not_finite(f"hidden states before decoder layer {layer}", number, len(states))
+    are_finite = torch.stack([torch.isfinite(states).all() for states in hidden]).tolist()  # one wait for the device
+    if not all(are_finite):
+        layer = are_finite.index(False)
+        raise _not_finite(f"hidden states before decoder layer {layer}", number, len(hidden[layer]))
     top = hidden.pop()
     gradient = torch.cat(
         [
@@ -269,11 +291,11 @@ def _output_gradient(
 
 @torch.no_grad()
 def _drawn(logits: Float[Tensor, "L V"], generator: torch.Generator) -> Int[Tensor, " L"]:
-    """Labels that the model itself would draw."""
-    probabilities = logits.softmax(-1).cpu()
-    if not bool(torch.isfinite(probabilities).all()):
-        raise DataError("the model's output is not finite: its weights are damaged")
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    """Labels that the model itself would draw: the first of exponential arrivals at rates p. On a GPU, where the host
+    does not wait for them, they are others than on a CPU."""
+    probabilities = logits.softmax(-1).to(generator.device)
+    arrivals = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / arrivals).argmax(-1).to(logits.device)
 
 
 @contextmanager

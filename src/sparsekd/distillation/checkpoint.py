@@ -12,7 +12,9 @@ the others, which may be on machines that do not see the folder, get from it wha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +35,12 @@ _T = TypeVar("_T")
 
 class Checkpoints:
     """The checkpoints of one training. With several processes all of them call, and only the main one reads, writes,
-    and holds copies of what is written."""
+    and holds copies of what is written. A GPU's weights are copied to the host and written in the `background`, one
+    after the other, while the training goes on; `wait` for the last, and what went wrong with it."""
 
-    def __init__(self, folder: Path, is_main: bool = True):
+    def __init__(self, folder: Path, is_main: bool = True, background: ThreadPoolExecutor | None = None):
         self.folder, self._is_main = folder, is_main
+        self._background, self._pending = background, list[Future[None]]()
         self._is_alone = rank_and_count()[1] == 1
         if is_main:
             files.remove_temporaries(folder)
@@ -47,6 +51,7 @@ class Checkpoints:
 
     def load_best(self, model: nn.Module, step: int) -> None:
         """Fills what trains with the best weights; raises `DataError` when they are damaged."""
+        self.wait()
         folder = self.folder / _best(step)
         self._agreed(lambda: _verified(folder))
         _fill(model, self._tensors(folder / "model.safetensors", model))
@@ -58,9 +63,13 @@ class Checkpoints:
             for name, parameter in trained(model).items()
             for key, value in optimizer.state[parameter].items()
         }
-        self._write(_checkpoint(state["step"]), {"model": trained(model), "optimizer": moments}, state)
-        if self._is_main:
-            self._remove_old(state["best_step"])
+        parts = {"model": trained(model), "optimizer": moments}
+        self._write(_checkpoint(state["step"]), parts, state, lambda: self._remove_old(state["best_step"]))
+
+    def wait(self) -> None:
+        """Until all is on the disk; raises what kept it from there."""
+        while self._pending:
+            self._pending.pop(0).result()
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> Record | None:
         """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
@@ -123,18 +132,35 @@ class Checkpoints:
             torch.distributed.broadcast(value, src=0)
             yield name, value
 
-    def _write(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: Record) -> None:
+    def _write(
+        self,
+        name: str,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Record,
+        afterwards: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.wait()
         copies = {part: on_host(tensors, self._is_main) for part, tensors in parts.items()}
         if not self._is_main:
             return
-        size = sum(t.numel() * t.element_size() for tensors in copies.values() for t in tensors.values())
-        files.require_space(self.folder, size, "a checkpoint")
-        with files.atomic_path(self.folder / name) as temporary:
-            temporary.mkdir()
-            for part, tensors in copies.items():
-                save_file(tensors, temporary / f"{part}.safetensors")
-            hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
-            records.write(temporary / "state.json", state | {"sha256": hashes})
+        state = copy.deepcopy(state)
+
+        def job() -> None:
+            size = sum(t.numel() * t.element_size() for tensors in copies.values() for t in tensors.values())
+            files.require_space(self.folder, size, "a checkpoint")
+            with files.atomic_path(self.folder / name) as temporary:
+                temporary.mkdir()
+                for part, tensors in copies.items():
+                    save_file(tensors, temporary / f"{part}.safetensors")
+                hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
+                records.write(temporary / "state.json", state | {"sha256": hashes})
+            afterwards()
+
+        are_copies = any(value.is_cuda for tensors in parts.values() for value in tensors.values())
+        if are_copies and self._background is not None:
+            self._pending.append(self._background.submit(job))
+        else:
+            job()
 
     def _remove_old(self, best_step: int) -> None:
         kept = self._checkpoints()[-_KEPT:]

@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
 from sparsekd.distillation.optimizer import allocate, prepared, schedule
-from sparsekd.distillation.worker import Worker, accelerated, distribute
+from sparsekd.distillation.worker import Worker, accelerated, compiled, distribute, is_compiled
 from sparsekd.errors import DataError, Diverged, Stopped, UsageError
 from sparsekd.models import forms, in_float32
 from sparsekd.recipe import Distill, distill_section
@@ -94,13 +95,16 @@ def train(
         _folder(folder) as place,
         accelerated(student, options, place) as accelerator,
         prepared(student, options),
+        compiled(student, compiles := is_compiled(student.device, sum(len(data.blocks[i]) for i in order))),
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
     ):
-        optimizer, worker = distribute(student, data, options, accelerator)
+        optimizer, worker = distribute(student, data, options, accelerator, reader, compiles)
         # several micro batches add to gradients that are there in any case; one is spared them during its forward pass
         accumulates = options.micro_batch_size * accelerator.num_processes < options.batch_size
         allocate(optimizer, gradients=accumulates)
         guard = forms.guard(student)
-        checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process)
+        checkpoints = Checkpoints(place / "checkpoints", accelerator.is_main_process, writer)
         state = checkpoints.restore(student, optimizer, say)
         if state is None:
             first = 0
@@ -119,6 +123,7 @@ def train(
             learning_rate = options.learning_rate * schedule(step, num_steps, options.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate
+            worker.read_ahead(order[(step + 1) * options.batch_size : (step + 2) * options.batch_size])
             while (sums := worker.gradients(ids)) is None:  # memory ran out
                 optimizer.zero_grad()
                 worker.halve(say)
@@ -155,8 +160,10 @@ def train(
                 checkpoints.save(student, optimizer, {"step": step + 1} | history.as_dict())
                 last_save = time.monotonic()
             if stop is not None:
+                checkpoints.wait()
                 raise Stopped(f"stopped by signal {stop} after step {step + 1} of {num_steps}; state saved", stop)
         optimizer.zero_grad()
+        checkpoints.wait()
         accelerator.wait_for_everyone()
         if history.best_step != (history.steps[-1].step if history.steps else 0):  # else the student has them already
             checkpoints.load_best(student, history.best_step)
@@ -168,8 +175,9 @@ def measure(model: PreTrainedModel, data: Data, options: Distill) -> Validation:
     """Losses of any model on the validation blocks; of the dense one, to know when the student has reached it."""
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     objective = Objective(model, options, data.teacher.vocab_size)
-    worker = Worker(objective, data, accelerator, model.device, objective.vocab_size, options.micro_batch_size)
-    return worker.validate(0)
+    with ThreadPoolExecutor(1) as reader:
+        size = options.micro_batch_size
+        return Worker(objective, data, accelerator, model.device, objective.vocab_size, size, reader).validate(0)
 
 
 def _require_covered(data: Data, order: Sequence[int]) -> None:

@@ -27,7 +27,6 @@ Shape letters: N positions, n positions of one chunk, D hidden size, V vocabular
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import types
 import warnings
@@ -41,13 +40,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.errors import DataError, UsageError
-from sparsekd.models import product
+from sparsekd.models import add_product, product
 from sparsekd.teacher import Samples, Targets
 
 Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
 
 IGNORED = -100  # the label of a position that is left out, as in torch and transformers
 _TEMPERED = {"exact_t", "renorm_full"}  # look at the whole vocabulary at T; the others temper kept tokens at most
+_CHUNK, _CHUNK_ON_CPU = 2048, 256  # positions whose logits are held at once; few leave a GPU waiting for memory
 _ZERO = -1e30  # the logarithm of zero: finite, so that 0 log(0/q) is 0 and not nan
 _Number = float | Tensor
 
@@ -56,6 +56,7 @@ class Loss(NamedTuple):
     total: Float[Tensor, ""]  # differentiable
     kd: Float[Tensor, ""]  # sum of KD over positions / denominator
     ce: Float[Tensor, ""]  # sum of CE over positions / denominator
+    likeliest: Int[Tensor, " N"] | None = None  # the student's token at each valid position; without gradient only
 
 
 # ---- the modes
@@ -160,13 +161,31 @@ def _temperatures(mode: Mode, temperature: float) -> tuple[float, ...]:
 # ---- what both implementations start with
 
 
-def _prepared(
-    labels: Tensor, targets: Targets | Samples, mode: Mode, temperature: float, vocab_size: int, dtype: torch.dtype
-) -> tuple[Int[Tensor, " n"], Int[Tensor, "n picks"], Targets | Samples]:
-    """The valid rows, their kept ids and label, and their teacher rescaled to sum to one: a rounded cache does not.
+def require_valid(labels: Int[Tensor, " N"], targets: Targets | Samples, vocab_size: int) -> None:
+    """Raises `DataError` for an id outside the vocabulary or kept twice, which a sort of K ids a position finds."""
+    ids = torch.cat([targets.ids, labels[:, None]], -1)
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):
+        raise DataError(f"the targets or labels name a token outside the student's vocabulary of {vocab_size}")
+    if isinstance(targets, Targets) and bool((targets.ids.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise DataError("the targets keep a token twice at one position; make the cache again with --fresh")
 
-    Raises `UsageError` when mode, temperature and kind of targets do not go together, and `DataError` for an id
-    outside the vocabulary or kept twice, which a sort of K ids a position finds.
+
+def _valid(
+    states: Float[Tensor, "N _"], labels: Int[Tensor, " N"], targets: Targets | Samples, vocab_size: int
+) -> tuple[Float[Tensor, "n _"], Int[Tensor, " n"], Targets | Samples]:
+    """What all three are without the positions that are left out."""
+    rows = (labels != IGNORED).nonzero()[:, 0]
+    labels, targets = labels[rows], type(targets)(*(value[rows] for value in targets))
+    require_valid(labels, targets, vocab_size)
+    return states[rows], labels, targets
+
+
+def _prepared(
+    labels: Int[Tensor, " n"], targets: Targets | Samples, mode: Mode, temperature: float, dtype: torch.dtype
+) -> tuple[Int[Tensor, "n picks"], Targets | Samples]:
+    """The kept ids and the label, and the teacher rescaled to sum to one: a rounded cache does not.
+
+    Raises `UsageError` when mode, temperature and kind of targets do not go together.
     """
     if isinstance(targets, Samples) != (mode == "sampled"):
         found = "sampled" if isinstance(targets, Samples) else "top-k"
@@ -177,19 +196,13 @@ def _prepared(
         raise UsageError(f"distill.loss=sampled works at temperature 1, not {temperature}: set distill.temperature=1")
     if mode == "exact_t" and temperature < 1:
         raise UsageError(f"distill.loss=exact_t knows the tail at temperatures from 1 on, not at {temperature}")
-    rows = (labels != IGNORED).nonzero()[:, 0]
-    ids, *values = (value[rows] for value in targets)
-    picks = torch.cat([ids, labels[rows, None]], -1)
-    if bool(((picks < 0) | (picks >= vocab_size)).any()):
-        raise DataError(f"the targets or labels name a token outside the student's vocabulary of {vocab_size}")
-    if mode != "sampled" and bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise DataError("the targets keep a token twice at one position; make the cache again with --fresh")
-    values = [value.to(dtype).clamp_min(_ZERO) for value in values]
+    picks = torch.cat([targets.ids, labels[:, None]], -1)
+    values = [value.to(dtype).clamp_min(_ZERO) for value in targets[1:]]
     if isinstance(targets, Samples):
-        return rows, picks, Samples(ids, F.log_softmax(values[0], -1).clamp_min(_ZERO))
+        return picks, Samples(targets.ids, F.log_softmax(values[0], -1).clamp_min(_ZERO))
     log_probs, log_tail, log_tail_half = values
     excess = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
-    return rows, picks, Targets(ids, log_probs - excess[:, None], log_tail - excess, log_tail_half - excess / 2)
+    return picks, Targets(targets.ids, log_probs - excess[:, None], log_tail - excess, log_tail_half - excess / 2)
 
 
 # ---- the loss from logits
@@ -204,17 +217,24 @@ def kd_loss(
     alpha: float,
     temperature: float,
     denominator: int | float,
+    checked: bool = False,
 ) -> Loss:
-    """The loss from full logits, through autograd: the reference, and the way for heads of a shape of their own."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows, picks, teacher = _prepared(labels, targets, mode, temperature, logits.shape[-1], dtype)
-    z = logits[rows].to(dtype)
+    """The loss from full logits, through autograd: the reference, and the way for heads of a shape of their own.
+
+    `checked`: no label is -100, and `require_valid` has seen the rest. To ask the tensors themselves would make the
+    host wait for the device.
+    """
+    if not checked:
+        logits, labels, targets = _valid(logits, labels, targets, logits.shape[-1])
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    picks, teacher = _prepared(labels, targets, mode, temperature, z.dtype)
     rest = z if isinstance(teacher, Samples) else z.scatter(-1, teacher.ids, _ZERO)
     log_rest = torch.stack([(rest / t).logsumexp(-1) for t in _temperatures(mode, temperature)], -1)
     num_tail = z.shape[-1] - teacher.ids.shape[-1]
     kd, ce = _kd_and_ce(z.gather(-1, picks), log_rest, teacher, mode, temperature, num_tail)
     kd, ce = kd.sum() / denominator, ce.sum() / denominator
-    return Loss(alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
+    likeliest = None if torch.is_grad_enabled() else z.argmax(-1)
+    return Loss(alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach(), likeliest)
 
 
 # ---- the same, fused with the output projection
@@ -233,46 +253,64 @@ def linear_kd_loss(
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
+    checked: bool = False,
+    compiled: bool = False,
 ) -> Loss:
     """The loss of the logits `softcap tanh(scale hidden @ weight.T / softcap)`, never more than a chunk of them.
 
     Rows of `weight` from `vocab_size` on are padding: no probability, no gradient. Memory above the inputs is
     `chunk_size` x V fp32 numbers, and the gradients of what asks for one: the gradient is worked out here, in the
-    forward pass, so backward only multiplies it by the incoming one. It can be called once.
+    forward pass, so backward only multiplies it by the incoming one. It can be called once. `checked` as in `kd_loss`.
+    `compiled`: what follows each product is made a few kernels, where it was ten passes over the logits.
     """
     vocab_size = len(weight) if vocab_size is None else vocab_size
-    rows, picks, teacher = _prepared(labels, targets, mode, temperature, vocab_size, torch.float32)
+    if not checked:
+        hidden, labels, targets = _valid(hidden, labels, targets, vocab_size)
+    picks, teacher = _prepared(labels, targets, mode, temperature, torch.float32)
     trains = torch.is_grad_enabled()
-    grad_hidden = torch.zeros_like(hidden) if trains and hidden.requires_grad else None
+    grad_hidden = torch.empty_like(hidden) if trains and hidden.requires_grad else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains and weight.requires_grad else None
-    numbers = _Numbers(torch.tensor(1 / denominator, device=hidden.device), alpha, temperature, scale, softcap)
+    share = torch.full((), 1 / denominator, device=hidden.device)  # unlike a copied number: no wait for the device
+    numbers = _Numbers(share, alpha, temperature, scale, softcap)
     tempered = len(_temperatures(mode, temperature)) > 1
     # what the chunk's step holds: the logits, their softmax at another temperature, the slope of the cap
+    on_cpu = hidden.device.type == "cpu"
+    chunk_size = chunk_size or (_CHUNK_ON_CPU if on_cpu else _CHUNK)
     num_rows = max(1, chunk_size // (1 + tempered + (softcap is not None)))
+    likeliest: list[Tensor] = []
     sums = torch.zeros(2, device=hidden.device)
-    step = _chunk_step(hidden.device, numbers, mode, tempered)
+    step = (
+        _compiled_step(numbers, mode, tempered)
+        if compiled
+        else functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
+    )
     with torch.no_grad():
         matrix = weight[:vocab_size].to(hidden.dtype)
-        memory = sums.new_empty(vocab_size * min(num_rows, len(rows)))  # of every chunk's logits in turn
-        for start in range(0, len(rows), num_rows):
+        memory = sums.new_empty(vocab_size * min(num_rows, len(hidden)))  # of every chunk's logits in turn
+        for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
-            h = hidden[rows[part]]
+            h = hidden[part]
             chunk_teacher = type(teacher)(*(value[part] for value in teacher))
-            products = memory[: vocab_size * len(h)].view(vocab_size, len(h))
-            product(matrix, h.T, out=products)  # faster on a CPU than h @ matrix.T
-            gradient, found = step(products.T, picks[part], chunk_teacher)
+            z = memory[: vocab_size * len(h)]  # on a CPU a product is faster with the vocabulary as rows
+            z = z.view(vocab_size, len(h)).T if on_cpu else z.view(len(h), vocab_size)
+            product(matrix, h.T, out=z.T)
+            if not trains:
+                likeliest.append(z.argmax(-1))
+            gradient, found = step(z, picks[part], chunk_teacher)
             sums += found
+            low = gradient.to(h.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows[part]] = (gradient.to(h.dtype) @ matrix).to(h.dtype)  # under autocast it is bf16
+                grad_hidden[part] = (low @ matrix).to(h.dtype)  # under autocast it is bf16
             if grad_weight is not None:
-                grad_weight[:vocab_size].addmm_(gradient.T, h.float())
-            del gradient  # before the next chunk's is made: two would be there at once
+                add_product(grad_weight[:vocab_size], low.T, h)
+            del gradient, low  # before the next chunk's is made: two would be there at once
     kd, ce = sums / denominator
     total = alpha * kd + (1 - alpha) * ce
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
-    return Loss(_WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight), kd, ce)  # type: ignore[arg-type]
+    total: Tensor = _WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight)  # type: ignore[assignment]
+    return Loss(total, kd, ce, None if trains else torch.cat([labels[:0], *likeliest]))
 
 
 class _Numbers(NamedTuple):
@@ -338,23 +376,17 @@ def _scale_and_cap(z: Float[Tensor, "n V"], scale: _Number, softcap: _Number | N
     return slope
 
 
-def _chunk_step(
-    device: torch.device, numbers: _Numbers, mode: Mode, tempered: bool, backend: str | Callable[..., Any] = "inductor"
+def _compiled_step(
+    numbers: _Numbers, mode: Mode, tempered: bool, backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_chunk`; compiled on GPUs where Triton is there: a few kernels then do what is ten passes over the logits."""
-    if not _compiles(device.type):
-        return functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
-    tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)  # a number would be compiled in
-    share, alpha, temperature, scale = map(tensor, numbers[:4])
-    softcap = None if numbers.softcap is None else tensor(numbers.softcap)
+    """`_chunk`, compiled."""
+    alpha, temperature, scale, softcap = (  # as they are they would be compiled in
+        None if number is None else torch.full_like(numbers.share, number)  # type: ignore[arg-type]
+        for number in numbers[1:]
+    )
     step = _compiled(mode, tempered, softcap is not None, backend)
-    numbers = _Numbers(share, alpha, temperature, scale, softcap)
+    numbers = _Numbers(numbers.share, alpha, temperature, scale, softcap)  # type: ignore[arg-type]
     return functools.partial(step, numbers=numbers, mode=mode, tempered=tempered)
-
-
-@functools.cache
-def _compiles(device_type: str) -> bool:
-    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -19,13 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.distillation.losses import Loss, kd_loss, linear_kd_loss
+from sparsekd.distillation.losses import kd_loss, linear_kd_loss, require_valid
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import document_positions, logits_of, output_weight, project, shared_vocab_size
 from sparsekd.recipe import Distill
 from sparsekd.teacher import Samples, Targets
-
-_CHUNK = 256  # positions whose logits are held at once when only the likeliest token is wanted
 
 
 @runtime_checkable
@@ -61,17 +59,31 @@ class Data:
 class Batch(NamedTuple):
     tokens: Int[Tensor, "B L"]  # padded at the end: causal attention never looks right, so padding needs no mask
     positions: Int[Tensor, "B L"] | None  # None: 0, 1, ..
-    counted: Bool[Tensor, "B M"]  # M = L - 1
-    targets: Targets | Samples  # of the counted positions
+    rows: Int[Tensor, " N"]  # where, in B x L, the positions are that count
+    labels: Int[Tensor, " N"]  # the tokens that follow them
+    targets: Targets | Samples  # of these positions
+
+    def to(self, device: torch.device) -> Batch:
+        """On a GPU it arrives while the host goes on."""
+        if device.type == "cpu":
+            return self
+
+        def moved(value: Tensor) -> Tensor:
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        targets = type(self.targets)(*map(moved, self.targets))
+        positions = None if self.positions is None else moved(self.positions)
+        return Batch(moved(self.tokens), positions, moved(self.rows), moved(self.labels), targets)
 
 
-def make_batch(data: Data, ids: Sequence[int], vocab_size: int, device: torch.device) -> Batch:
-    """Blocks, padded to the longest, with their targets. No ids: a batch that counts nothing, for a process that has
-    to take part in a step without a block of its own. Raises `DataError` for tokens beyond `vocab_size`."""
+def make_batch(data: Data, ids: Sequence[int], vocab_size: int) -> Batch:
+    """Blocks, padded to the longest, with their targets, on the host. No ids: a batch that counts nothing, for a
+    process that has to take part in a step without a block of its own. Raises `DataError` for tokens beyond
+    `vocab_size`, and for targets that keep a token twice."""
     chosen = ids or [data.validation_ids[0]]
     blocks = [data.blocks[i] for i in chosen]
     tokens = np.zeros((len(blocks), max(map(len, blocks))), np.int64)
-    counted = np.zeros((len(blocks), tokens.shape[1] - 1), bool)
+    counted = np.zeros(tokens.shape, bool)
     columns = []
     for row, (block_id, block) in enumerate(zip(chosen, blocks, strict=True)):
         tokens[row, : len(block)] = block
@@ -79,16 +91,19 @@ def make_batch(data: Data, ids: Sequence[int], vocab_size: int, device: torch.de
         counted[row, : len(block) - 1] = counts
         read = data.teacher.read(block_id, block)
         columns.append([column[torch.from_numpy(counts)] for column in read])
-    targets = type(read)(*(torch.cat(column).to(device) for column in zip(*columns, strict=True)))
+    targets = type(read)(*(torch.cat(column) for column in zip(*columns, strict=True)))
     largest = max(int(tokens.max()), int(targets.ids.max()) if len(targets.ids) else 0)
     if largest >= vocab_size:
         raise DataError(
             f"blocks {', '.join(map(str, chosen))}: token {largest} is not in the vocabulary of {vocab_size} that "
             "teacher and student share"
         )
-    on_device = torch.from_numpy(tokens).to(device)
-    positions = None if data.separator is None else document_positions(on_device, data.separator)
-    return Batch(on_device, positions, torch.from_numpy(counted).to(device), targets)
+    rows = np.flatnonzero(counted)
+    labels = torch.from_numpy(tokens.ravel()[rows + 1])
+    require_valid(labels, targets, vocab_size)
+    tensor = torch.from_numpy(tokens)
+    positions = None if data.separator is None else document_positions(tensor, data.separator)
+    return Batch(tensor, positions, torch.from_numpy(rows), labels, targets)
 
 
 class Outcome(NamedTuple):
@@ -105,9 +120,17 @@ class Outcome(NamedTuple):
 class Objective(nn.Module):
     """Student and loss as one module, so that DDP and FSDP see the one forward pass that they hook into."""
 
-    def __init__(self, student: PreTrainedModel, options: Distill, teacher_vocab_size: int, bfloat16: bool = False):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        options: Distill,
+        teacher_vocab_size: int,
+        bfloat16: bool = False,
+        is_compiled: bool = False,
+    ):
+        """`is_compiled`: the loss, where it is fused."""
         super().__init__()
-        self.student, self._options, self._bfloat16 = student, options, bfloat16
+        self.student, self._options, self._bfloat16, self._is_compiled = student, options, bfloat16, is_compiled
         self._no_split_modules = student._no_split_modules  # what FSDP takes as a unit
         # the student's rows beyond the teacher's vocabulary are padding, however many they are
         known = min(output_weight(student).shape[0], teacher_vocab_size)
@@ -115,65 +138,38 @@ class Objective(nn.Module):
         self._head = find_head(student)
 
     def forward(self, batch: Batch, denominator: int) -> Outcome:
-        labels = batch.tokens[:, 1:][batch.counted]
         inputs = {"input_ids": batch.tokens}
         if batch.positions is not None:
             inputs["position_ids"] = batch.positions
-        hidden = weight = logits = None
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self._bfloat16):
-            if self._head.fused:
-                decoder: Any = self.student.get_decoder()
-                hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, :-1][batch.counted]
-            else:
-                logits = logits_of(self.student, **inputs)[:, :-1][batch.counted][:, : self.vocab_size]
-        if hidden is not None:
-            weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
+        decoder: Any = self.student.get_decoder()
+        settings: dict[str, Any] = {
+            "mode": self._options.loss,
+            "alpha": self._options.alpha,
+            "temperature": self._options.temperature,
+            "denominator": denominator,
+            "checked": True,  # by `make_batch`
+        }
+        products = torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self._bfloat16)
+        if self._head.fused:
+            with products:
+                states = decoder(**inputs, use_cache=False).last_hidden_state
+            hidden = states.flatten(0, 1).index_select(0, batch.rows)
             hidden = hidden.bfloat16() if self._bfloat16 else hidden
-        loss = _loss_of(
-            hidden, weight, logits, labels, batch.targets, self._head, self.vocab_size, self._options, denominator
-        )
-        agreeing = torch.zeros((), dtype=torch.int64, device=labels.device)
-        if not torch.is_grad_enabled():
+            weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
+            settings |= {"scale": self._head.scale, "softcap": self._head.cap, "vocab_size": self.vocab_size}
+            settings |= {"compiled": self._is_compiled and torch.is_grad_enabled()}
+            loss = linear_kd_loss(hidden, weight, batch.labels, batch.targets, **settings)
+        else:
+            with products:
+                logits = logits_of(self.student, **inputs)[..., : self.vocab_size]
+            logits = logits.flatten(0, 1).index_select(0, batch.rows)
+            loss = kd_loss(logits, batch.labels, batch.targets, **settings)
+        agreeing = torch.zeros((), dtype=torch.int64, device=batch.labels.device)
+        if loss.likeliest is not None:
             scores = batch.targets[1]  # log-probabilities, or log-weights of samples
             likeliest = batch.targets.ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
-            agreeing = (_likeliest(hidden, weight, logits, self.vocab_size) == likeliest).sum()
+            agreeing = (loss.likeliest == likeliest).sum()
         return Outcome(loss.total, loss.kd, loss.ce, agreeing)
-
-
-def _loss_of(
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    logits: Tensor | None,
-    labels: Tensor,
-    targets: Targets | Samples,
-    head: Head,
-    vocab_size: int,
-    options: Distill,
-    denominator: int,
-) -> Loss:
-    """The loss from hidden states and output weight where there are any, else from logits."""
-    settings: dict[str, Any] = {
-        "mode": options.loss,
-        "alpha": options.alpha,
-        "temperature": options.temperature,
-        "denominator": denominator,
-    }
-    if hidden is not None and weight is not None:
-        settings |= {"scale": head.scale, "softcap": head.cap, "vocab_size": vocab_size}
-        return linear_kd_loss(hidden, weight, labels, targets, **settings)
-    assert logits is not None
-    return kd_loss(logits, labels, targets, **settings)
-
-
-def _likeliest(
-    hidden: Tensor | None, weight: Tensor | None, logits: Tensor | None, vocab_size: int
-) -> Int[Tensor, " N"]:
-    """The student's likeliest tokens; scale and cap of the logits, both rising, do not change which."""
-    if hidden is None or weight is None:
-        assert logits is not None
-        return logits.argmax(-1)
-    matrix = weight[:vocab_size].to(hidden.dtype)
-    return torch.cat([project(chunk, matrix).argmax(-1) for chunk in hidden.split(_CHUNK)])
 
 
 class Head(NamedTuple):

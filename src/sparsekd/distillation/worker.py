@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,16 @@ from transformers import PreTrainedModel
 from sparsekd import records
 from sparsekd.device import out_of_memory, trains_in_bfloat16
 from sparsekd.distillation.history import Validation
-from sparsekd.distillation.objective import Data, Objective, make_batch, require_document_mask
+from sparsekd.distillation.objective import Batch, Data, Objective, make_batch, require_document_mask
 from sparsekd.distillation.optimizer import make_optimizer
 from sparsekd.errors import DataError, Diverged, ResourceError
+from sparsekd.models import find_layers
 from sparsekd.recipe import Distill
+from sparsekd.teacher import Cache
+
+# Tokens of a training from which layers and loss are compiled. It took 26 s on an H200 and made the rest 1.8 times as
+# fast, which two and a half million tokens win back (docs/experiments/gpu.md).
+COMPILED_FROM = 2**22
 
 
 @contextmanager
@@ -46,19 +54,48 @@ def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Ite
             tracker.finish()
 
 
-def distribute(student: PreTrainedModel, data: Data, options: Distill, accelerator: Accelerator) -> tuple[Any, Worker]:
+def is_compiled(device: torch.device, num_tokens: int) -> bool:
+    """Whether a training is worth the compiler: on a GPU, where Triton is there, and if it is long."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and num_tokens >= COMPILED_FROM
+
+
+@contextmanager
+def compiled(
+    student: PreTrainedModel, is_wanted: bool, backend: str | Callable[..., Any] = "inductor"
+) -> Iterator[None]:
+    """The decoder layers compiled one by one: they share their code, so that it is compiled once. They run as they are
+    where nothing is trained. Undone at the end."""
+    layers = find_layers(student) if is_wanted else []
+    for layer in layers:
+        layer.compile(backend=backend)
+    try:
+        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+            yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def distribute(
+    student: PreTrainedModel,
+    data: Data,
+    options: Distill,
+    accelerator: Accelerator,
+    reader: ThreadPoolExecutor,
+    is_compiled: bool,
+) -> tuple[Any, Worker]:
     """The optimizer and this process's worker, as accelerate runs them: alone, with DDP, or with FSDP."""
     if accelerator.num_processes > 1:  # a single process leaves the student where it was put
         nn.Module.to(student, accelerator.device)
     if data.separator is not None:
         require_document_mask(student)
     bfloat16 = trains_in_bfloat16(options.precision, student.device)
-    objective = Objective(student, options, data.teacher.vocab_size, bfloat16)
+    objective = Objective(student, options, data.teacher.vocab_size, bfloat16, is_compiled)
     device, vocab_size = student.device, objective.vocab_size
     wrapped, optimizer = accelerator.prepare(
         objective, make_optimizer(student, options), device_placement=[False, False]
     )
-    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, options.micro_batch_size)
+    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, options.micro_batch_size, reader)
 
 
 @dataclass
@@ -71,6 +108,14 @@ class Worker:
     device: torch.device
     vocab_size: int
     micro_batch_size: int
+    reader: ThreadPoolExecutor  # one thread that does all reading: a Parquet file is not to be read by two
+    _ahead: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict)
+    _stance: str = "default"  # to code that is compiled, where any is
+
+    def read_ahead(self, ids: Sequence[int]) -> None:
+        """Reads a later step's blocks and targets from the disk while the device works on this one's."""
+        for micro in self._shares(ids) if isinstance(self.data.teacher, Cache) else []:
+            self._ahead[tuple(micro)] = self.reader.submit(self._read, micro)
 
     def gradients(self, ids: Sequence[int]) -> Float[Tensor, " 3"] | None:
         """Adds the gradient of a step's blocks up; this process's part of loss, KD and CE. None: memory ran out."""
@@ -80,14 +125,16 @@ class Worker:
         sums = torch.zeros(3, device=self.device)
         shares = self._shares(ids)
         try:
-            for number, micro in enumerate(shares, 1):
-                batch = make_batch(self.data, micro, self.vocab_size, self.device)
-                # only the last backward pass adds the gradients of all processes up
-                with nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective):
-                    outcome = self.objective(batch, denominator)
-                    # which takes their mean, but the loss is a sum over all of them
-                    (outcome.total * self.accelerator.num_processes).backward()
-                sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
+            with torch.compiler.set_stance(self._stance):
+                for number, micro in enumerate(shares, 1):
+                    batch = self._batch(micro)
+                    # only the last backward pass adds the gradients of all processes up
+                    with nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective):
+                        outcome = self.objective(batch, denominator)
+                        # which takes their mean, but the loss is a sum over all of them
+                        (outcome.total * self.accelerator.num_processes).backward()
+                    sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
+                    self._stance = "eager_on_recompile"  # a batch of another shape is not worth the compiler's time
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -110,7 +157,7 @@ class Worker:
         try:
             for row, ids in zip(sums, by_domain.values(), strict=True):
                 for micro in self._shares(ids):
-                    outcome = self.objective(make_batch(self.data, micro, self.vocab_size, self.device), 1)
+                    outcome = self.objective(self._batch(micro), 1)
                     row += torch.stack([value.float() for value in outcome])
         except Exception as error:
             if not out_of_memory(error):
@@ -152,13 +199,26 @@ class Worker:
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._ahead.clear()  # of micro batches as they were
         self.micro_batch_size = size // 2
         say(f"  out of memory: distill.micro_batch_size is {size // 2} from here on, the step stays as it is")
 
+    def _batch(self, micro: Sequence[int]) -> Batch:
+        """Blocks and targets on the device; those that were read ahead, if they were."""
+        if not isinstance(self.data.teacher, Cache):
+            return self._read(micro).to(self.device)
+        reading = self._ahead.pop(tuple(micro), None) or self.reader.submit(self._read, micro)
+        return reading.result().to(self.device)
+
+    def _read(self, micro: Sequence[int]) -> Batch:
+        return make_batch(self.data, micro, self.vocab_size)
+
     def _shares(self, ids: Sequence[int]) -> list[list[int]]:
-        """This process's micro batches; as many as every other has, so some may be empty."""
+        """This process's micro batches, of blocks of about one length, which leaves little padding; as many as every
+        other has, so some may be empty."""
         processes, micro_batch_size = self.accelerator.num_processes, self.micro_batch_size
-        mine = list(ids[self.accelerator.process_index :: processes])
+        by_length = sorted(ids, key=lambda block_id: -len(self.data.blocks[block_id]))
+        mine = by_length[self.accelerator.process_index :: processes]
         count = math.ceil(math.ceil(len(ids) / processes) / micro_batch_size)
         return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
 

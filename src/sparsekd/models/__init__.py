@@ -25,6 +25,7 @@ from sparsekd.models.loading import skeleton as skeleton
 from sparsekd.models.locating import commit_of as commit_of
 from sparsekd.models.locating import locate as locate
 from sparsekd.models.locating import stored_bytes as stored_bytes
+from sparsekd.models.logits import add_product as add_product
 from sparsekd.models.logits import float32_head as float32_head
 from sparsekd.models.logits import logits_of as logits_of
 from sparsekd.models.logits import product as product

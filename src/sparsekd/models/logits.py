@@ -64,6 +64,14 @@ def product(matrix: Float[Tensor, "V D"], columns: Float[Tensor, "D N"], out: Fl
             torch.mm(rows.float(), columns, out=found)
 
 
+def add_product(out: Float[Tensor, "A B"], a: Float[Tensor, "A N"], b: Float[Tensor, "N B"]) -> None:
+    """Adds `a @ b`, which are of one number format, to `out`, which is float32."""
+    if a.dtype != torch.float32 and a.is_cuda and _GIVES_FLOAT32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())
+
+
 class _Project(torch.autograd.Function):
     """The gradient of the hidden states is a product in their number format; that of the matrix sums in float32."""
 

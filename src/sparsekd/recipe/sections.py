@@ -91,7 +91,7 @@ class Cache:
     top_k: Annotated[int, Range("1 to 256")] | None = (
         None  # tokens kept (or drawn) for a position; none: 32, of codec sampled 12
     )
-    # blocks in one file; a killed run loses at most one unfinished file
+    # blocks in one file; a killed run loses at most two, which were not whole yet
     blocks_per_shard: Annotated[int, Range(">= 1")] = field(default=64, metadata=PASSING)
     batch_size: Annotated[int, Range(">= 1")] = field(
         default=4, metadata=PASSING

@@ -59,6 +59,7 @@ def picture(found: Record) -> str:
 def _draw(axes: Any, point: Record, x: float, color: str, leads: bool) -> None:
     strength = 1.0 if leads else 0.3
     axes.plot([x], [point["perplexity"]], "o", color=color, alpha=strength)
-    name = point["weights"] if point["runtime"] != "torch" else "PyTorch"
-    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": GREY, "alpha": strength}
+    in_torch = point["runtime"] == "torch"  # which is often where float32 is in the other runtime
+    name, offset = ("PyTorch", (4, -9)) if in_torch else (point["weights"], (4, 4))
+    place = {"xytext": offset, "textcoords": "offset points", "fontsize": 7, "color": GREY, "alpha": strength}
     axes.annotate(name, (x, point["perplexity"]), **place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,21 @@ def fill(
             tokens = torch.from_numpy(np.stack([blocks[i] for i in ids]).astype(np.int64))
             return _targets(model, tokens, ids, chosen, seed, separator)
 
-        for number, ids in missing.items():
-            targets = []
-            for length, equal in itertools.groupby(
-                ids, key=lambda block_id: len(blocks[block_id])
-            ):  # nothing is padded
-                for answered in batches.run(list(equal), answer):
-                    targets.extend(answered)
-                    on_tokens(length * len(answered))
-            writer.add(number, ids, [blocks[i] for i in ids], targets)
+        with ThreadPoolExecutor(1) as background:  # a shard is packed and written while the model answers for the next
+            written: Future[None] | None = None
+            for number, ids in missing.items():
+                targets = []
+                for length, equal in itertools.groupby(
+                    ids, key=lambda block_id: len(blocks[block_id])
+                ):  # nothing is padded
+                    for answered in batches.run(list(equal), answer):
+                        targets.extend(answered)
+                        on_tokens(length * len(answered))
+                if written is not None:
+                    written.result()
+                written = background.submit(writer.add, number, ids, [blocks[i] for i in ids], targets)
+            if written is not None:
+                written.result()
         writer.finish()
     return Cache(folder) if share.count == 1 else None
 

@@ -67,7 +67,8 @@ def distributions(
     vocab_size: int | None = None,
     separator: int | None = None,
 ) -> list[Targets]:
-    """Targets of each block: row t is the teacher's distribution of token t + 1, over the first `vocab_size` ids.
+    """Targets of each block, where the model is: row t is the teacher's distribution of token t + 1, over the first
+    `vocab_size` ids.
 
     With a `separator`, the token that ends a document, packed documents do not see each other.
     """
@@ -108,4 +109,5 @@ class Online:
     def read(self, block_id: int, tokens: np.ndarray) -> Targets:
         """The distributions of one block, as a `Cache` gives them; `block_id` does not matter here."""
         batch = torch.from_numpy(tokens.astype(np.int64))[None]
-        return distributions(self._model, batch, self._top_k, self.vocab_size, self._separator)[0]
+        found = distributions(self._model, batch, self._top_k, self.vocab_size, self._separator)[0]
+        return Targets(*(column.cpu() for column in found))

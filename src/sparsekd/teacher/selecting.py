@@ -71,7 +71,7 @@ def uniforms(seed: int, block_id: int, count: int) -> Float[Tensor, " N"]:
 
 
 def by_chunks(distribution: Callable[..., Any], logits: Tensor, *rows: Tensor) -> Any:
-    """`distribution` of a block's positions, some at a time, so that temporaries stay small; the result on the CPU."""
+    """`distribution` of a block's positions, some at a time, so that temporaries stay small."""
     size = _CHUNK_ON_CPU if logits.device.type == "cpu" else _CHUNK
     parts = [distribution(*chunk) for chunk in zip(*(column.split(size) for column in (logits, *rows)), strict=True)]
-    return type(parts[0])(*(torch.cat(columns).cpu() for columns in zip(*parts, strict=True)))
+    return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -76,7 +76,8 @@ class Writer:
     ) -> None:
         """Writes shard `number`; raises `DataError` for a block whose probabilities are not a distribution."""
         rows = []
-        for block_id, tokens, target in zip(block_ids, blocks, targets, strict=True):
+        for block_id, tokens, found in zip(block_ids, blocks, targets, strict=True):
+            target = type(found)(*(column.cpu() for column in found))
             _check(target, self._codec.vocab_size, f"teacher distributions of block {block_id}")
             keys = {"block_id": block_id, "tokens_hash": tokens_hash(tokens), "num_rows": len(target.ids)}
             rows.append(keys | self._codec.encode(target))
