@@ -82,10 +82,10 @@ def test_a_loss_that_is_not_compiled_says_so(compiling: Callable[[Any], Any]) ->
     require_same_gradients(compiled, "bucket", alpha=0.5, temperature=2.0)
 
 
-def test_the_limit_of_compilations_is_never_reached_silently(
-    compiling: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_the_limit_of_compilations_is_never_reached_silently(compiling: Callable[[Any], Any]) -> None:
     compiled = compiling("eager")
-    with pytest.warns(UserWarning, match="the loss is not compiled from here on"):
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.warns(UserWarning, match="the loss is not compiled from here on"),
+    ):
         require_same_gradients(compiled, "bucket", alpha=0.5, temperature=2.0, chunk_size=16)  # two sizes of chunks

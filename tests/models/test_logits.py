@@ -76,8 +76,10 @@ def test_statistics_draw_labels_and_take_gradients_of_float32_logits(
 ) -> None:
     layers, inputs, draws, seen = Layers(low), {"input_ids": blocks[:1]}, torch.Generator().manual_seed(3), []
     top = layers.record(lambda: low.get_decoder()(**inputs, use_cache=False))[-1]
-    draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **options: seen.append(p) or draw(p, *args, **options))
+    drawn = statistics._drawn
+    monkeypatch.setattr(
+        statistics, "_drawn", lambda logits, *rest: seen.append(logits.softmax(-1)) or drawn(logits, *rest)
+    )
     found = statistics._output_gradient(low, layers, inputs, top.clone(), 2, draws)[0].float()
     monkeypatch.undo()
     torch.testing.assert_close(seen[0], exact(low, blocks[:1])[0].softmax(-1), **CLOSE)
