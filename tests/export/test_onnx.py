@@ -1,5 +1,6 @@
 """Format `onnx`: the graph and its example say what PyTorch says; what is refused."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def test_smaller_numbers(
         len(value.shape) == 2 and value.dtype == onnx_ir.DataType.FLOAT and value.name.endswith("weight")
         for value in graph.graph.initializers.values()
     )
+
+
+def test_a_transformers_without_exporters(
+    exported: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own exporter makes a graph that is called and answers alike."""
+    model, folder, _ = exported(MODELS[0])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers.exporters" else find(name, *rest)
+    )
+    graph = _tracing.graph_of("onnx", model)
+    usual = onnx_ir.load(folder / "model.onnx").graph
+    assert {one.name for one in graph.graph.inputs} == {one.name for one in usual.inputs}
+    assert [one.name for one in graph.graph.outputs] == [one.name for one in usual.outputs]
+    onnx_ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
+    found = compare(model, format_.open(tmp_path), sample(model, tokenizer, None))
+    assert found.largest_logit_difference < 1e-4
+    assert found.agreement == 1
 
 
 def test_logits_of_the_last_positions(exported: Any) -> None:

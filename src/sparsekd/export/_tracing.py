@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from sparsekd import files
-from sparsekd.errors import ResourceError, UsageError
+from sparsekd.errors import UsageError
 from sparsekd.export.checking import Runtime
 
 KEPT = "num_logits_to_keep"  # as transformers.js names it: logits of so many last positions; 0: of all
@@ -38,10 +38,7 @@ _TOKEN, _KEYS = {0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO}  # which 
 
 
 def require(format_: str, model: PreTrainedModel) -> None:
-    """Raises `ResourceError` for a transformers without exporters, `UsageError` for a model whose cache is another
-    one."""
-    if importlib.util.find_spec("transformers.exporters") is None:
-        raise ResourceError(f'format {format_} needs transformers 5.23 or later: pip install "sparsekd[{format_}]"')
+    """Raises `UsageError` for a model whose cache is another one."""
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         raise UsageError(
             f"format {format_} takes models that keep keys and values of earlier tokens and nothing else, which "
@@ -51,18 +48,69 @@ def require(format_: str, model: PreTrainedModel) -> None:
 
 def graph_of(format_: str, model: PreTrainedModel) -> Any:
     """The model as an `onnx_ir` graph; raises `UsageError` with the exporter's words where there is none."""
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    inputs, shapes = _example(model)
+    export = _by_torch if importlib.util.find_spec("transformers.exporters") is None else _by_transformers
     try:
         with quiet():
-            made = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes, optimize=False)).program
+            made = export(model, *_example(model))
             _tidy(made)
     except Exception as error:  # torch and onnxscript raise almost any class for what they do not know
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UsageError(f"format {format_} cannot take this {model.config.model_type} model: {reason}") from error
     return made
+
+
+def _by_transformers(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> Any:
+    """By transformers' exporters, which are experimental and were tried from 5.23 on."""
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    return OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes, optimize=False)).program
+
+
+def _by_torch(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> Any:
+    """By torch alone, to which the cache is a list of tensors."""
+    given = inputs | {"past_key_values": _listed(inputs["past_key_values"])}
+    program = torch.onnx.export(
+        _WithList(model).eval(), kwargs=given, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
+    )
+    assert program is not None
+    graph = program.model.graph
+    caches = [value for value in graph.inputs if str(value.name).startswith("past_key_values")]
+    logits, *present = graph.outputs
+    logits.name = "logits"
+    for start, values in (("past_key_values", caches), ("present", present)):
+        for number, value in enumerate(values):
+            value.name = f"{start}.{number // 2}.{('key', 'value')[number % 2]}"
+    return program.model
+
+
+class _WithList(nn.Module):
+    """A model whose cache goes in and out as a list: keys and values of the first layer, those of the second, .."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self._model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: list[Tensor],
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        cache = DynamicCache(config=self._model.config)
+        for layer, (keys, values) in enumerate(zip(past_key_values[::2], past_key_values[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        logits = self._model(**inputs, past_key_values=cache).logits
+        return logits, _listed(cache)
+
+
+def _listed(cache: DynamicCache) -> list[Any]:
+    layers: Any = cache.layers
+    return [value for layer in layers for value in (layer.keys, layer.values)]
 
 
 def _tidy(model: Any) -> None:
@@ -81,7 +129,7 @@ def _tidy(model: Any) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
-    for value in [*model.graph.inputs, *model.graph.outputs]:
+    for value in [*model.graph.inputs, *model.graph.outputs]:  # as transformers' exporters name them
         words = value.name.split(".")  # input.past_key_values.layers.0.keys
         if "past_key_values" in words:
             start = "past_key_values" if value in model.graph.inputs else "present"
