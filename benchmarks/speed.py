@@ -1,6 +1,6 @@
 """What compressed models buy: the bars of "How fast must the models be", from models that take turns.
 
-    python benchmarks/speed.py DENSE NAME=MODEL... [--minutes 4] [--formats onnx openvino gguf]
+    python benchmarks/speed.py DENSE NAME=MODEL... [--minutes 4] [--formats onnx openvino gguf] [--rows speed]
 
 Prompts of 16 x 128 and decoding at batch 1, in PyTorch (float32, SDPA) and, exported in these formats, in ONNX Runtime,
 OpenVINO and llama.cpp. For every compressed model and runtime: how many times as fast as the dense one, beside Amdahl's
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("compressed", nargs="+", metavar="NAME=MODEL", help="a folder or a run")
     parser.add_argument("--minutes", type=float, default=4.0, help="for each runtime")
     parser.add_argument("--formats", nargs="*", choices=RUNTIMES, default=[])
+    parser.add_argument("--rows", default="speed", help="name of the file of results")
     given = parser.parse_args()
     named = {name: export.locate(model) for name, _, model in (one.partition("=") for one in given.compressed)}
     with tempfile.TemporaryDirectory() as temporary:
@@ -44,7 +45,7 @@ def main() -> None:
         found = measure(named, given.minutes)
         for format_ in given.formats:
             found[RUNTIMES[format_]] = exported(named, format_, Path(temporary), given.minutes, found["bounds"])
-    record("speed", found)
+    record(given.rows, found)
 
 
 def measure(named: dict[str, export.Source], minutes: float) -> dict[str, Any]:

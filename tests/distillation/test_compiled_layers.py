@@ -2,6 +2,8 @@
 
 import copy
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,29 +13,51 @@ from training import OPTIONS, data
 from transformers import PreTrainedModel
 
 from sparsekd import distillation
-from sparsekd.distillation import loop, losses, worker
+from sparsekd.distillation import History, loop, losses, worker
 from sparsekd.models import find_layers
 from sparsekd.teacher import Cache
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the compiler looks at
+SETTINGS = replace(OPTIONS, batch_size=5)  # in micro batches of two, two and one
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the compiler looks at
-def test_compiled_layers_train_alike(
-    teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The validations between the steps, and the last step's shorter batch, run as they are and compile nothing."""
-    student, twin = copy.deepcopy(teacher), copy.deepcopy(teacher)  # without layers of ours, which are checked too
-    plain = distillation.train(twin, data(blocks, cache), OPTIONS)
-    counter: Any = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(loop, "is_compiled", lambda device, num_tokens: True)
-    monkeypatch.setattr(loop, "compiled", functools.partial(worker.compiled, backend=counter))
+
+@pytest.fixture
+def compiled(teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A training as on a GPU, by a backend; of a model without layers of ours, which the tests check too."""
 
     def as_it_is(numbers: Any, mode: Any, tempered: bool) -> Any:  # the compiler cannot read the tests' checks
         return functools.partial(losses._chunk, numbers=numbers, mode=mode, tempered=tempered)
 
     monkeypatch.setattr(losses, "_compiled_step", as_it_is)
-    torch._dynamo.reset()
-    found = distillation.train(student, data(blocks, cache), OPTIONS)
+    monkeypatch.setattr(loop, "is_compiled", lambda student, options, num_tokens: True)
+
+    def train(backend: Any) -> History:
+        monkeypatch.setattr(loop, "compiled", functools.partial(worker.compiled, backend=backend))
+        torch._dynamo.reset()
+        student = copy.deepcopy(teacher)
+        history = distillation.train(student, data(blocks, cache), SETTINGS)
+        assert all(layer._compiled_call_impl is None for layer in find_layers(student))
+        return history
+
+    return train
+
+
+@pytest.fixture
+def plain(teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache) -> History:
+    return distillation.train(copy.deepcopy(teacher), data(blocks, cache), SETTINGS)
+
+
+def test_compiled_layers_train_alike(compiled: Callable[[Any], History], plain: History) -> None:
+    """Validations, and batches of another shape than the first, run as they are and compile nothing."""
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    found = compiled(counter)
     assert counter.frame_count == 1
     assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in plain.steps], rel=1e-5)
     assert [one.loss for one in found.validations] == pytest.approx([one.loss for one in plain.validations], rel=1e-5)
-    assert all(layer._compiled_call_impl is None for layer in find_layers(student))
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(compiled: Callable[[Any], History], plain: History) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no compiler here")
+
+    assert [step.loss for step in compiled(broken).steps] == [step.loss for step in plain.steps]

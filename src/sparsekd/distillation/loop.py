@@ -95,7 +95,7 @@ def train(
         _folder(folder) as place,
         accelerated(student, options, place) as accelerator,
         prepared(student, options),
-        compiled(student, compiles := is_compiled(student.device, sum(len(data.blocks[i]) for i in order))),
+        compiled(student, compiles := is_compiled(student, options, sum(len(data.blocks[i]) for i in order))),
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):

@@ -54,9 +54,10 @@ def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Ite
             tracker.finish()
 
 
-def is_compiled(device: torch.device, num_tokens: int) -> bool:
+def is_compiled(student: PreTrainedModel, options: Distill, num_tokens: int) -> bool:
     """Whether a training is worth the compiler: on a GPU, where Triton is there, and if it is long."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and num_tokens >= COMPILED_FROM
+    is_long = num_tokens >= COMPILED_FROM and not options.gradient_checkpointing  # which was not tried with it
+    return student.device.type == "cuda" and importlib.util.find_spec("triton") is not None and is_long
 
 
 @contextmanager
@@ -64,12 +65,15 @@ def compiled(
     student: PreTrainedModel, is_wanted: bool, backend: str | Callable[..., Any] = "inductor"
 ) -> Iterator[None]:
     """The decoder layers compiled one by one: they share their code, so that it is compiled once. They run as they are
-    where nothing is trained. Undone at the end."""
-    layers = find_layers(student) if is_wanted else []
+    where nothing is trained, and where the compiler fails, which torch then logs. Undone at the end."""
+    if not is_wanted:
+        yield
+        return
+    layers = find_layers(student)
     for layer in layers:
         layer.compile(backend=backend)
     try:
-        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+        with torch._dynamo.config.patch(suppress_errors=True), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for layer in layers:
@@ -200,6 +204,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._ahead.clear()  # of micro batches as they were
+        self._stance = "default"
         self.micro_batch_size = size // 2
         say(f"  out of memory: distill.micro_batch_size is {size // 2} from here on, the step stays as it is")
 
