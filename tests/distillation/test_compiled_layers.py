@@ -60,4 +60,5 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(compiled: Callable[[Any]
     def broken(graph: Any, inputs: Any) -> Any:
         raise ValueError("no compiler here")
 
-    assert [step.loss for step in compiled(broken).steps] == [step.loss for step in plain.steps]
+    found = compiled(broken)
+    assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in plain.steps], rel=1e-5)

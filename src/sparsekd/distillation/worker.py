@@ -129,16 +129,16 @@ class Worker:
         sums = torch.zeros(3, device=self.device)
         shares = self._shares(ids)
         try:
-            with torch.compiler.set_stance(self._stance):
-                for number, micro in enumerate(shares, 1):
-                    batch = self._batch(micro)
-                    # only the last backward pass adds the gradients of all processes up
-                    with nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective):
-                        outcome = self.objective(batch, denominator)
-                        # which takes their mean, but the loss is a sum over all of them
-                        (outcome.total * self.accelerator.num_processes).backward()
-                    sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
-                    self._stance = "eager_on_recompile"  # a batch of another shape is not worth the compiler's time
+            for number, micro in enumerate(shares, 1):
+                batch = self._batch(micro)
+                # only the last backward pass adds the gradients of all processes up
+                synced = nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective)
+                with synced, torch.compiler.set_stance(self._stance):
+                    outcome = self.objective(batch, denominator)
+                    # which takes their mean, but the loss is a sum over all of them
+                    (outcome.total * self.accelerator.num_processes).backward()
+                sums += torch.stack([outcome.total, outcome.kd, outcome.ce]).detach()
+                self._stance = "eager_on_recompile"  # a batch of another shape is not worth the compiler's time
         except Exception as error:
             if not out_of_memory(error):
                 raise
