@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from sparsekd import distillation, models, teacher
 from sparsekd.compression import compress
 from sparsekd.device import peak_device_memory_bytes
-from sparsekd.distillation import losses, worker
+from sparsekd.distillation import fused, losses, worker
 from sparsekd.models.forms import width
 from sparsekd.recipe import Distill
 from sparsekd.teacher import Cache
@@ -234,9 +234,9 @@ def training(bench: Bench) -> Rows:
     student = narrowed(bench)
 
     def as_it_is(numbers: Any, mode: Any, tempered: bool) -> Any:
-        return functools.partial(losses._chunk, numbers=numbers, mode=mode, tempered=tempered)
+        return functools.partial(fused._chunk, numbers=numbers, mode=mode, tempered=tempered)
 
-    not_compiled = patch.object(losses, "_compiled_step", as_it_is)
+    not_compiled = patch.object(fused, "_compiled_step", as_it_is)
     for loop, from_, size, changes in (
         ("ours, not compiled", math.inf, bench.batch, nullcontext()),
         ("ours, layers compiled", 0, bench.batch, not_compiled),
@@ -260,8 +260,8 @@ def gradients(bench: Bench) -> Rows:
     options: dict[str, Any] = {"alpha": 0.5, "temperature": 2.0, "denominator": 600}
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     exact = torch.autograd.grad(losses.kd_loss(hidden @ weight.T, labels, targets, **options).total, leaves)
-    fused = losses.linear_kd_loss(hidden.bfloat16(), weight, labels, targets, chunk_size=256, **options)
-    found = torch.autograd.grad(fused.total, leaves)
+    loss = fused.linear_kd_loss(hidden.bfloat16(), weight, labels, targets, chunk_size=256, **options)
+    found = torch.autograd.grad(loss.total, leaves)
     yield {
         name: float((mine.float() - right).norm() / right.norm())
         for name, mine, right in zip(("hidden", "weight"), found, exact, strict=True)

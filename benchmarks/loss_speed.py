@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from _record import record, summary
 from torch.utils.checkpoint import checkpoint
 
-from sparsekd.distillation.losses import kd_loss, linear_kd_loss
+from sparsekd.distillation.fused import linear_kd_loss
+from sparsekd.distillation.losses import kd_loss
 from sparsekd.teacher import Targets
 
 ROUNDS, N, D, V, K, CHUNK, ALPHA, TEMPERATURE = 3, 2048, 576, 49_152, 32, 256, 0.5, 2.0

@@ -13,7 +13,7 @@ from training import OPTIONS, data
 from transformers import PreTrainedModel
 
 from sparsekd import distillation
-from sparsekd.distillation import History, loop, losses, worker
+from sparsekd.distillation import History, fused, loop, worker
 from sparsekd.models import find_layers
 from sparsekd.teacher import Cache
 
@@ -26,9 +26,9 @@ def compiled(teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache, monke
     """A training as on a GPU, by a backend; of a model without layers of ours, which the tests check too."""
 
     def as_it_is(numbers: Any, mode: Any, tempered: bool) -> Any:  # the compiler cannot read the tests' checks
-        return functools.partial(losses._chunk, numbers=numbers, mode=mode, tempered=tempered)
+        return functools.partial(fused._chunk, numbers=numbers, mode=mode, tempered=tempered)
 
-    monkeypatch.setattr(losses, "_compiled_step", as_it_is)
+    monkeypatch.setattr(fused, "_compiled_step", as_it_is)
     monkeypatch.setattr(loop, "is_compiled", lambda student, options, num_tokens: True)
 
     def train(backend: Any) -> History:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from loss_cases import MODES, N, V, case, targets_for
 from torch._dynamo.testing import CompileCounter
 
-from sparsekd.distillation import losses
+from sparsekd.distillation import fused, losses
 from sparsekd.distillation.losses import Mode
 
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     """The module without the tests' checks, which the compiler cannot read; it compiles on a CPU, by a backend."""
-    spec: Any = importlib.util.spec_from_file_location("losses_without_checks", losses.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    for checked in (losses, fused):
+        spec: Any = importlib.util.spec_from_file_location(f"{checked.__name__}_without_checks", checked.__file__)
+        module = importlib.util.module_from_spec(spec)
+        for name in (checked.__name__, spec.name):  # the first for `fused`, the second for the compiler
+            monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
 
     def by(backend: Any) -> Any:
         monkeypatch.setattr(module, "_compiled_step", functools.partial(module._compiled_step, backend=backend))
@@ -37,7 +41,7 @@ def require_same_gradients(compiled: Any, mode: Mode, vocab_size: int = V, **opt
     options |= {"mode": mode, "denominator": N, "vocab_size": vocab_size}
     found, expected = (
         torch.autograd.grad(loss(*leaves, labels, targets, **options).total, leaves)
-        for loss in (functools.partial(compiled.linear_kd_loss, compiled=True), losses.linear_kd_loss)
+        for loss in (functools.partial(compiled.linear_kd_loss, compiled=True), fused.linear_kd_loss)
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

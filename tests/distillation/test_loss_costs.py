@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from sparsekd.distillation.losses import Mode, kd_loss, linear_kd_loss
+from sparsekd.distillation.fused import linear_kd_loss
+from sparsekd.distillation.losses import Mode, kd_loss
 
 # ---- what is held and worked out
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from loss_cases import MODES, MODES_AT, TOP_K_MODES, D, K, N, V, by_definition, case, cut, drawn, relative, targets_for
 from torch import Tensor
 
-from sparsekd.distillation.losses import Mode, kd_loss, linear_kd_loss
+from sparsekd.distillation.fused import linear_kd_loss
+from sparsekd.distillation.losses import Mode, kd_loss
 from sparsekd.errors import DataError, UsageError
 from sparsekd.teacher import Samples, Targets
 

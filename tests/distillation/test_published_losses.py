@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from loss_cases import N, V, case, cut, everything, relative
 from torch import Tensor
 
-from sparsekd.distillation.losses import Mode, kd_loss, linear_kd_loss
+from sparsekd.distillation.fused import linear_kd_loss
+from sparsekd.distillation.losses import Mode, kd_loss
 from sparsekd.teacher import Targets
 
 

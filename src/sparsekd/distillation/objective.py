@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.distillation.losses import kd_loss, linear_kd_loss, require_valid
+from sparsekd.distillation.fused import linear_kd_loss
+from sparsekd.distillation.losses import kd_loss, require_valid
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import document_positions, logits_of, output_weight, project, shared_vocab_size
 from sparsekd.recipe import Distill
