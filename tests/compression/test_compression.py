@@ -283,6 +283,14 @@ def test_non_finite_activations_name_layer_and_blocks(method: str, where: str, m
         sparsekd.compress(model, blocks, method=method, batch_size=2)
 
 
+def test_a_damaged_output_projection_is_named(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(DataError, match="the model's output is not finite: its weights are damaged"):
+        statistics.collect(model, [tokens(model, 2, 16) % 7], curvature=True)
+
+
 def test_a_weight_that_is_no_matrix_is_refused(make_model: MakeModel) -> None:
     """As packed weights of quantised layers are."""
     model = make_model("llama")

@@ -60,13 +60,7 @@ def test_many_objectives_are_compiled_once_for_each_structure(compiling: Callabl
     """Whatever their numbers and chunks; a fallback would be a warning, which is an error here."""
     counter = CompileCounter()
     compiled = compiling(counter)
-    numbers = [  # temperature; alpha and scale; positions of a chunk, vocabulary
-        (1.7, (0.0, 1.0), (48, V)),
-        (2.6, (0.3, 0.5), (48, V)),
-        (1.7, (0.3, 0.5), (21, 90)),
-        (2.6, (0.0, 1.0), (13, V)),
-        (1.7, (0.3, 1.0), (13, 90)),
-    ]
+    numbers = list(itertools.product((1.7, 2.6), ((0.0, 1.0), (0.3, 0.5)), ((48, V), (21, 90), (13, V))))
     for mode, capped in (kinds := list(itertools.product(MODES, (False, True)))):
         for temperature, (alpha, scale), (chunk_size, vocab_size) in numbers:
             require_same_gradients(

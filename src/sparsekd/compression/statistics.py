@@ -18,6 +18,7 @@ Shape letters: N tokens, H hidden size, F features of a layer's output, B blocks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,12 +111,10 @@ def collect(
     than the model's the weights stay where they are and each layer visits the device for its turn. Raises `DataError`
     naming the MLP when a number is not finite.
     """
-    hidden, place = model.config.get_text_config().hidden_size, _place(model, device)
+    hidden, make = model.config.get_text_config().hidden_size, functools.partial(Gram, device=_place(model, device))
     moments, handles = {}, []
     for mlp in find_mlps(model):
-        seen = moments[mlp] = Moments(
-            Gram(hidden, device=place), Gram(hidden, device=place), Gram(hidden, cap=None, device=place)
-        )
+        seen = moments[mlp] = Moments(make(hidden), make(hidden), make(hidden, cap=None))
         first, last = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
         # with curvature each layer runs twice: to record, and then with a graph, when it counts
         handles.append(first.register_forward_pre_hook(_reads_input(seen.input, curvature)))
@@ -124,7 +123,7 @@ def collect(
             handles.append(last.register_forward_hook(_reads_gradient(seen.output_curvature)))
             for name in mlp.inputs:
                 module = model.get_submodule(name)
-                seen.input_curvature[name] = Gram(shape(module)[1], cap=None, diagonal=True, device=place)
+                seen.input_curvature[name] = make(shape(module)[1], cap=None, diagonal=True)
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
     grams = {mlp: seen.grams() for mlp, seen in moments.items()}
     try:
@@ -260,6 +259,8 @@ def _backward(
             for row, last in enumerate(top)
         ]
     )
+    if not bool(torch.isfinite(gradient).all()):
+        raise DataError("the model's output is not finite: its weights are damaged")
     for layer in reversed(range(len(hidden))):
         below = hidden.pop(layer).requires_grad_()
         layers.modules[layer].to(device)

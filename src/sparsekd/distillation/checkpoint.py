@@ -12,7 +12,6 @@ the others, which may be on machines that do not see the folder, get from it wha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +39,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, is_main: bool = True, background: ThreadPoolExecutor | None = None):
         self.folder, self._is_main = folder, is_main
-        self._background, self._pending = background, list[Future[None]]()
+        self._background, self._pending = background, Future[None]()
+        self._pending.set_result(None)
         self._is_alone = rank_and_count()[1] == 1
         if is_main:
             files.remove_temporaries(folder)
@@ -68,8 +68,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all is on the disk; raises what kept it from there."""
-        while self._pending:
-            self._pending.pop(0).result()
+        self._pending.result()
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> Record | None:
         """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
@@ -143,7 +142,6 @@ class Checkpoints:
         copies = {part: on_host(tensors, self._is_main) for part, tensors in parts.items()}
         if not self._is_main:
             return
-        state = copy.deepcopy(state)
 
         def job() -> None:
             size = sum(t.numel() * t.element_size() for tensors in copies.values() for t in tensors.values())
@@ -158,7 +156,7 @@ class Checkpoints:
 
         are_copies = any(value.is_cuda for tensors in parts.values() for value in tensors.values())
         if are_copies and self._background is not None:
-            self._pending.append(self._background.submit(job))
+            self._pending = self._background.submit(job)
         else:
             job()
 

@@ -66,11 +66,7 @@ def linear_kd_loss(
     num_rows = max(1, chunk_size // (1 + tempered + (softcap is not None)))
     likeliest: list[Tensor] = []
     sums = torch.zeros(2, device=hidden.device)
-    step = (
-        _compiled_step(numbers, mode, tempered)
-        if compiled
-        else functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
-    )
+    step = (_compiled_step if compiled else _plain_step)(numbers, mode, tempered)
     with torch.no_grad():
         matrix = weight[:vocab_size].to(hidden.dtype)
         memory = sums.new_empty(vocab_size * min(num_rows, len(hidden)))  # of every chunk's logits in turn
@@ -160,6 +156,10 @@ def _scale_and_cap(z: Float[Tensor, "n V"], scale: Number, softcap: Number | Non
     slope = z.square().neg_().add_(1)
     z.mul_(softcap)
     return slope
+
+
+def _plain_step(numbers: _Numbers, mode: Mode, tempered: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    return functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
 
 
 def _compiled_step(

@@ -31,7 +31,7 @@ from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
 from sparsekd.distillation.optimizer import allocate, prepared, schedule
-from sparsekd.distillation.worker import Worker, accelerated, compiled, distribute, is_compiled
+from sparsekd.distillation.worker import Worker, accelerated, compiled, distribute, is_worth_compiling
 from sparsekd.errors import DataError, Diverged, Stopped, UsageError
 from sparsekd.models import forms, in_float32
 from sparsekd.recipe import Distill, distill_section
@@ -90,16 +90,17 @@ def train(
     num_validations = min(options.validations, num_steps)
     validation_steps = {round(num_steps * (i + 1) / num_validations) for i in range(num_validations)}
     _require_covered(data, order)
+    is_compiled = is_worth_compiling(student, options, sum(len(data.blocks[i]) for i in order))
     with (
         in_float32(student),  # a step of bfloat16 weights is lost where it is less than half of their last digit
         _folder(folder) as place,
         accelerated(student, options, place) as accelerator,
         prepared(student, options),
-        compiled(student, compiles := is_compiled(student, options, sum(len(data.blocks[i]) for i in order))),
+        compiled(student, is_compiled),
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
-        optimizer, worker = distribute(student, data, options, accelerator, reader, compiles)
+        optimizer, worker = distribute(student, data, options, accelerator, reader, is_compiled)
         # several micro batches add to gradients that are there in any case; one is spared them during its forward pass
         accumulates = options.micro_batch_size * accelerator.num_processes < options.batch_size
         allocate(optimizer, gradients=accumulates)

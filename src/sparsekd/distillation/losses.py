@@ -155,11 +155,8 @@ def temperatures_of(mode: Mode, temperature: float) -> tuple[float, ...]:
 # ---- what both implementations start with
 
 
-def require_valid(labels: Int[Tensor, " N"], targets: Targets | Samples, vocab_size: int) -> None:
-    """Raises `DataError` for an id outside the vocabulary or kept twice, which a sort of K ids a position finds."""
-    ids = torch.cat([targets.ids, labels[:, None]], -1)
-    if bool(((ids < 0) | (ids >= vocab_size)).any()):
-        raise DataError(f"the targets or labels name a token outside the student's vocabulary of {vocab_size}")
+def require_distinct(targets: Targets | Samples) -> None:
+    """Raises `DataError` for an id that is kept twice, which a sort of K ids a position finds."""
     if isinstance(targets, Targets) and bool((targets.ids.sort(-1).values.diff(dim=-1) == 0).any()):
         raise DataError("the targets keep a token twice at one position; make the cache again with --fresh")
 
@@ -167,10 +164,14 @@ def require_valid(labels: Int[Tensor, " N"], targets: Targets | Samples, vocab_s
 def valid(
     states: Float[Tensor, "N _"], labels: Int[Tensor, " N"], targets: Targets | Samples, vocab_size: int
 ) -> tuple[Float[Tensor, "n _"], Int[Tensor, " n"], Targets | Samples]:
-    """What all three are without the positions that are left out."""
+    """What all three are without the positions that are left out. Raises `DataError` for an id outside the vocabulary
+    or kept twice."""
     rows = (labels != IGNORED).nonzero()[:, 0]
     labels, targets = labels[rows], type(targets)(*(value[rows] for value in targets))
-    require_valid(labels, targets, vocab_size)
+    ids = torch.cat([targets.ids, labels[:, None]], -1)
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):
+        raise DataError(f"the targets or labels name a token outside the student's vocabulary of {vocab_size}")
+    require_distinct(targets)
     return states[rows], labels, targets
 
 
@@ -215,8 +216,8 @@ def kd_loss(
 ) -> Loss:
     """The loss from full logits, through autograd: the reference, and the way for heads of a shape of their own.
 
-    `checked`: no label is -100, and `require_valid` has seen the rest. To ask the tensors themselves would make the
-    host wait for the device.
+    `checked`: no label is -100, no id outside the vocabulary, and none kept twice. To ask the tensors themselves would
+    make the host wait for the device.
     """
     if not checked:
         logits, labels, targets = valid(logits, labels, targets, logits.shape[-1])

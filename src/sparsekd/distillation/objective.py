@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd.distillation.fused import linear_kd_loss
-from sparsekd.distillation.losses import kd_loss, require_valid
+from sparsekd.distillation.losses import kd_loss, require_distinct
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import document_positions, logits_of, output_weight, project, shared_vocab_size
 from sparsekd.recipe import Distill
@@ -101,7 +101,7 @@ def make_batch(data: Data, ids: Sequence[int], vocab_size: int) -> Batch:
         )
     rows = np.flatnonzero(counted)
     labels = torch.from_numpy(tokens.ravel()[rows + 1])
-    require_valid(labels, targets, vocab_size)
+    require_distinct(targets)
     tensor = torch.from_numpy(tokens)
     positions = None if data.separator is None else document_positions(tensor, data.separator)
     return Batch(tensor, positions, torch.from_numpy(rows), labels, targets)

@@ -54,7 +54,7 @@ def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Ite
             tracker.finish()
 
 
-def is_compiled(student: PreTrainedModel, options: Distill, num_tokens: int) -> bool:
+def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: int) -> bool:
     """Whether a training is worth the compiler: on a GPU, where Triton is there, and if it is long."""
     is_long = num_tokens >= COMPILED_FROM and not options.gradient_checkpointing  # which was not tried with it
     return student.device.type == "cuda" and importlib.util.find_spec("triton") is not None and is_long

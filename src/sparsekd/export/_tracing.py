@@ -74,13 +74,6 @@ def _by_torch(model: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, 
         _WithList(model).eval(), kwargs=given, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
     )
     assert program is not None
-    graph = program.model.graph
-    caches = [value for value in graph.inputs if str(value.name).startswith("past_key_values")]
-    logits, *present = graph.outputs
-    logits.name = "logits"
-    for start, values in (("past_key_values", caches), ("present", present)):
-        for number, value in enumerate(values):
-            value.name = f"{start}.{number // 2}.{('key', 'value')[number % 2]}"
     return program.model
 
 
@@ -129,11 +122,12 @@ def _tidy(model: Any) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
-    for value in [*model.graph.inputs, *model.graph.outputs]:  # as transformers' exporters name them
-        words = value.name.split(".")  # input.past_key_values.layers.0.keys
-        if "past_key_values" in words:
-            start = "past_key_values" if value in model.graph.inputs else "present"
-            value.name = f"{start}.{words[-2]}.{words[-1].removesuffix('s')}"
+    caches = [value for value in model.graph.inputs if "past_key_values" in value.name]
+    logits, *present = model.graph.outputs
+    logits.name = "logits"
+    for start, values in (("past_key_values", caches), ("present", present)):
+        for number, value in enumerate(values):
+            value.name = f"{start}.{number // 2}.{('key', 'value')[number % 2]}"
     _keep_last(model.graph)
 
 
