@@ -62,6 +62,11 @@ def paragraphs(count: int, seed: int) -> list[str]:
     return [" ".join(generator.choices(WORDS, k=generator.randint(20, 60))).capitalize() + "." for _ in range(count)]
 
 
+def compute_in_float32() -> None:
+    """For processes of their own, which the fixture does not reach: as on a processor that is no faster in bfloat16."""
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+
+
 def sharpened(model: PreTrainedModel) -> PreTrainedModel:
     """A random model made sure of itself, with MLPs that matter, so that there is something to lose and to restore."""
     from sparsekd.models.anatomy import find_mlps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +19,32 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
+_WORTHWHILE = 1.2  # times as fast, from which bfloat16 is chosen; less may be a busy moment
 
 
 class Placement(NamedTuple):
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
     reason: str
+    has_fast_products: bool = False  # the products of a pass are bfloat16, though the weights are not
+
+    @property
+    def number_format(self) -> str:
+        """Of weights and products, for the inputs of a stage."""
+        weights = str(self.dtype).removeprefix("torch.")
+        return f"{weights}, products in bfloat16" if self.has_fast_products else weights
+
+    def products(self) -> torch.autocast:
+        """A context for a model's passes: in it products are in bfloat16, where the placement says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_fast_products)
 
 
 def place(device: str = "auto", dtype: str = "auto") -> Placement:
-    """Chooses device and dtype: a GPU in bfloat16 if there is one that knows it, else float32.
+    """Chooses device and number format: a GPU in bfloat16 if there is one that knows it, else weights in float32, with
+    products in bfloat16 on processors that are faster at them.
 
-    bfloat16 is never chosen on a CPU: many run it a hundred times slower than float32. Of processes that a launcher
-    started, each takes its own GPU. Raises `UsageError` for a device that is not there or a dtype that is not a
-    floating point one.
+    Of processes that a launcher started, each takes its own GPU. Raises `UsageError` for a device that is not there or
+    a dtype that is not a floating point one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -49,6 +62,9 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
         return Placement(chosen, explicit, f"{dtype} as asked")
     if chosen.type == "cuda" and torch.cuda.is_bf16_supported():
         return Placement(chosen, torch.bfloat16, "bfloat16: this GPU supports it")
+    if multiplies_bfloat16(chosen):
+        gain = f"{bfloat16_gain():.1f} times as fast on this processor"
+        return Placement(chosen, torch.float32, f"float32 with products in bfloat16: {gain}", True)
     return Placement(chosen, torch.float32, f"float32: the safe choice on {chosen.type}")
 
 
@@ -77,23 +93,53 @@ def add_over_processes(value: torch.Tensor) -> None:
 
 
 def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether a training's products are bfloat16, with weights and sums in float32: as asked, or on GPUs that know
-    it. Never by default on a CPU."""
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """Whether a training's products are bfloat16, its weights and sums float32: as asked, or where that is faster."""
+    return precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32: on GPUs that know it, and on processors with the
-    instructions for it, without which they can take a hundred times as long."""
+    instructions for it, if a measurement says so too. Without them they can take a hundred times as long."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # of x86
-    return device.type == "cpu" and known is not None and known()
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # of x86; those with AMX have it too
+    return device.type == "cpu" and known is not None and known() and bfloat16_gain() > _WORTHWHILE
+
+
+@functools.cache
+def bfloat16_gain() -> float:
+    """How many times as fast this processor multiplies in bfloat16 as in float32: a product of an MLP's size, some
+    milliseconds, the best of five in turns."""
+    factors = torch.ones(256, 512), torch.ones(512, 1536)
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(6):  # the first sets up
+        for dtype, taken in seconds.items():
+            a, b = (factor.to(dtype) for factor in factors)
+            start = time.perf_counter()
+            torch.mm(a, b)
+            taken.append(time.perf_counter() - start)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def fast_products(device: torch.device) -> torch.autocast:
     """A context in which products are in bfloat16 where that is faster; weights, sums and norms stay what they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
+@contextmanager
+def rounded_factors(is_wanted: bool = True) -> Iterator[None]:
+    """In it a processor that multiplies bfloat16 rounds the factors of a product in float32 to that; sums and result
+    stay float32. Faster than casting them. On a torch that cannot do it, as before 2.9, nothing changes."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not is_wanted or settings is None or not multiplies_bfloat16(torch.device("cpu")):
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 _NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "can't start new thread")  # of torch, system, Python

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cutting import cut, section
+from tiny import compute_in_float32
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
@@ -579,6 +580,7 @@ def test_packed_documents_count_as_if_each_were_alone(make_model: MakeModel, mon
 
 
 def _gather(rank: int, folder: str) -> None:
+    compute_in_float32()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model = _model_of_a_process()

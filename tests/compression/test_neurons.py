@@ -12,6 +12,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from tiny import compute_in_float32
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -244,6 +245,7 @@ def _model_of_a_process() -> PreTrainedModel:
 
 
 def _make(rank: int, folder: str) -> None:
+    compute_in_float32()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     made = _made(_model_of_a_process())

@@ -15,15 +15,15 @@ import sparsekd
 from sparsekd.corpus import encode
 from sparsekd.errors import DataError
 from sparsekd.evaluate import measure
-from sparsekd.evaluate.agreement import distances
+from sparsekd.evaluate.agreement import divergences
 from sparsekd.evaluate.calibration import Confidences, confidences
 from sparsekd.evaluate.windows import (
     Estimate,
-    Prediction,
     Window,
     choose,
     equal_mass_bins,
     mean_and_error,
+    predicted_in,
     split,
 )
 
@@ -91,7 +91,7 @@ def test_calibration_of_a_known_case() -> None:
     collected = Confidences()
     for start, (p, labels) in enumerate([([0.8, 0.1, 0.1], [0, 0, 0, 1]), ([0.2, 0.6, 0.2], [1, 2])]):
         logits = torch.tensor([p] * len(labels)).log()
-        collected.add(Prediction(Window(start, start + len(labels), 0), logits, torch.tensor(labels)))
+        collected.add(predicted_in(Window(start, start + len(labels), 0), logits, torch.tensor(labels)))
     found = collected.result()
     assert [(b.num_tokens, b.accuracy) for b in found.bins] == [(2, 0.5), (4, 0.75)]
     assert found.expected_calibration_error == pytest.approx((2 * 0.1 + 4 * 0.05) / 6, rel=1e-5)
@@ -108,7 +108,7 @@ def test_a_perfectly_calibrated_model_has_a_small_error() -> None:
     collected = Confidences()
     for window in split(40_001, 101, 100):
         rows = slice(window.start, window.end - 1)
-        collected.add(Prediction(window, logits[rows], labels[rows]))
+        collected.add(predicted_in(window, logits[rows].clone(), labels[rows]))
     found = collected.result()
     nll = torch.nn.functional.cross_entropy(logits, labels)
     assert found.expected_calibration_error < 0.01
@@ -118,11 +118,17 @@ def test_a_perfectly_calibrated_model_has_a_small_error() -> None:
 
 def test_statistics_do_not_depend_on_the_chunk(monkeypatch: Any) -> None:
     logits, labels = torch.randn(300, 50), torch.randint(50, (300,))
-    whole, apart = confidences(logits, labels), distances(logits, logits.flip(0))
-    for module in ("calibration", "agreement"):
+
+    def statistics() -> list[torch.Tensor]:
+        found = predicted_in(Window(0, 301, 0), logits.clone(), labels)
+        divergence = divergences(found.log_probs, found.log_probs.flip(0))
+        return [found.log_probs, confidences(*found[1:]), divergence]
+
+    whole = statistics()
+    for module in ("windows", "calibration", "agreement"):
         monkeypatch.setattr(f"sparsekd.evaluate.{module}.CHUNK", 7)
-    assert torch.allclose(confidences(logits, labels), whole, rtol=1e-5)
-    assert torch.allclose(distances(logits, logits.flip(0)), apart, rtol=1e-5)
+    for found, expected in zip(statistics(), whole, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_agreement_equals_brute_force(model: PreTrainedModel, other: PreTrainedModel, tokenizer: Any) -> None:

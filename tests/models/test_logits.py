@@ -55,8 +55,10 @@ def test_the_teacher_caches_what_float32_products_say(low: PreTrainedModel, bloc
 def test_evaluation_sees_float32_logits(low: PreTrainedModel, blocks: torch.Tensor) -> None:
     ids = blocks.flatten()
     with torch.inference_mode():
-        for window, logits, _ in predictions(low, ids, split(len(ids), 64, 32), 2, 400):
-            torch.testing.assert_close(logits, exact(low, ids[None, window.start : window.end])[0, :-1], **CLOSE)
+        for window, log_probs, likeliest, _ in predictions(low, ids, split(len(ids), 64, 32), 2, 400):
+            expected = exact(low, ids[None, window.start : window.end])[0, :-1]
+            torch.testing.assert_close(log_probs, expected.log_softmax(-1), **CLOSE)
+            assert torch.equal(likeliest, expected.argmax(-1))
 
 
 def test_the_probe_finds_no_damage_in_a_whole_model(low: PreTrainedModel, blocks: torch.Tensor) -> None:
@@ -74,20 +76,23 @@ def test_the_probe_finds_no_damage_in_a_whole_model(low: PreTrainedModel, blocks
 def test_statistics_draw_labels_and_take_gradients_of_float32_logits(
     low: PreTrainedModel, blocks: torch.Tensor, monkeypatch: Any
 ) -> None:
-    layers, inputs, draws, seen = Layers(low), {"input_ids": blocks[:1]}, torch.Generator().manual_seed(3), []
+    layers, inputs, draws = Layers(low), {"input_ids": blocks[:1]}, torch.Generator().manual_seed(3)
+    seen: list[torch.Tensor] = []
     top = layers.record(lambda: low.get_decoder()(**inputs, use_cache=False))[-1]
     drawn = statistics._drawn
-    monkeypatch.setattr(
-        statistics, "_drawn", lambda logits, *rest: seen.append(logits.softmax(-1)) or drawn(logits, *rest)
-    )
+
+    def watched(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seen.extend([logits.softmax(-1), drawn(logits, generator)])
+        return seen[-1]
+
+    monkeypatch.setattr(statistics, "_drawn", watched)
     found = statistics._output_gradient(low, layers, inputs, top.clone(), 2, draws)[0].float()
     monkeypatch.undo()
     torch.testing.assert_close(seen[0], exact(low, blocks[:1])[0].softmax(-1), **CLOSE)
     leaf = top[0].float().requires_grad_()
     norm: Any = low.get_submodule("model.norm")
     logits = copy.deepcopy(norm).float()(leaf) @ low.get_output_embeddings().weight.float().T
-    labels = torch.multinomial(seen[0], 1, generator=draws.manual_seed(3))[:, 0]
-    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(logits, seen[1], reduction="sum").backward()
     assert float((found - leaf.grad).norm() / leaf.grad.norm()) < 0.005  # it is rounded to bfloat16
 
 
@@ -110,6 +115,16 @@ def test_the_loss_is_that_of_float32_logits(fused: bool, low: PreTrainedModel, b
     assert int(outcome.agreeing) == 2 * 23
 
 
+def test_labels_are_drawn_from_the_distribution_itself() -> None:
+    """A token without probability never, the others as often as it says."""
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    labels = statistics._drawn(p.log().expand(20_000, -1), torch.Generator().manual_seed(0))
+    found = torch.bincount(labels, minlength=6) / len(labels)
+    assert found[[0, 2, 5]].tolist() == [0, 0, 0]
+    torch.testing.assert_close(found, p, rtol=0, atol=0.015)  # four standard errors
+
+
+@pytest.mark.usefixtures("processor_with_bfloat16")
 def test_training_with_bfloat16_products_has_float32_logits(teacher: PreTrainedModel, blocks: torch.Tensor) -> None:
     """The weights are float32, autocast makes the factors bfloat16; the head has a bias, so logits are taken whole."""
     model = with_bias(teacher)
@@ -124,7 +139,8 @@ def test_training_with_bfloat16_products_has_float32_logits(teacher: PreTrainedM
     expected = torch.nn.functional.cross_entropy(leaf @ weight.T + head.bias.detach(), blocks[:2, 1:].flatten())
     expected.backward()
     assert float(outcome.ce) == pytest.approx(expected.item(), abs=2e-6)
-    torch.testing.assert_close(head.weight.grad, weight.grad, rtol=1e-4, atol=1e-6)
+    # hidden states are rounded in the product only, not in the gradient
+    assert float((head.weight.grad - weight.grad).norm() / weight.grad.norm()) < 0.005
 
 
 def test_products_of_any_format_are_summed_in_float32() -> None:

@@ -75,8 +75,9 @@ def command(
                 f"--teacher {teacher}: its tokenizer is not that of {model}, so their tokens do not compare"
             )
         compared = {teacher: reference, model: loaded}
-    measured = _measure_texts(compared, tokenizer, contents, teacher, context, stride, max_tokens)
-    scores = harness.run_tasks(loaded, tokenizer, names, root=folder, limit=limit) if names else {}
+    with placement.products():
+        measured = _measure_texts(compared, tokenizer, contents, teacher, context, stride, max_tokens)
+        scores = harness.run_tasks(loaded, tokenizer, names, root=folder, limit=limit) if names else {}
     found = {
         "models": measured,
         "continuations": _continuations(compared, tokenizer),

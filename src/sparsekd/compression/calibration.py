@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from sparsekd.compression import statistics
 from sparsekd.compression.probe import Probe, Teacher
 from sparsekd.compression.walk import Walk
-from sparsekd.device import fast_products
 from sparsekd.errors import UsageError
 from sparsekd.models import MLP, find_mlps, shape
 
@@ -96,10 +95,9 @@ class Calibration:
         self._require_enough(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
         counts = itertools.accumulate((tokens.numel() for tokens in self._tokens), initial=0)
         few = [tokens for tokens, before in zip(self._tokens, counts, strict=False) if before < num_tokens]
-        with fast_products(self.device or self.model.device):
-            return statistics.output_curvature(
-                self.model, few, seed=self.seed, device=self.device, separator=self.separator
-            )
+        return statistics.output_curvature(
+            self.model, few, seed=self.seed, device=self.device, separator=self.separator
+        )
 
     def walk(self) -> Walk:
         """The text, before the first layer."""

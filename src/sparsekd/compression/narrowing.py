@@ -29,7 +29,7 @@ from sparsekd.compression.plan import Plan
 from sparsekd.compression.removal import Removal, refitted, removal
 from sparsekd.compression.statistics import Gram, weights_of
 from sparsekd.compression.walk import Walk
-from sparsekd.device import add_over_processes, in_float64, rank_and_count, solver_device
+from sparsekd.device import add_over_processes, in_float64, rank_and_count, rounded_factors, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, find_mlps, linear_weight, num_parameters, shape
 from sparsekd.models.forms import width
@@ -58,9 +58,10 @@ class _Moments:
     def add(self, neurons: Float[Tensor, "N I"], missing: Float[Tensor, "N H"] | None = None) -> None:
         weights = weights_of(neurons)
         rows = torch.cat([neurons, torch.ones_like(weights)], dim=1) * weights
-        self.gram += (rows.T @ rows).to(self.gram)
-        if missing is not None:
-            self.cross += ((missing * weights).T @ rows).to(self.cross)
+        with rounded_factors():
+            self.gram += (rows.T @ rows).to(self.gram)
+            if missing is not None:
+                self.cross += ((missing * weights).T @ rows).to(self.cross)
 
     def add_processes(self) -> None:
         """Makes the sums those of all processes."""

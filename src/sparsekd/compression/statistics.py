@@ -10,8 +10,9 @@ a diagonal for the intermediate-size outputs, where the whole matrix was measure
 The backward pass goes one layer at a time, from recorded layer inputs, so one layer's graph is all that is in memory;
 no weight gradient is formed.
 
-Sums are float64, where the model is, and on the host for layers that visit a device in turn. In several processes each
-takes its share of the batches and the sums are added.
+Passes multiply in bfloat16 where that is faster (`device.fast_products`). Sums are float64, where the model is, and on
+the host for layers that visit a device in turn. In several processes each takes its share of the batches and the sums
+are added.
 
 Shape letters: N tokens, H hidden size, F features of a layer's output, B blocks, L positions.
 """
@@ -29,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekd.device import add_over_processes, rank_and_count, solver_device
+from sparsekd.device import add_over_processes, fast_products, rank_and_count, rounded_factors, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, Layers, document_inputs, find_mlps, logits_of, shape
 
@@ -65,7 +66,7 @@ class Gram:
         x = x.detach().float()
         if self.cap is not None:
             x = x * weights_of(x, self.cap)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), rounded_factors():
             found = x.square().sum(0) if self.diagonal else x.T @ x
         self.sum += found.to(self.sum.device).double()  # one after the other: some devices have no float64
         self.num_tokens += len(x)
@@ -199,7 +200,7 @@ def _run_all(
     layers, home = Layers(model), model.device
     device = device or home
     rank, world = rank_and_count()
-    with _without_weight_gradients(model), all_but_layers_on(model, layers, device):
+    with _without_weight_gradients(model), all_but_layers_on(model, layers, device), fast_products(device):
         for number, batch in enumerate(batches):
             if number % world != rank:
                 continue
@@ -292,11 +293,12 @@ def _output_gradient(
 
 @torch.no_grad()
 def _drawn(logits: Float[Tensor, "L V"], generator: torch.Generator) -> Int[Tensor, " L"]:
-    """Labels that the model itself would draw: the first of exponential arrivals at rates p. On a GPU, where the host
-    does not wait for them, they are others than on a CPU."""
-    probabilities = logits.softmax(-1).to(generator.device)
-    arrivals = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / arrivals).argmax(-1).to(logits.device)
+    """Labels that the model itself would draw: where its cumulative distribution passes a uniform number. On a GPU,
+    where the host does not wait for them, they are others than on a CPU."""
+    cumulative = logits.softmax(-1).to(generator.device).cumsum(-1)
+    wanted = torch.rand(len(logits), 1, generator=generator, device=generator.device) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, wanted, right=True)[:, 0]  # right: never a token that has no probability
+    return drawn.clamp_max(logits.shape[-1] - 1).to(logits.device)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.corpus import shuffled
+from sparsekd.device import bfloat16_gain, multiplies_bfloat16, trains_in_bfloat16
 from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
@@ -90,6 +91,7 @@ def train(
     num_validations = min(options.validations, num_steps)
     validation_steps = {round(num_steps * (i + 1) / num_validations) for i in range(num_validations)}
     _require_covered(data, order)
+    _warn_of_slow_bfloat16(student, options, say)
     is_compiled = is_worth_compiling(student, options, sum(len(data.blocks[i]) for i in order))
     with (
         in_float32(student),  # a step of bfloat16 weights is lost where it is less than half of their last digit
@@ -175,10 +177,21 @@ def train(
 def measure(model: PreTrainedModel, data: Data, options: Distill) -> Validation:
     """Losses of any model on the validation blocks; of the dense one, to know when the student has reached it."""
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    objective = Objective(model, options, data.teacher.vocab_size)
+    bfloat16 = trains_in_bfloat16(options.precision, model.device)  # as the student whom it is compared with
+    objective = Objective(model, options, data.teacher.vocab_size, bfloat16)
     with ThreadPoolExecutor(1) as reader:
         size = options.micro_batch_size
-        return Worker(objective, data, accelerator, model.device, objective.vocab_size, size, reader).validate(0)
+        worker = Worker(objective, data, accelerator, model.device, objective.vocab_size, bfloat16, size, reader)
+        return worker.validate(0)
+
+
+def _warn_of_slow_bfloat16(student: PreTrainedModel, options: Distill, say: Callable[[str], None]) -> None:
+    is_asked = options.precision == "bfloat16" and student.device.type == "cpu"
+    if is_asked and not multiplies_bfloat16(student.device):
+        say(
+            "warning: distill.precision is bfloat16, in which this processor multiplies "
+            f"{bfloat16_gain():.2f} times as fast as in float32: auto chooses the faster"
+        )
 
 
 def _require_covered(data: Data, order: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekd.device import rounded_factors
 from sparsekd.distillation.fused import linear_kd_loss
 from sparsekd.distillation.losses import kd_loss, require_distinct
 from sparsekd.errors import DataError, UsageError
@@ -155,11 +156,13 @@ class Objective(nn.Module):
             with products:
                 states = decoder(**inputs, use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, batch.rows)
-            hidden = hidden.bfloat16() if self._bfloat16 else hidden
+            on_cpu = hidden.device.type == "cpu"
+            hidden = hidden.bfloat16() if self._bfloat16 and not on_cpu else hidden.float()
             weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             settings |= {"scale": self._head.scale, "softcap": self._head.cap, "vocab_size": self.vocab_size}
             settings |= {"compiled": self._is_compiled and torch.is_grad_enabled()}
-            loss = linear_kd_loss(hidden, weight, batch.labels, batch.targets, **settings)
+            with rounded_factors(self._bfloat16 and on_cpu):  # which spares a copy of the matrix
+                loss = linear_kd_loss(hidden, weight, batch.labels, batch.targets, **settings)
         else:
             with products:
                 logits = logits_of(self.student, **inputs)[..., : self.vocab_size]

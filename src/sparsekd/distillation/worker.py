@@ -99,7 +99,8 @@ def distribute(
     wrapped, optimizer = accelerator.prepare(
         objective, make_optimizer(student, options), device_placement=[False, False]
     )
-    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, options.micro_batch_size, reader)
+    size = options.micro_batch_size
+    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, bfloat16, size, reader)
 
 
 @dataclass
@@ -111,6 +112,7 @@ class Worker:
     accelerator: Accelerator
     device: torch.device
     vocab_size: int
+    bfloat16: bool  # the products
     micro_batch_size: int
     reader: ThreadPoolExecutor  # one thread that does all reading: a Parquet file is not to be read by two
     _ahead: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict)
@@ -211,7 +213,8 @@ class Worker:
     def _batch(self, micro: Sequence[int]) -> Batch:
         """Blocks and targets on the device; those that were read ahead, if they were."""
         if not isinstance(self.data.teacher, Cache):
-            return self._read(micro).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):  # the teacher answers now
+                return self._read(micro).to(self.device)
         reading = self._ahead.pop(tuple(micro), None) or self.reader.submit(self._read, micro)
         return reading.result().to(self.device)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -53,7 +52,8 @@ class Distances:
         """`teacher` predicts the same window."""
         start, end, fresh = prediction.window
         bins = self._bins[start + 1 + fresh : end]
-        kl, agrees = distances(prediction.logits[fresh:], teacher.logits[fresh:]).T.numpy()
+        kl = divergences(prediction.log_probs[fresh:], teacher.log_probs[fresh:]).numpy()
+        agrees = (prediction.likeliest == teacher.likeliest)[fresh:].cpu().double().numpy()
         weights = (kl, agrees, np.ones(len(bins)))
         self._sums.append(np.stack([np.bincount(bins, each, minlength=NUM_BINS) for each in weights]))
 
@@ -67,14 +67,11 @@ class Distances:
         return FrequencyBin(int(members.min()), int(members.max()), *_estimates(sums))
 
 
-def distances(logits: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, "N 2"]:
-    """KL(teacher || model) in nats, and whether the likeliest token is the same (0 or 1), in float64 on the CPU."""
+def divergences(log_probs: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """KL(teacher || model) in nats, from log-probabilities, in float64 on the CPU."""
     parts = []
-    for z, t in zip(logits.split(CHUNK), teacher.split(CHUNK), strict=True):
-        log_q, log_p = z.float().log_softmax(-1), t.float().log_softmax(-1)
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        agrees = z.argmax(-1) == t.argmax(-1)
-        parts.append(torch.stack([kl, agrees.float()], -1).cpu().double())
+    for log_q, log_p in zip(log_probs.split(CHUNK), teacher.split(CHUNK), strict=True):
+        parts.append((log_p - log_q).mul_(log_p.exp()).sum(-1).cpu().double())
     return torch.cat(parts)
 
 

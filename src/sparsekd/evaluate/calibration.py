@@ -60,7 +60,7 @@ class Confidences:
 
     def add(self, prediction: Prediction) -> None:
         fresh = prediction.window.fresh
-        confidence, right, brier, entropy = confidences(prediction.logits[fresh:], prediction.labels[fresh:]).T
+        confidence, right, brier, entropy = confidences(*(value[fresh:] for value in prediction[1:])).T
         self._confidence.append(confidence.numpy())
         self._right.append(right.numpy())
         self._brier.append(float(brier.sum()))
@@ -84,16 +84,17 @@ class Confidences:
         )
 
 
-def confidences(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Float[Tensor, "N 4"]:
+def confidences(
+    log_probs: Float[Tensor, "N V"], likeliest: Int[Tensor, " N"], labels: Int[Tensor, " N"]
+) -> Float[Tensor, "N 4"]:
     """Confidence, whether it was right (0 or 1), Brier score and entropy of each prediction, in float64 on the CPU."""
     parts = []
-    for z, y in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
-        log_p = z.float().log_softmax(-1)
+    for log_p, best, y in zip(log_probs.split(CHUNK), likeliest.split(CHUNK), labels.split(CHUNK), strict=True):
         p = log_p.exp()
-        confidence, likeliest = p.max(-1)
-        brier = torch.linalg.vecdot(p, p) - 2 * p.gather(-1, y[:, None])[:, 0] + 1
-        entropy = -torch.linalg.vecdot(p, log_p)
-        parts.append(torch.stack([confidence, (likeliest == y).float(), brier, entropy], -1).cpu().double())
+        confidence, of_label = p.gather(-1, torch.stack([best, y], -1)).unbind(-1)
+        brier = torch.linalg.vector_norm(p, dim=-1).square() - 2 * of_label + 1
+        entropy = -p.mul_(log_p).sum(-1)
+        parts.append(torch.stack([confidence, (best == y).float(), brier, entropy], -1).cpu().double())
     return torch.cat(parts)
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.corpus import sources
 from sparsekd.errors import DataError, ResourceError, SparseKDError, UsageError
+from sparsekd.models import float32_head
 from sparsekd.recipe import expanded
 from sparsekd.records import Record
 
@@ -67,7 +68,10 @@ def run_tasks(
     """
     found, missing = _find(tasks, root, skip_missing)
     skipped = {name: TaskResult({}, 0, reason) for name, reason in missing.items()}
-    return (_evaluate(language_model(model, tokenizer, batch_size), found, limit) if found["tasks"] else {}) | skipped
+    if not found["tasks"]:
+        return skipped
+    with float32_head(model):  # the harness takes logits as they are
+        return _evaluate(language_model(model, tokenizer, batch_size), found, limit) | skipped
 
 
 def texts(tasks: Sequence[str], root: str | None, *, skip_missing: bool = False) -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,12 +21,12 @@ from sparsekd import records
 from sparsekd.corpus import beginning
 from sparsekd.errors import DataError
 from sparsekd.evaluate.windows import (
-    CHUNK,
     Estimate,
     Prediction,
     Window,
     choose,
     mean_and_error,
+    predicted_in,
     predictions,
     split,
     token_ids,
@@ -71,7 +70,7 @@ class Losses:
     def add(self, prediction: Prediction) -> None:
         """Windows come in the order of the text. Raises `DataError` for a loss that is not finite: a window is never
         left out."""
-        nll = token_nll(prediction.logits, prediction.labels)
+        nll = -prediction.log_probs.gather(-1, prediction.labels[:, None])[:, 0].cpu().double()
         if not bool(torch.isfinite(nll).all()):
             raise DataError(
                 "the model's loss on the evaluation text is not finite: its weights are damaged, or its number "
@@ -153,7 +152,7 @@ def perplexity_in(
     for window in windows:
         row = torch.cat([ids.new_tensor(begin), ids[window.start : window.end]])
         logits = runtime(row[None])[0, len(begin) : -1, :vocab_size]
-        losses.add(Prediction(window, logits, row[len(begin) + 1 :]))
+        losses.add(predicted_in(window, logits, row[len(begin) + 1 :]))
     return losses.result(scored_bytes(tokenizer, ids, windows), context, stride)
 
 
@@ -167,12 +166,6 @@ def ratio(model: Perplexity, reference: Perplexity) -> tuple[float, float | None
         raise DataError("the two perplexities were measured on different text or windows")
     differences = [a - b for a, b in zip(model.window_nll, reference.window_nll, strict=True)]
     return _exponential(mean_and_error(differences, model.window_tokens))
-
-
-def token_nll(logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """Nats for each predicted token, in float64 on the CPU; the logarithm is taken in float32."""
-    pairs = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(z.float(), y, reduction="none") for z, y in pairs]).cpu().double()
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " T"], windows: Sequence[Window]) -> int:

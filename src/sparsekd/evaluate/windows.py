@@ -26,7 +26,7 @@ from sparsekd.device import Batches
 from sparsekd.errors import DataError
 from sparsekd.models import logits_of
 
-CHUNK = 128  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
+CHUNK = 64  # predictions whose distribution is worked out at once; bounds the temporaries beside the logits
 
 
 class Window(NamedTuple):
@@ -41,7 +41,8 @@ class Prediction(NamedTuple):
     """A model's predictions in one window."""
 
     window: Window
-    logits: Float[Tensor, "M V"]
+    log_probs: Float[Tensor, "M V"]
+    likeliest: Int[Tensor, " M"]
     labels: Int[Tensor, " M"]
 
 
@@ -101,9 +102,8 @@ def predictions(
     """The model's predictions of the first `vocab_size` tokens, those beyond being padding, window by window;
     `batch_size` windows of equal length go through it together, each after what a text has to `begin` with.
 
-    Run it inside `torch.inference_mode()`. Logits are float32 and stay on the model's device. Where memory
-    runs out, half as many windows go together, which `say` hears of; raises `ResourceError` when it does not hold a
-    single one.
+    Run it inside `torch.inference_mode()`. What it gives stays on the model's device. Where memory runs out, half as
+    many windows go together, which `say` hears of; raises `ResourceError` when it does not hold a single one.
     """
     batches = Batches(batch_size, "evaluate.batch_size", "evaluate.context", say)
 
@@ -111,12 +111,22 @@ def predictions(
         rows = torch.stack([torch.cat([ids.new_tensor(begin), ids[window.start : window.end]]) for window in batch])
         rows = rows.to(model.device)
         logits = logits_of(model, input_ids=rows)[:, len(begin) : -1, :vocab_size]
-        return list(map(Prediction, batch, logits, rows[:, len(begin) + 1 :]))
+        return list(map(predicted_in, batch, logits, rows[:, len(begin) + 1 :]))
 
     for _, equal in itertools.groupby(windows, key=lambda window: window.end - window.start):
         for predicted in batches.run(list(equal), predict):
             yield from predicted
             del predicted  # before the next batch makes its own
+
+
+def predicted_in(window: Window, logits: Float[Tensor, "M V"], labels: Int[Tensor, " M"]) -> Prediction:
+    """From a window's logits, which become float32 log-probabilities in place where they are float32."""
+    log_probs = logits.float()
+    likeliest = []
+    for chunk in log_probs.split(CHUNK):
+        chunk.copy_(chunk.log_softmax(-1))
+        likeliest.append(chunk.max(-1).indices)
+    return Prediction(window, log_probs, torch.cat(likeliest), labels)
 
 
 def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> Estimate:

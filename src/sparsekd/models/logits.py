@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsekd.device import rounded_factors
+
 _ROWS = 4096  # of a matrix that are made float32 at once, where no product of lower precision gives float32
 _GIVES_FLOAT32 = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.hip is None  # on a GPU
 
@@ -60,8 +62,9 @@ def product(matrix: Float[Tensor, "V D"], columns: Float[Tensor, "D N"], out: Fl
         torch.mm(matrix, columns, out_dtype=torch.float32, out=out)
     else:
         columns = columns.float()
-        for rows, found in zip(matrix.split(_ROWS), out.split(_ROWS), strict=True):
-            torch.mm(rows.float(), columns, out=found)
+        with rounded_factors(matrix.dtype == torch.bfloat16):
+            for rows, found in zip(matrix.split(_ROWS), out.split(_ROWS), strict=True):
+                torch.mm(rows.float(), columns, out=found)
 
 
 def add_product(out: Float[Tensor, "A B"], a: Float[Tensor, "A N"], b: Float[Tensor, "N B"]) -> None:
@@ -69,7 +72,8 @@ def add_product(out: Float[Tensor, "A B"], a: Float[Tensor, "A N"], b: Float[Ten
     if a.dtype != torch.float32 and a.is_cuda and _GIVES_FLOAT32:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(a.float(), b.float())
+        with rounded_factors(a.dtype == torch.bfloat16):
+            out.addmm_(a.float(), b.float())
 
 
 class _Project(torch.autograd.Function):
@@ -91,8 +95,13 @@ class _Project(torch.autograd.Function):
 
 
 def _forward(head: nn.Linear, x: Tensor) -> Tensor:
-    hidden = x.flatten(0, -2).to(_number_format(head, x.device.type))
-    logits = project(hidden, head.weight).unflatten(0, x.shape[:-1])
+    hidden, number_format = x.flatten(0, -2), _number_format(head, x.device.type)
+    if x.device.type == "cpu" and head.weight.dtype == torch.float32:
+        with torch.autocast("cpu", enabled=False), rounded_factors(number_format == torch.bfloat16):
+            logits = hidden.float() @ head.weight.T
+    else:
+        logits = project(hidden.to(number_format), head.weight)
+    logits = logits.unflatten(0, x.shape[:-1])
     return logits if head.bias is None else logits + head.bias
 
 

@@ -16,7 +16,7 @@ DEMO: dict[str, Any] = {
         # an article quotes what a held-out one quotes, and functions share comments with held-out ones
         "overlap": "drop",
     },
-    "compress": {"method": "neurons", "reduction": 0.35, "num_tokens": 15_360},
+    "compress": {"method": "neurons", "reduction": 0.35, "num_tokens": 15_360, "batch_size": 16},
     "distill": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 2e-4},
     "evaluate": {
         "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},

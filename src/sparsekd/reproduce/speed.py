@@ -156,7 +156,7 @@ def _named(by_folder: Record, names: dict[str, str]) -> Record:
 
 
 def _profile(work: Work, folders: dict[str, Path], attentions: Sequence[str]) -> Record:
-    device, dtype, _ = work.placement
+    device, dtype = work.placement[:2]
     opened = {name: models.load(str(folder), dtype=dtype, device=device)[0] for name, folder in folders.items()}
     return bench.profile(opened, _shape(device), attentions, say=work.run.console.say)
 

@@ -60,7 +60,7 @@ class Work:
     @property
     def dtype(self) -> str:
         """The number format of the teacher's pass and of evaluation, for the inputs of a stage."""
-        return str(self.placement.dtype).removeprefix("torch.")
+        return self.placement.number_format
 
     def open(self, where: Place) -> Loaded:
         """The model at `where`, to read; the dense one stays in memory until it is released or taken."""
@@ -71,9 +71,13 @@ class Work:
         return self._dense
 
     def take(self, where: Place, dtype: torch.dtype) -> Loaded:
-        """The model at `where`, to change: one of its own, for whoever opened it before may read it still."""
+        """The model at `where`, to change: nobody else has it. The dense one is that which is open, if any is in this
+        number format; whoever opens it next reads it anew."""
+        opened = self._dense
         if where == self.dense:
             self.release()
+            if opened is not None and opened[0].dtype == dtype:
+                return opened
         return self._load(where, dtype)
 
     def release(self) -> None:

@@ -37,19 +37,30 @@ def identity(
 ) -> Identity:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     mixed = {"weights": model.weights} if isinstance(model, Mixture) else {}
-    return mixed | {
-        "teacher": _of_each(model, weights_hash),
-        "config": _of_each(model, config_hash),
-        "tokenizer": tokenizer_hash,
-        "vocab_size": codec.vocab_size,
-        "corpus": corpus_fingerprint,
-        "codec": codec.name,
-        "top_k": codec.top_k,
-        "seed": seed if codec.name == "sampled" else None,
-        "temperature": 1.0,
-        "dtype": _of_each(model, lambda teacher: str(teacher.dtype).removeprefix("torch.")),
-        "alignment": ALIGNMENT,
-    }
+    rounded = {"products": "bfloat16"} if _has_autocast(model) else {}
+    return (
+        mixed
+        | rounded
+        | {
+            "teacher": _of_each(model, weights_hash),
+            "config": _of_each(model, config_hash),
+            "tokenizer": tokenizer_hash,
+            "vocab_size": codec.vocab_size,
+            "corpus": corpus_fingerprint,
+            "codec": codec.name,
+            "top_k": codec.top_k,
+            "seed": seed if codec.name == "sampled" else None,
+            "temperature": 1.0,
+            "dtype": _of_each(model, lambda teacher: str(teacher.dtype).removeprefix("torch.")),
+            "alignment": ALIGNMENT,
+        }
+    )
+
+
+def _has_autocast(model: TeacherModel) -> bool:
+    """Whether a pass now multiplies in another number format than that of the weights."""
+    first = model.models[0] if isinstance(model, Mixture) else model
+    return first.device.type != "meta" and torch.is_autocast_enabled(first.device.type)
 
 
 def _of_each(model: TeacherModel, value: Callable[[PreTrainedModel], str]) -> str | list[str]:

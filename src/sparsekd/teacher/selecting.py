@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsekd.device import in_float64
 from sparsekd.teacher.codecs import Samples, Targets
 
 _CHUNK = 1024  # positions whose distribution is worked out at once; bounds the temporaries beside the logits
-_CHUNK_ON_CPU = 16  # their logits, which are read several times, stay in the processor's cache
+_CHUNK_ON_CPU = 32  # their logits, which are read several times, stay in the processor's cache
+_GROUP = 64  # tokens, of which the likeliest is looked for first
 
 
 @torch.inference_mode()
@@ -28,15 +29,29 @@ def top_k_distribution(logits: Float[Tensor, "*N V"], top_k: int) -> Targets:
     at least e^-30, which fp16 can hold as a logarithm.
     """
     z = logits.float()
-    top, ids = z.topk(top_k, dim=-1)
+    top, ids = _likeliest(z, top_k)
     m = top[..., :1]
-    e = (z - m).exp_().scatter_(-1, ids, 0.0)
-    tail = e.sum(-1)
-    tail_half = e.sqrt_().sum(-1)
+    e = (z - m).mul_(0.5).exp_().scatter_(-1, ids, 0.0)  # square roots
+    tail = torch.linalg.vector_norm(e, dim=-1).square()
+    tail_half = e.sum(-1)
     log_sum = ((top - m).exp().sum(-1) + tail).log()
     log_tail = (tail.log() - log_sum).clamp_min(-30.0)
     log_tail_half = (tail_half.log() - log_sum / 2).clamp_min(-15.0)
     return Targets(ids, top - m - log_sum[..., None], log_tail, log_tail_half)
+
+
+def _likeliest(z: Float[Tensor, "*N V"], top_k: int) -> tuple[Float[Tensor, "*N K"], Int[Tensor, "*N K"]]:
+    """What `z.topk` gives, twice as fast: first the K groups of tokens that have the largest maxima, for no other can
+    hold one of the K largest logits, then these among their tokens."""
+    whole = z.shape[-1] // _GROUP * _GROUP
+    if whole < _GROUP * top_k:
+        return z.topk(top_k, dim=-1)
+    groups = z[..., :whole].unflatten(-1, (-1, _GROUP))
+    best = groups.amax(-1).topk(top_k, dim=-1).indices[..., None]
+    ids = (best * _GROUP + torch.arange(_GROUP, device=z.device)).flatten(-2)
+    ids = torch.cat([ids, torch.arange(whole, z.shape[-1], device=z.device).expand(*z.shape[:-1], -1)], -1)
+    top, places = z.gather(-1, ids).topk(top_k, dim=-1)
+    return top, ids.gather(-1, places)
 
 
 @torch.inference_mode()

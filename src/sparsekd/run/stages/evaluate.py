@@ -54,15 +54,15 @@ def measure_texts(work: Work, round_: Round) -> Summary:
     stage = work.run.stage(str(round_.evaluation), inputs, replaces=True)
     if stage.summary is not None:
         return stage.summary
-    # side by side with the dense model only where they are compared, and one of them at a time: memory
-    together = [("dense", name) for name in named if name != "dense"] if options.agreement else [(n,) for n in named]
+    # side by side only where they are compared with the dense model, which reads a text once for all of them: memory
+    together = [tuple(named)] if options.agreement else [(name,) for name in named]
     speed: Record | None = None
     for names in together:
         compared = _Compared(work, {name: named[name] for name in names})
         for text in options.texts:
             _measure(compared, text, work.blocks.texts[text], stage)
         if options.agreement and options.texts and names == together[-1]:  # the model that the run is for
-            speed = prefill(compared.models)
+            speed = prefill({name: compared.models[name] for name in ("dense", names[-1])})
     results = {name: {text: stage.kept(_result(name, text)) for text in options.texts} for name in named}
     return stage.finish({"models": results, "prefill": speed})
 
@@ -86,15 +86,16 @@ def score_model(work: Work, where: Place) -> Record:
     if not missing or (known and not work.run.processes.is_main):
         return known
     model, tokenizer = work.open(where)
-    found = harness.run_tasks(
-        model,
-        tokenizer,
-        missing,
-        root=root,
-        limit=options.task_limit,
-        skip_missing=options.skip_missing_tasks,
-        batch_size=options.batch_size,
-    )
+    with work.placement.products():
+        found = harness.run_tasks(
+            model,
+            tokenizer,
+            missing,
+            root=root,
+            limit=options.task_limit,
+            skip_missing=options.skip_missing_tasks,
+            batch_size=options.batch_size,
+        )
     for result in found.values():
         if result.skipped is not None:
             console.say(f"  skipped: {result.skipped}")
@@ -155,7 +156,8 @@ def _measure(compared: _Compared, text: str, content: str, stage: Stage) -> None
     bound = options.max_tokens or len(corpus.encode(compared.tokenizer, content))
     passes = len(compared.names) * options.context / options.stride
     title = f"evaluating {' and '.join(compared.names)} on {text}"
-    with compared.work.run.console.bar(title, round(bound * passes)) as bar:
+    work = compared.work
+    with work.run.console.bar(title, round(bound * passes)) as bar, work.placement.products():
         found = measure(
             compared.models,
             compared.tokenizer,
@@ -167,9 +169,9 @@ def _measure(compared: _Compared, text: str, content: str, stage: Stage) -> None
             max_tokens=options.max_tokens,
             batch_size=options.batch_size,
             on_tokens=bar.advance,
-            say=compared.work.run.console.say,
+            say=work.run.console.say,
         )
-    for name in missing:  # the dense model is measured again beside every other
+    for name in missing:  # those that are kept already were measured again beside them
         stage.keep(_result(name, text), found[name].as_dict())
 
 
