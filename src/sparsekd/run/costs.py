@@ -49,30 +49,30 @@ class Sizes:
 class Work:
     """What the stages of all rounds compute, in tokens but for `solver_flops`."""
 
-    cached: float  # read by the teacher for the caches
-    calibrated: float  # passed through the dense model for statistics and probe
-    solver_flops: float
-    trained: float  # by the student, forward and back
-    validated: float
-    asked: float  # answered by an online teacher
-    evaluated: float  # read by the dense model
-    evaluated_smaller: float  # read by the compressed and the distilled model together
+    cached: int | float  # read by the teacher for the caches
+    calibrated: int | float  # passed through the dense model for statistics and probe
+    solver_flops: int | float
+    trained: int | float  # by the student, forward and back
+    validated: int | float
+    asked: int | float  # answered by an online teacher
+    evaluated: int | float  # read by the dense model
+    evaluated_smaller: int | float  # read by the compressed and the distilled model together
 
 
 @dataclass(frozen=True)
 class Parts:
     """Bytes that a stage holds at its peak, by what they are."""
 
-    weights: float
-    gradients: float = 0.0
-    moments: float = 0.0
-    best: float = 0.0  # the best weights so far, which are always on the host
-    rounded: float = 0.0  # weights in the products' number format, where they have another
-    activations: float = 0.0  # and logits, or the statistics of `compress`
-    head: float = 0.0  # a chunk of logits, and the gradient of the output projection
+    weights: int | float
+    gradients: int | float = 0
+    moments: int | float = 0
+    best: int | float = 0  # the best weights so far, which are always on the host
+    rounded: int | float = 0  # weights in the products' number format, where they have another
+    activations: int | float = 0  # and logits, or the statistics of `compress`
+    head: int | float = 0  # a chunk of logits, and the gradient of the output projection
 
     @property
-    def total(self) -> float:
+    def total(self) -> int | float:
         return sum(vars(self).values())
 
 
@@ -187,7 +187,7 @@ def _activations(recipe: Recipe, sizes: Sizes, products: int) -> int:
     return layer + sizes.layers * 4 * sizes.hidden if saves else sizes.layers * layer
 
 
-def _statistics(costs: Costs, visits: bool) -> float:
+def _statistics(costs: Costs, visits: bool) -> int | float:
     """Three hidden-size sums a layer and the directions of every matrix, unless layers `visit` the device; of `neurons`
     the hidden states of all tokens and one layer's second moments."""
     recipe, sizes = costs.recipe, costs.sizes
