@@ -137,10 +137,8 @@ def test_what_fits_nowhere(planned: Any) -> None:
 
 
 def test_more_devices_than_blocks_in_a_step(planned: Any) -> None:
-    four, eight = (
-        planned("0.6B", "4xH100", "distill.batch_size=4", LONG),
-        planned("0.6B", "8xH100", "distill.batch_size=4", LONG),
-    )
+    flags = ("distill.batch_size=4", "distill.micro_batch_size=4", LONG)
+    four, eight = planned("0.6B", "4xH100", *flags), planned("0.6B", "8xH100", *flags)
     assert four["note"] is None
     assert eight["note"] == "distill.batch_size is 4: of 8 devices only 4 have blocks all the time"
     assert eight["stages"]["distill"]["tokens_per_second"] == four["stages"]["distill"]["tokens_per_second"]
