@@ -2,7 +2,7 @@
 
     python benchmarks/plan_devices.py [--device 80GB]
 
-No weights are read and nothing is measured here, but how long the planning takes. The plan is set beside what was
+No weights are read and nothing is measured here. The plan is set beside what was
 measured on an H200 (results/gpu.jsonl). Writes results/plan_devices.json and prints the tables of docs/distill.md.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,11 @@ def recipe(folder: str, name: str, settings: list[str]) -> Recipe:
 
 
 def planned(name: str, devices: str, wanted: Recipe) -> dict[str, Any]:
-    start = time.perf_counter()
     found = plan_devices(wanted, devices).as_dict()
     kept = {key: found[key] for key in ("assumption", "note", "stages", "model_bytes", "cache_tokens")}
     sizes = {key: found["compression"][key] for key in ("model_parameters_before", "model_parameters_after")}
     cache = found["cache"][wanted.cache.codec]["bytes"]
-    took = {"planning_seconds": round(time.perf_counter() - start, 2)}
-    return {"model": name, "devices": devices} | sizes | {"cache_bytes": cache} | took | kept
+    return {"model": name, "devices": devices} | sizes | {"cache_bytes": cache} | kept
 
 
 def compared(folder: str, loop: str, at_once: int, blocks: str) -> dict[str, Any]:
