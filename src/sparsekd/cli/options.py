@@ -32,6 +32,10 @@ Out = Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/N
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; an error if there is none.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run in --out and start again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, bytes, memory and time; do nothing.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(metavar="NxDEVICE", help="With --dry-run, plan for these: 8xH100, 8x80GB, 8x80GB:312 (TFLOP/s)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

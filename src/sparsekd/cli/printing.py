@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsekd.records import Record
-    from sparsekd.run import Estimate
+    from sparsekd.run import DevicePlan, Estimate
 
 
 def print_json(value: Any) -> None:
@@ -125,21 +125,47 @@ def print_costs(planned: Estimate) -> None:
     """The device, bytes and time of a plan, as far as it has the stages that take them."""
     from sparsekd.report import tables
 
-    recipe = planned.recipe
     print(f"device        {planned.device}, {planned.dtype}")
-    if "cache" in planned.seconds and recipe.distill.teacher == "online":
-        print("teacher cache none: distill.teacher is online")
-    elif "cache" in planned.seconds:
-        print(f"teacher cache {planned.cache_tokens:,} tokens, before zstd")
-        for name, size in planned.cache.items():
-            chosen = "  <- this recipe" if name == recipe.cache.codec else ""
-            total = tables.size(float(size.bytes))
-            print(f"  {name:<11} {size.bytes_per_token:>4} bytes a token  {total:>9}{chosen}")
+    if "cache" in planned.seconds:
+        _print_cache(planned)
     if "distill" in planned.seconds:
         print(f"peak memory   about {planned.peak_memory_bytes / 1e9:.1f} GB")
     for name, duration in tables.seconds(planned.seconds):
         print(f"{name:<13} about {duration}")
     print(f"{'total':<13} about {tables.duration(sum(planned.seconds.values()))}")
+
+
+def _print_cache(planned: Estimate) -> None:
+    from sparsekd.report import tables
+
+    recipe = planned.recipe
+    if recipe.distill.teacher == "online":
+        print("teacher cache none: distill.teacher is online")
+        return
+    print(f"teacher cache {planned.cache_tokens:,} tokens, before zstd")
+    for name, size in planned.cache.items():
+        chosen = "  <- this recipe" if name == recipe.cache.codec else ""
+        total = tables.size(float(size.bytes))
+        print(f"  {name:<11} {size.bytes_per_token:>4} bytes a token  {total:>9}{chosen}")
+
+
+def print_device_plan(planned: DevicePlan, as_json: bool) -> None:
+    """What `run.plan_devices` gives."""
+    from sparsekd.report import tables
+
+    if as_json:
+        print_json(planned.as_dict())
+        return
+    estimate = planned.estimate
+    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(estimate.compression.as_dict()))])
+    print_tables([("Memory of each device, and time", tables.DEVICE_HEADER, tables.devices(planned.as_dict()))])
+    print(f"devices       {estimate.device}, {estimate.dtype}")
+    print(f"speed         {planned.assumption}")
+    if planned.note is not None:
+        print(f"note          {planned.note}")
+    _print_cache(estimate)
+    if estimate.seconds.keys() == planned.stages.keys():
+        print(f"{'total':<13} about {tables.duration(sum(estimate.seconds.values()))}")
 
 
 def prints_results() -> bool:

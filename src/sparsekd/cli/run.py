@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsekd.cli import options, printing
-from sparsekd.cli.options import AsJson, Device, DryRun, Fresh, Out, Reduction, Resume, Revision, Set, Target
+from sparsekd.cli.options import AsJson, Device, Devices, DryRun, Fresh, Out, Reduction, Resume, Revision, Set, Target
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.recipe import Recipe
 
@@ -22,12 +22,13 @@ def until(stage: str, text: str) -> Callable[..., None]:
         resume: Resume = False,
         fresh: Fresh = False,
         dry_run: DryRun = False,
+        devices: Devices = None,
         revision: Revision = None,
         device: Device = None,
         as_json: AsJson = False,
     ) -> None:
         recipe = options.recipe_of(target, reduction, set_, revision, device)
-        run_until(stage, target, recipe, out, resume, fresh, dry_run, as_json)
+        run_until(stage, target, recipe, out, resume, fresh, dry_run, as_json, devices)
 
     command.__doc__ = text
     return command
@@ -42,15 +43,21 @@ def run_until(
     fresh: bool,
     dry_run: bool,
     as_json: bool,
+    devices: str | None = None,
 ) -> None:
-    """Runs up to a stage, or tells what that would cost, and prints what came of it."""
+    """Runs up to a stage, or tells what that would cost, here or on `devices`, and prints what came of it."""
     if resume and fresh:
         raise UsageError("--resume continues a run and --fresh removes it: give one of them")
+    if devices is not None and not dry_run:
+        raise UsageError("--devices only plans, for what is not here: give --dry-run with it")
     if dry_run:
-        from sparsekd.run import estimate
+        from sparsekd.run import estimate, plan_devices
 
         printing.quiet()
-        printing.print_plan(estimate(recipe), as_json)
+        if devices is None:
+            printing.print_plan(estimate(recipe), as_json)
+        else:
+            printing.print_device_plan(plan_devices(recipe, devices), as_json)
         return
     from sparsekd import pipeline, report
 

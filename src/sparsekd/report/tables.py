@@ -29,6 +29,7 @@ FREQUENCY_HEADER = ["text", "model", "occurrences", *AGREEMENT_HEADER[2:], "toke
 SAID_HEADER = ["model", "tokens", "ended", "repetition", "tokens in common"]
 TASK_HEADER = ["task", "model", "metric", "score", "rows"]
 SIZE_HEADER = ["", "before", "after", "removed"]
+DEVICE_HEADER = ["stage", "one device", "DDP", "FSDP2", "fits as", "each holds", "tokens/s", "time"]
 MATRIX_HEADER = [
     "matrix",
     "shape",
@@ -282,6 +283,22 @@ def allocations(report: Record) -> str | None:
     if plan.get("predicted_kl_by_allocation") is None:  # a run of version 0.1 has none
         return None
     return widths.compared(plan, section["method"], section[section["method"]]["allocation"])
+
+
+def devices(plan: Record) -> Rows:
+    """A row a stage: what each device holds by way to spread, the least that fits, and how fast that is."""
+    found = []
+    for stage, planned in plan["stages"].items():
+        held, fit, speed = planned["memory_bytes"], planned["fit"], planned["tokens_per_second"]
+        row = [stage, *(size(held[way]) if way in held else "" for way in DEVICE_HEADER[1:4])]
+        if fit is None:
+            found.append([*row, "nothing", "", "", ""])
+            continue
+        how = fit["way"] if fit["devices"] in (1, plan["devices"]["count"]) else f"{fit['way']} on {fit['devices']}"
+        how += f", {fit['setting']}" if fit["setting"] else ""
+        time = "not known" if planned["seconds"] is None else duration(planned["seconds"])
+        found.append([*row, how, size(fit["memory_bytes"]), "" if speed is None else f"{speed:,.0f}", time])
+    return found
 
 
 def seconds(by_stage: dict[str, float]) -> Rows:

@@ -1,5 +1,7 @@
 """A run on disk. In: a recipe and a folder; out: finished stages, reused when nothing they are made of has changed."""
 
+from sparsekd.run.device_plan import DevicePlan as DevicePlan
+from sparsekd.run.device_plan import plan_devices as plan_devices
 from sparsekd.run.directory import Run as Run
 from sparsekd.run.dry_run import Estimate as Estimate
 from sparsekd.run.dry_run import estimate as estimate
