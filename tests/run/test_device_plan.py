@@ -83,7 +83,7 @@ def test_training_as_it_was_measured(loop: str, at_once: int, blocks: str, plann
 
 
 def test_the_other_stages_as_they_were_measured(planned: Any) -> None:
-    large = planned("0.6B", "1xH200", "cache.batch_size=16", "compress.num_tokens=32768", LONG)
+    large = planned("0.6B", "1xH200", "cache.batch_size=16", "compress.num_tokens=32768", "compress.batch_size=4", LONG)
     passes, structural = rows("passes", **{"at once": 16}), rows("structural")
     recorded = passes["forward_tokens_per_second"] * passes["cache_without_hash_to_forward"]
     assert 1 / large["seconds_per_token"] == pytest.approx(passes["forward_tokens_per_second"], rel=0.01)

@@ -148,7 +148,7 @@ def parts_of(costs: Costs, itemsize: int, products: int, micro_batch_size: int, 
     taught = itemsize * sizes.parameters if distill.teacher == "online" else 0
     copy = 0 if products == 4 else products  # of a float32 number for the products
     rows = 2048 if on_gpu else 256  # of the logits
-    together = int(evaluate.agreement)  # models beside the dense one
+    together = 2 * int(evaluate.agreement)  # models beside the dense one, which are compared with it
     return {
         "cache": Parts(
             weights=itemsize * sizes.parameters,
@@ -228,6 +228,6 @@ def _work(recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: c
         trained=trained,
         validated=validated,
         asked=trained + validated if is_online else 0,
-        evaluated=(1 + evaluate.agreement) * scored * len(rounds) + said,
+        evaluated=scored * len(rounds) + said,
         evaluated_smaller=2 * (scored + said) * len(rounds),
     )
