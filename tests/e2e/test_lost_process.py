@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-LINE = "sparsekd: another process of this run has ended or hangs: run the same command again, which goes on from"
+LINE = "sparsekd: another process of this run has ended or hangs: run the same command again to go on from"
 
 
 def command(recipe: Path, out: Path) -> list[str]:
