@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run_processes(script: str, *arguments: str, count: int) -> None:
     """Runs a script of this folder in processes that find each other, as a launcher would start them."""
@@ -26,3 +28,9 @@ def run_processes(script: str, *arguments: str, count: int) -> None:
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
+
+
+def split_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets processes split their models, as `accelerate launch --use_fsdp --fsdp_version 2` does."""
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)

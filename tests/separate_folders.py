@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsekd.distillation.checkpoint import Checkpoints
+from sparsekd.distillation.optimizer import allocate
 from sparsekd.errors import DataError
 
 dist.init_process_group("gloo")
@@ -18,7 +19,9 @@ folder = Path(sys.argv[1]) if is_main else Path("nowhere")
 def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Linear(3, 2)
-    return model, torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    allocate(optimizer, gradients=False)
+    return model, optimizer
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:

@@ -85,6 +85,22 @@ def rank_and_count() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def is_first_to_fail() -> bool:
+    """Whether none of the processes that work together has failed before; to be asked by one that has."""
+    if rank_and_count()[1] == 1:
+        return True
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("sparsekd has failed", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended, and said nothing
+        return True
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an exception says that another of the processes that work together does not answer any more."""
+    is_of_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)  # which names its own source file
+    return is_of_gloo or isinstance(error, torch.distributed.DistError)
+
+
 def add_over_processes(value: torch.Tensor) -> None:
     """Makes a tensor, wherever it is, the sum of all processes' own, in place."""
     shared = value.to("cuda") if torch.distributed.get_backend() == "nccl" else value.cpu()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparsekd import bench, compression, corpus, export, files, models, report
+from sparsekd import bench, compression, corpus, distillation, export, files, models, report
 from sparsekd.compression import damage, spectra
 from sparsekd.console import Console
 from sparsekd.device import place
@@ -63,6 +63,8 @@ def run(
         rounds = rounds[:1]
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
+        if opened.processes.is_split:
+            distillation.require_splittable(recipe.distill)
         opened.keep_recipe(settings_of(recipe, planned(recipe)))
         summaries = {"corpus": opened.processes.main_first(lambda: stages.corpus.make(work))}
         if until != "corpus":
@@ -79,12 +81,14 @@ def run(
 
 def run_round(work: Work, round_: Round, until: str = "evaluate") -> dict[str, Summary]:
     """The stages of one round up to `until`, with the summary of each by name. Processes started together share
-    teacher, statistics and training; the main one evaluates."""
+    teacher, statistics and training; the main one evaluates, the others hold their parts of models that are split."""
     processes, summaries = work.run.processes, {}
     for name, stage in OF_ROUND.items():
         if UNTIL.index(name) <= UNTIL.index(until) and stage.folder(round_) is not None:
             step = functools.partial(stage.make, work, round_)
-            summaries[name] = step() if stage.together else processes.main_first(step)
+            summaries[name] = (
+                step() if stage.together else work.main_first(step, list(round_.models(work.dense).values()))
+            )
             processes.wait()  # what comes next reads what the main process has just written
     return summaries
 

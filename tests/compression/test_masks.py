@@ -13,7 +13,7 @@ import torch
 from cutting import section
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import run_processes
+from launching import run_processes, split_models
 from safetensors.torch import load_file
 from tiny import sharpened
 from training import OPTIONS, data, equal, state
@@ -344,15 +344,24 @@ def test_a_resumed_training_gives_the_same_bytes(
     assert equal(state(resumed), state(straight))
 
 
+@pytest.mark.parametrize("is_split", [False, True])
 def test_two_processes_keep_the_zeros(
-    new_masked: Any, tokenizer: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+    is_split: bool,
+    new_masked: Any,
+    tokenizer: Any,
+    blocks: torch.Tensor,
+    cache: Cache,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    """DDP over gloo, and a checkpoint of it resumed."""
+    """DDP and FSDP2 over gloo, and a checkpoint of it resumed."""
     student = sparsekd.compress(new_masked(), blocks, reduction=0.9, **MASK)
     sparsekd.save(student, tokenizer, tmp_path / "student")
     np.save(tmp_path / "blocks.npy", blocks.numpy())
-    run_processes("two_processes.py", str(tmp_path), "one", count=1)
-    run_processes("two_processes.py", str(tmp_path), "two", "stopped", count=2)
+    run_processes("training_processes.py", str(tmp_path), "one", count=1)
+    if is_split:
+        split_models(monkeypatch)
+    run_processes("training_processes.py", str(tmp_path), "two", "stopped", count=2)
     one, two, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two", "stopped"))
     assert equal(two, stopped)
     for name, value in one.items():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training import OPTIONS, data, equal, state
 
 from sparsekd import distillation
-from sparsekd.distillation.checkpoint import Checkpoints
+from sparsekd.distillation.checkpoint import Checkpoints, verify
 from sparsekd.errors import DataError, Stopped
 from sparsekd.teacher import Cache
 
@@ -226,10 +226,19 @@ def test_a_signal_inside_an_accumulation_is_answered_after_the_step(
 
 
 def test_weights_split_over_processes_come_back(tmp_path: Path) -> None:
-    """FSDP's sharded parameters and moments, on two gloo processes: written whole, read into shards again."""
-    run_processes("sharded_checkpoint.py", str(tmp_path), count=2)
-    whole = load_file(tmp_path / "step-00000001/model.safetensors")
-    assert whole["0.weight"].shape == (8, 5)
+    """FSDP's parts of parameters and moments, on two gloo processes, then four, one and two: each writes its own, and
+    any number reads them."""
+    for number, count in enumerate((2, 4, 1, 2), start=1):
+        run_processes("sharded_checkpoint.py", str(tmp_path), str(number), count=count)
+        files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(f"step-{number:08}/**/*.safetensors")]
+        assert len(files) == (2 if count == 1 else 2 * count), files
+    verify(tmp_path)
+    with pytest.raises(DataError, match=r"step-00000004/model is of another model: weight is missing there and"):
+        other = torch.nn.Linear(3, 2)
+        Checkpoints(tmp_path).restore(other, torch.optim.AdamW(other.parameters()), print)
+    flip(next((tmp_path / "step-00000004/optimizer").iterdir()))
+    with pytest.raises(DataError, match=r"step-00000004/optimizer/shard-0000\d.*safetensors is damaged or missing"):
+        verify(tmp_path)
 
 
 def test_processes_need_no_shared_folder(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import run_processes
+from launching import run_processes, split_models
 from safetensors.torch import load_file
 from tiny import sharpened
 from training import OPTIONS, data, equal, state
@@ -301,21 +301,33 @@ def test_an_online_teacher_gives_the_same_training_as_its_cache(
 # ---- several processes
 
 
-def test_two_processes_train_the_same_weights_as_one(
-    new_student: Any, tokenizer: Any, blocks: torch.Tensor, cache: Cache, tmp_path: Path
+@pytest.mark.parametrize(("count", "is_split"), [(2, False), (4, False), (2, True), (4, True)])
+def test_several_processes_train_the_same_weights_as_one(
+    count: int,
+    is_split: bool,
+    new_student: Any,
+    tokenizer: Any,
+    blocks: torch.Tensor,
+    cache: Cache,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    """DDP over gloo. Eleven blocks in steps of four: in the last step, of three, a process gets one block less."""
+    """DDP and FSDP2 over gloo. Eleven blocks in steps of four: in the last step, of three, a process gets one block
+    less, of four processes none at all."""
     sparsekd.save(new_student(), tokenizer, tmp_path / "student")
     np.save(tmp_path / "blocks.npy", blocks.numpy())
-    run_processes("two_processes.py", str(tmp_path), "one", count=1)
-    run_processes("two_processes.py", str(tmp_path), "two", "stopped", count=2)
-    one, two, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two", "stopped"))
+    run_processes("training_processes.py", str(tmp_path), "one", count=1)
+    if is_split:
+        split_models(monkeypatch)
+    run_processes("training_processes.py", str(tmp_path), "several", "stopped", count=count)
+    one, several, stopped = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "several", "stopped"))
     start = new_student().state_dict()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-        assert torch.equal(two[name], stopped[name]), name  # a checkpoint of two processes resumes to the same bytes
+        torch.testing.assert_close(several[name], value, rtol=1e-4, atol=1e-5)
+        # their checkpoint resumes to the same bytes; more than two may add up in another order, which DDP chooses anew
+        torch.testing.assert_close(stopped[name], several[name], rtol=1e-4 * (count > 2), atol=1e-5 * (count > 2))
     assert any(not torch.allclose(one[name], start[name], rtol=1e-3, atol=1e-3) for name in one)
-    curves = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    curves = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "several")]
     assert curves[1]["losses"] == pytest.approx(curves[0]["losses"], rel=1e-5)
     assert curves[1]["validations"] == pytest.approx(curves[0]["validations"], rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""The command line in two processes of a real launcher, against one process."""
+"""The command line in two processes of a real launcher, against one process: whole models, and split ones."""
 
 import json
 import os
@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from launching import split_models
 from safetensors.torch import load_file
 
 
@@ -54,8 +56,34 @@ def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> No
     assert found == read(tmp_path / "two/reproduce-III.json") and list(found["arms"]) == ["Dense+KD", "round 40%"]
 
 
-def test_fsdp_is_refused(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def test_split_models_make_what_whole_ones_make(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """FSDP2: of teacher and student each of two processes has half, in every stage but compress."""
+    alone = launched("run", tiny_recipe, "--out", tmp_path / "one", count=1)
+    assert alone.returncode == 0, alone.stderr
+    split_models(monkeypatch)
+    together = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
+    assert together.returncode == 0, together.stderr
+    one, two = (tmp_path / name / "round-01" for name in ("one", "two"))
+    expected, found = (load_file(folder / "distilled/model/model.safetensors") for folder in (one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+    for path in ("dense/continuations", "round-01/eval"):
+        expected, found = (read(tmp_path / name / path / "stage.json") for name in ("one", "two"))
+        if "models" in expected:
+            for name, texts in expected["models"].items():
+                for text, measured in texts.items():
+                    other = found["models"][name][text]["perplexity"]
+                    assert other == pytest.approx(measured["perplexity"], rel=1e-5)
+        else:
+            assert expected["continuations"] == found["continuations"]
+
+
+def test_what_fsdp_cannot_split_is_refused(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    split_models(monkeypatch)
+    for setting in ("train=lora", "teacher=online"):
+        outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", f"distill.{setting}", count=2)
+        refused = f"sparsekd: distill.{setting.replace('=', ' is ')}, which FSDP cannot split"
+        assert outcome.returncode != 0 and outcome.stderr.count("sparsekd: ") == outcome.stderr.count(refused) == 1
+    monkeypatch.setenv("FSDP_VERSION", "1")
     outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
-    assert outcome.returncode != 0 and "a run in several processes uses DDP" in outcome.stderr
-    assert not (tmp_path / "two").exists()
+    assert outcome.returncode != 0 and "sparsekd: FSDP version 1 is not supported" in outcome.stderr

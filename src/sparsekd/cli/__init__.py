@@ -55,7 +55,7 @@ def main() -> None:
     try:
         app()
     except SparseKDError as error:
-        print(f"sparsekd: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(error.exit_code)
     except OSError as error:
         _say_why(f"{error.strerror or error}: {error.filename or ''}")
@@ -68,14 +68,29 @@ def main() -> None:
         if type(error).__name__ == "PanicException":  # of a library written in Rust; it is no Exception
             _say_why(f"a library gave up: {error}")
             sys.exit(3)
-        from sparsekd.device import out_of_memory
+        from sparsekd.device import lost_process, out_of_memory
 
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            _say_why("out of memory: smaller batches, a shorter context or another dtype need less")
+        elif lost_process(error):
+            _say_why(
+                "another process of this run has ended or hangs: run the same command again to go on from what is saved"
+            )
+        else:
             raise
-        _say_why("out of memory: smaller batches, a shorter context or another dtype need less")
         sys.exit(4)
 
 
 def _say_why(message: str) -> None:
     """As an error of ours says it: on one line of bounded length."""
-    print(f"sparsekd: {SparseKDError(message)}", file=sys.stderr)
+    _say(SparseKDError(message))
+
+
+def _say(error: SparseKDError) -> None:
+    """Unless another process of this run has said why it failed: the others fail like it, or because of it."""
+    if "torch" in sys.modules:
+        from sparsekd.device import is_first_to_fail
+
+        if not is_first_to_fail():
+            return
+    print(f"sparsekd: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Training to match the teacher. In: a student, blocks, a teacher; out: the trained student and its curves."""
 
+from sparsekd.distillation.checkpoint import on_host as on_host
 from sparsekd.distillation.history import METRICS as METRICS
 from sparsekd.distillation.history import History as History
 from sparsekd.distillation.history import Step as Step
@@ -14,3 +15,4 @@ from sparsekd.distillation.objective import Objective as Objective
 from sparsekd.distillation.objective import Teacher as Teacher
 from sparsekd.distillation.objective import make_batch as make_batch
 from sparsekd.distillation.objective import require_document_mask as require_document_mask
+from sparsekd.distillation.worker import require_splittable as require_splittable

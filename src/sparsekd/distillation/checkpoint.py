@@ -5,28 +5,36 @@
 
 A checkpoint holds what trains, its optimizer's moments, and what the loop has to know; it needs the best weights that
 its history names. The two newest checkpoints are kept, with their best weights: one that is damaged (`state.json` has
-the others' sha256) falls back to the one before. Weights that are split over processes are put together before they
-are written and split again when read, so the number of processes may change. Only the main process reads and writes;
-the others, which may be on machines that do not see the folder, get from it what it has read.
+the others' sha256) falls back to the one before. Only the main process reads and writes; the others, which may be on
+machines that do not see the folder, get from it what it has read.
+
+Of weights that are split over processes, none holds all: `model` and `optimizer` are folders then, in which torch's
+distributed checkpoints have each process write its parts as safetensors, so that all have to see the folder. Either
+kind is read by any number of processes, split or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparsekd import files, records
 from sparsekd.device import rank_and_count
-from sparsekd.errors import DataError
+from sparsekd.errors import DataError, ResourceError, UsageError
+from sparsekd.models import whole
 from sparsekd.records import Record
+
+parted: Any = torch.distributed.checkpoint  # documented names that are not marked as exported
 
 _KEPT = 2
 _T = TypeVar("_T")
@@ -50,20 +58,15 @@ class Checkpoints:
         self._write(_best(step), {"model": trained(model)}, {"step": step})
 
     def load_best(self, model: nn.Module, step: int) -> None:
-        """Fills what trains with the best weights; raises `DataError` when they are damaged."""
+        """Fills what trains with the best weights; raises `DataError` when they are damaged or another model's."""
         self.wait()
         folder = self.folder / _best(step)
         self._agreed(lambda: _verified(folder))
-        _fill(model, self._tensors(folder / "model.safetensors", model))
+        self._fill(folder, "model", trained(model))
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Record) -> None:
         """Writes a checkpoint of `state`, JSON values with `step` and `best_step`, and removes what is not needed."""
-        moments = {
-            f"{name}.{key}": value
-            for name, parameter in trained(model).items()
-            for key, value in optimizer.state[parameter].items()
-        }
-        parts = {"model": trained(model), "optimizer": moments}
+        parts = {"model": trained(model), "optimizer": moments(model, optimizer)}
         self._write(_checkpoint(state["step"]), parts, state, lambda: self._remove_old(state["best_step"]))
 
     def wait(self) -> None:
@@ -74,13 +77,13 @@ class Checkpoints:
         """Fills model and optimizer from the newest whole checkpoint and returns its state; None if there is none.
 
         One that is damaged, or whose best weights are, is named through `say` and passed over. Raises `DataError` when
-        all there are are damaged.
+        all there are are damaged, or of another model. The optimizer has its moments already, as `allocate` makes them.
         """
         state = self._agreed(lambda: self._newest(say))
         if state is not None:
             folder = self.folder / _checkpoint(state["step"])
-            _fill(model, self._tensors(folder / "model.safetensors", model))
-            _fill_moments(model, optimizer, self._tensors(folder / "optimizer.safetensors", model))
+            self._fill(folder, "model", trained(model))
+            self._fill(folder, "optimizer", moments(model, optimizer))
         return state
 
     def _newest(self, say: Callable[[str], None]) -> Record | None:
@@ -117,19 +120,42 @@ class Checkpoints:
             raise outcome[1]
         return outcome[0]
 
-    def _tensors(self, path: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """What the main process reads from a file, by name; with several processes where their model is, one by one,
-        so that no other process holds all."""
-        values = load_file(path) if self._is_main or self._is_alone else {}
-        if self._is_alone:
-            yield from values.items()
+    @torch.no_grad()
+    def _fill(self, folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copies a part of a checkpoint into tensors in place, so that ties and an optimizer's references hold."""
+        path = Path(self._agreed(lambda: str(folder / part)))
+        if self._agreed(path.is_dir):
+            self._require_seen(path)
+            reader = parted.HuggingFaceStorageReader(str(path))
+            found: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+            tensors = _as_vectors(tensors)
+            _require_same(path, {name: tuple(one.size) for name, one in found.items()}, tensors)
+            parted.load(tensors, storage_reader=reader, no_dist=self._is_alone)
             return
-        forms = self._agreed(lambda: [(name, value.shape, value.dtype) for name, value in values.items()])
-        device = next(model.parameters()).device
-        for name, size, dtype in forms:
-            value = values[name].to(device) if self._is_main else torch.empty(size, dtype=dtype, device=device)
-            torch.distributed.broadcast(value, src=0)
-            yield name, value
+        path = path.with_suffix(".safetensors")
+        values = load_file(path) if self._is_main or self._is_alone else {}
+        kinds = self._agreed(lambda: [(name, tuple(value.shape), value.dtype) for name, value in values.items()])
+        _require_same(path, {name: shape for name, shape, _ in kinds}, tensors)
+        for name, shape, dtype in kinds:  # one by one, so that no other process holds all
+            device = tensors[name].device
+            if self._is_alone:
+                value = values[name].to(device)
+            else:
+                value = values[name].to(device) if self._is_main else torch.empty(shape, dtype=dtype, device=device)
+                torch.distributed.broadcast(value, src=0)
+            tensors[name].copy_(_like(value, tensors[name]))
+
+    def _require_seen(self, folder: Path) -> None:
+        """Raises `UsageError` unless all processes see the main one's folder."""
+        seen: list[Any] = [folder.is_dir()]
+        if not self._is_alone:
+            seen *= rank_and_count()[1]
+            torch.distributed.all_gather_object(seen, folder.is_dir())
+        if not all(seen):
+            raise UsageError(
+                f"process {seen.index(False)} does not see {folder}, where under FSDP each writes its part: take a "
+                "folder that all machines share"
+            )
 
     def _write(
         self,
@@ -139,6 +165,11 @@ class Checkpoints:
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
         self.wait()
+        if any(isinstance(value, DTensor) for value in parts["model"].values()):
+            self._write_parted(name, parts, state)
+            if self._is_main:
+                afterwards()
+            return
         copies = {part: on_host(tensors, self._is_main) for part, tensors in parts.items()}
         if not self._is_main:
             return
@@ -159,6 +190,30 @@ class Checkpoints:
             self._pending = self._background.submit(job)
         else:
             job()
+
+    def _write_parted(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: Record) -> None:
+        """Each process writes its parts, the main one what makes them a checkpoint."""
+        if self._is_main:
+            size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+            files.require_space(self.folder, size, "a checkpoint")
+        with files.atomic_path(self.folder / name) if self._is_main else nullcontext() as temporary:
+            if temporary is not None:
+                temporary.mkdir()
+            folder = Path(self._agreed(lambda: str(temporary)))
+            self._require_seen(folder)
+            for part, tensors in parts.items():
+                writer = parted.HuggingFaceStorageWriter(str(folder / part), save_distributed=True)
+                try:
+                    parted.save(_as_vectors(tensors), storage_writer=writer)
+                except parted.CheckpointException as error:
+                    reason = next(iter(error.failures.values()))[0]
+                    raise ResourceError(f"{self.folder / name} cannot be written: {reason}") from error
+            if self._is_main:
+                written = sorted(folder.rglob("*.safetensors"))
+                hashes = {
+                    path.relative_to(folder).with_suffix("").as_posix(): files.file_sha256(path) for path in written
+                }
+                records.write(folder / "state.json", state | {"sha256": hashes})
 
     def _remove_old(self, best_step: int) -> None:
         kept = self._checkpoints()[-_KEPT:]
@@ -189,40 +244,48 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps of each parameter that trains, by the parameter's name and its own."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in trained(model).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
 def on_host(tensors: Mapping[str, Tensor], is_wanted: bool = True) -> dict[str, Tensor]:
     """Whole copies; none where they are not wanted. All processes must call: each has a part of a split tensor."""
     copies = {}
     for name, value in tensors.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        together = whole(value)
         if is_wanted:
-            copies[name] = whole.detach().cpu().contiguous()
+            copies[name] = together.detach().cpu().contiguous()
     return copies
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """`value` where and how `parameter` is: on its device, split over processes as it is."""
-    on_device = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
-    return on_device
+def _as_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory, numbers as vectors of one: torch's distributed checkpoints in safetensors take no others."""
+    return {name: value.view(1) if value.ndim == 0 else value for name, value in tensors.items()}
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies values into the parameters in place, so that ties and an optimizer's references hold."""
-    parameters = trained(model)
-    for name, value in values:
-        parameter = parameters.pop(name)
-        parameter.copy_(_like(value, parameter))
-    assert not parameters, f"the checkpoint lacks {', '.join(parameters)}"
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    """`value` split over processes as `tensor` is."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    return value
 
 
-def _fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Iterable[tuple[str, Tensor]]) -> None:
-    parameters = trained(model)
-    for name, value in moments:
-        parameter_name, _, key = name.rpartition(".")
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = _like(value, parameter)
+def _require_same(path: Path, found: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `DataError` naming the first tensor that a file has and the model not, or the other way, or of another
+    shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in dict.fromkeys([*wanted, *found]):
+        there, here = found.get(name), wanted.get(name)
+        if there != here:
+            raise DataError(
+                f"{path} is of another model: {name} is {there or 'missing'} there and {here or 'missing'} here; "
+                "choose another folder, or remove that one to start anew"
+            )
 
 
 def _verified(folder: Path, needed: tuple[str, ...] = ()) -> Record:

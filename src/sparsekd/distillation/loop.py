@@ -6,7 +6,7 @@ positions divided by the positions of the whole step, so that micro batches, pro
 unchanged. Validation runs on blocks of other documents; the best weights are kept, the start included, so training
 can only help by that measure. Nothing in it is random, and a training that was stopped ends with the same bytes.
 
-How it runs on several processes (DDP, or FSDP2 where the launcher asks for it) is left to accelerate (`worker.py`).
+How it runs on several processes (DDP, or FSDP2 where the launcher asks for it) is in `worker.py`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
 from sparsekd.distillation.optimizer import allocate, prepared, schedule
-from sparsekd.distillation.worker import Worker, accelerated, compiled, distribute, is_worth_compiling
+from sparsekd.distillation.worker import Worker, accelerated, compiled, device_of, distribute, is_worth_compiling
 from sparsekd.errors import DataError, Diverged, Stopped, UsageError
-from sparsekd.models import forms, in_float32
+from sparsekd.models import forms, in_float32, is_split, split
 from sparsekd.recipe import Distill, distill_section
 from sparsekd.teacher import Cache
 
@@ -132,9 +132,8 @@ def train(
                 worker.halve(say)
             if guard is not None:
                 guard.drop_gradients()
-            clipped: Any = accelerator.clip_grad_norm_(worker.objective.parameters(), options.max_grad_norm)
+            grad_norm = worker.clip(options.max_grad_norm)
             loss, kd, ce = worker.summed(sums)
-            grad_norm = float(clipped)
             _require_finite(step + 1, loss, grad_norm)
             optimizer.step()
             if guard is not None:
@@ -175,13 +174,17 @@ def train(
 
 
 def measure(model: PreTrainedModel, data: Data, options: Distill) -> Validation:
-    """Losses of any model on the validation blocks; of the dense one, to know when the student has reached it."""
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    bfloat16 = trains_in_bfloat16(options.precision, model.device)  # as the student whom it is compared with
+    """Losses of any model on the validation blocks; of the dense one, to know when the student has reached it. Under
+    FSDP the model is split by it, for good."""
+    device = device_of(model)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    bfloat16 = trains_in_bfloat16(options.precision, device)  # as the student whom it is compared with
     objective = Objective(model, options, data.teacher.vocab_size, bfloat16)
+    if is_split():
+        split(model, objective)
     with ThreadPoolExecutor(1) as reader:
         size = options.micro_batch_size
-        worker = Worker(objective, data, accelerator, model.device, objective.vocab_size, bfloat16, size, reader)
+        worker = Worker(objective, data, accelerator, device, objective.vocab_size, bfloat16, size, reader)
         return worker.validate(0)
 
 

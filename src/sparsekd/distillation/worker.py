@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from sparsekd import records
@@ -23,8 +24,8 @@ from sparsekd.device import out_of_memory, trains_in_bfloat16
 from sparsekd.distillation.history import Validation
 from sparsekd.distillation.objective import Batch, Data, Objective, make_batch, require_document_mask
 from sparsekd.distillation.optimizer import make_optimizer
-from sparsekd.errors import DataError, Diverged, ResourceError
-from sparsekd.models import find_layers
+from sparsekd.errors import DataError, Diverged, ResourceError, UsageError
+from sparsekd.models import find_layers, is_split, split, whole
 from sparsekd.recipe import Distill
 from sparsekd.teacher import Cache
 
@@ -43,7 +44,7 @@ def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Ite
                 f"distill.trackers: {name} is not installed here; there are: {', '.join(available) or 'none'}"
             )
     trackers: Any = options.trackers or None
-    on_cpu = student.device.type == "cpu"
+    on_cpu = device_of(student).type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=trackers, project_dir=folder)
     if options.trackers:
         accelerator.init_trackers("trackers")
@@ -52,6 +53,12 @@ def accelerated(student: PreTrainedModel, options: Distill, folder: Path) -> Ite
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model trains: where it is or, if it is to be split over processes, where each has its part."""
+    own: Any = PartialState().device if is_split() else model.device
+    return own
 
 
 def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: int) -> bool:
@@ -80,6 +87,16 @@ def compiled(
             layer._compiled_call_impl = None
 
 
+def require_splittable(options: Distill) -> None:
+    """Raises `UsageError` for a training that does not work in parts: merging adapters needs whole matrices, and an
+    online teacher would be asked by one process more often than by another."""
+    for setting, given in (("train", options.train), ("teacher", options.teacher)):
+        if given in ("lora", "online"):
+            raise UsageError(
+                f"distill.{setting} is {given}, which FSDP cannot split: choose another, or start it without FSDP"
+            )
+
+
 def distribute(
     student: PreTrainedModel,
     data: Data,
@@ -88,19 +105,29 @@ def distribute(
     reader: ThreadPoolExecutor,
     is_compiled: bool,
 ) -> tuple[Any, Worker]:
-    """The optimizer and this process's worker, as accelerate runs them: alone, with DDP, or with FSDP."""
-    if accelerator.num_processes > 1:  # a single process leaves the student where it was put
+    """The optimizer and this process's worker: alone, with DDP as accelerate runs it, or split over processes.
+
+    Raises `UsageError` for what cannot be trained in parts.
+    """
+    if is_split():
+        require_splittable(options)
+    elif accelerator.num_processes > 1:  # a single process leaves the student where it was put
         nn.Module.to(student, accelerator.device)
     if data.separator is not None:
         require_document_mask(student)
-    bfloat16 = trains_in_bfloat16(options.precision, student.device)
-    objective = Objective(student, options, data.teacher.vocab_size, bfloat16, is_compiled)
-    device, vocab_size = student.device, objective.vocab_size
-    wrapped, optimizer = accelerator.prepare(
-        objective, make_optimizer(student, options), device_placement=[False, False]
-    )
+    device = device_of(student)
+    bfloat16 = trains_in_bfloat16(options.precision, device)
+    objective: Any = Objective(student, options, data.teacher.vocab_size, bfloat16, is_compiled)
+    vocab_size = objective.vocab_size
+    if is_split():
+        split(student, objective)
+        optimizer: Any = make_optimizer(student, options)
+    else:
+        objective, optimizer = accelerator.prepare(
+            objective, make_optimizer(student, options), device_placement=[False, False]
+        )
     size = options.micro_batch_size
-    return optimizer, Worker(wrapped, data, accelerator, device, vocab_size, bfloat16, size, reader)
+    return optimizer, Worker(objective, data, accelerator, device, vocab_size, bfloat16, size, reader)
 
 
 @dataclass
@@ -129,12 +156,13 @@ class Worker:
         if denominator == 0:
             raise DataError(f"no position of blocks {', '.join(map(str, ids))} predicts a token: nothing to learn from")
         sums = torch.zeros(3, device=self.device)
-        shares = self._shares(ids)
+        shares, is_parted = self._shares(ids), issubclass(type(self.objective), FSDPModule)
         try:
             for number, micro in enumerate(shares, 1):
                 batch = self._batch(micro)
-                # only the last backward pass adds the gradients of all processes up
-                synced = nullcontext() if number == len(shares) else self.accelerator.no_sync(self.objective)
+                # only the last backward pass adds the gradients of all processes up, unless they are held in parts only
+                is_added = number == len(shares) or is_parted
+                synced = nullcontext() if is_added else self.accelerator.no_sync(self.objective)
                 with synced, torch.compiler.set_stance(self._stance):
                     outcome = self.objective(batch, denominator)
                     # which takes their mean, but the loss is a sum over all of them
@@ -146,6 +174,10 @@ class Worker:
                 raise
             return None
         return sums
+
+    def clip(self, max_norm: float) -> float:
+        """Scales the gradients down to a norm of at most `max_norm`, and returns what it was."""
+        return float(whole(nn.utils.clip_grad_norm_(self.objective.parameters(), max_norm)))
 
     def validate(self, step: int, say: Callable[[str], None] = lambda text: None) -> Validation:
         """Losses on the validation blocks, by source of the blocks and over all."""

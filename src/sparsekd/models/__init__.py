@@ -35,5 +35,8 @@ from sparsekd.models.saving import EXPORTED as EXPORTED
 from sparsekd.models.saving import checkpoint_dtype as checkpoint_dtype
 from sparsekd.models.saving import require_whole as require_whole
 from sparsekd.models.saving import save as save
+from sparsekd.models.splitting import is_split as is_split
+from sparsekd.models.splitting import split as split
+from sparsekd.models.splitting import whole as whole
 from sparsekd.models.vocabulary import real_vocab_size as real_vocab_size
 from sparsekd.models.vocabulary import shared_vocab_size as shared_vocab_size

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekd import files
 from sparsekd.models.locating import locate, weight_files
 from sparsekd.models.saving import EXPORTED, HASHES
+from sparsekd.models.splitting import whole
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of all parameters and buffers, by name, type, shape and bytes; the same for every container."""
+    """sha256 of all parameters and buffers, by name, type, shape and bytes; the same for every container.
+    All processes must call where the model is split over them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -22,7 +22,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(came_in.get(name, usual))
+            if parameter.dtype != came_in.get(name, usual):
+                parameter.data = parameter.data.to(came_in.get(name, usual))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

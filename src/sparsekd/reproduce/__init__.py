@@ -172,12 +172,13 @@ def _run(work: Work, round_: Round, rates: Sequence[float], searched: Rate | Non
     made = pipeline.run_round(work, round_, until="compress")
     rate = search_rate(work, round_, rates) if searched is None else searched
     trained = replace(round_, distill=replace(round_.distill, learning_rate=rate.learning_rate))
+    places = list(trained.models(work.dense).values())
     return Result(
         made["compress"]["mlp_reduction"] if round_.compress else 0.0,
         rate,
         history_of(stages.distill.make(work, trained)),
-        work.run.processes.main_first(lambda: stages.evaluate.measure_texts(work, trained))["models"],
-        work.run.processes.main_first(lambda: stages.evaluate.score_tasks(work, trained)) if tasks else {},
+        work.main_first(lambda: stages.evaluate.measure_texts(work, trained), places)["models"],
+        work.main_first(lambda: stages.evaluate.score_tasks(work, trained), places) if tasks else {},
     )
 
 

@@ -81,12 +81,13 @@ class Run:
 
         `resume` insists that there is a run to continue; `fresh` removes the one that is there; `shared` lets other
         processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
-        or another process in it.
+        or another process in it, and for processes that were started together with different recipes.
         """
         run = cls(folder, recipe, console, shared)
+        run.processes.require_alike(recipe)
         if not run.processes.is_main:
             run.processes.wait()
-            with memory_named(lambda: run.latest, _WAY_OUT):
+            with run.processes.heard(), memory_named(lambda: run.latest, _WAY_OUT):
                 yield run
             return
         exists = is_run(folder)
@@ -101,7 +102,7 @@ class Run:
             if not shared:
                 run._settle(exists, fresh)
             run.processes.wait()
-            with memory_named(lambda: run.latest, _WAY_OUT):
+            with run.processes.heard(), memory_named(lambda: run.latest, _WAY_OUT):
                 yield run
 
     def _settle(self, exists: bool, fresh: bool) -> None:

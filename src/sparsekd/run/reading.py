@@ -137,12 +137,15 @@ def other_run(folder: Path, difference: str) -> MismatchError:
     )
 
 
-def difference_of(found: Any, wanted: Any, name: str = "") -> str | None:
-    """The first field in which the two differ, with both values; None where they are equal."""
+def difference_of(found: Any, wanted: Any, name: str = "", now: str = "now") -> str | None:
+    """The first field in which the two differ, with both values; None where they are equal. `now` says where the
+    second one is."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return None if found == wanted else f"{name} is {found} there and {wanted} now"
+        return None if found == wanted else f"{name} is {found} there and {wanted} {now}"
     fields = dict.fromkeys([*wanted, *found])
-    differences = (difference_of(found.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in fields)
+    differences = (
+        difference_of(found.get(key), wanted.get(key), f"{name}.{key}" if name else key, now) for key in fields
+    )
     return next((difference for difference in differences if difference is not None), None)
 
 

@@ -15,4 +15,5 @@ from sparsekd.teacher.online import Mixture as Mixture
 from sparsekd.teacher.online import Online as Online
 from sparsekd.teacher.online import TeacherModel as TeacherModel
 from sparsekd.teacher.online import distributions as distributions
+from sparsekd.teacher.online import members as members
 from sparsekd.teacher.selecting import top_k_distribution as top_k_distribution

@@ -54,6 +54,11 @@ class Mixture:
 TeacherModel = PreTrainedModel | Mixture
 
 
+def members(model: TeacherModel) -> list[PreTrainedModel]:
+    """The models that a teacher consists of."""
+    return model.models if isinstance(model, Mixture) else [model]
+
+
 def context_of(model: TeacherModel) -> int | None:
     """The longest block that a model takes; None where its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

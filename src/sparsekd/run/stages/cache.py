@@ -30,7 +30,11 @@ def make(work: Work, round_: Round, share: Share = ALL) -> Summary:
     by_id = {block_id: block.tokens for block_id, block in enumerate(blocks.blocks)}
     num_tokens = sum(len(tokens) for tokens in by_id.values()) // share.count
     model, tokenizer_hash, vocab_size = open_teacher(work, round_)
-    with work.run.console.bar("caching", num_tokens) as bar, work.placement.products():
+    with (
+        work.run.console.bar("caching", num_tokens) as bar,
+        work.shared(teacher.members(model)),
+        work.placement.products(),
+    ):
         cache = teacher.fill(
             model,
             stage.folder,

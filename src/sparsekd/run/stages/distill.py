@@ -54,7 +54,7 @@ def make(work: Work, round_: Round) -> Summary:
             stop_signal=lambda: received[0] if received else None,
         )
     run.console.say(f"  {history.stop_reason}; weights after step {history.best_step} kept")
-    work.save(student, tokenizer, stage)
+    work.save(work.gathered(student, round_.student), tokenizer, stage)
     if run.processes.is_main:
         files.remove(stage.folder / "checkpoints")
     return stage.finish(history.as_dict())

@@ -1,4 +1,5 @@
-"""What each process of `test_two_processes_train_the_same_weights_as_one` runs: FOLDER, then one, two or stopped."""
+"""What each process of `test_several_processes_train_the_same_weights_as_one` runs: FOLDER, then what to call each
+training; one that is called stopped is stopped and resumed."""
 
 import contextlib
 import json
@@ -31,7 +32,7 @@ def train(name: str, stop_at: int | None = None) -> None:
         on_step=lambda step, _: done.append(step.step),
         stop_signal=lambda: 15 if done[-1] == stop_at else None,
     )
-    save_file({key: value.contiguous() for key, value in student.state_dict().items()}, folder / f"{name}.safetensors")
+    save_file(distillation.on_host(student.state_dict()), folder / f"{name}.safetensors")
     curves = {
         "losses": [step.loss for step in history.steps],
         "validations": [validation.loss for validation in history.validations],
