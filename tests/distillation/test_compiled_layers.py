@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -58,3 +59,17 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(compiled: Callable[[Any]
 
     found = compiled(broken)
     assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in plain.steps], rel=1e-5)
+
+
+@pytest.mark.usefixtures("processor_with_bfloat16")
+def test_on_a_processor_long_trainings_in_bfloat16_are_compiled(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    long = worker.COMPILED_FROM_ON_CPU
+    assert worker.is_worth_compiling(teacher, OPTIONS, long)
+    assert not worker.is_worth_compiling(teacher, OPTIONS, long - 1)
+    assert not worker.is_worth_compiling(teacher, replace(OPTIONS, precision="float32"), long)
+    assert not worker.is_worth_compiling(teacher, replace(OPTIONS, gradient_checkpointing=True), long)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not worker.is_worth_compiling(teacher, OPTIONS, long)

@@ -12,7 +12,6 @@ import torch
 from launching import split_models
 from safetensors.torch import load_file
 
-
 # in bfloat16, which these processes would take where it is faster, another order of sums is seen sooner
 IN_FLOAT32 = ("--set", "model.dtype=float32", "--set", "distill.precision=float32")
 

@@ -56,7 +56,9 @@ def linear_kd_loss(
     picks, teacher = prepared(labels, targets, mode, temperature, torch.float32)
     trains = torch.is_grad_enabled()
     grad_hidden = torch.empty_like(hidden) if trains and hidden.requires_grad else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains and weight.requires_grad else None
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if trains and weight.requires_grad else None
+    if grad_weight is not None:
+        grad_weight[vocab_size if len(hidden) else 0 :].zero_()  # the first chunk writes the others
     share = torch.full((), 1 / denominator, device=hidden.device)  # unlike a copied number: no wait for the device
     numbers = _Numbers(share, alpha, temperature, scale, softcap)
     tempered = len(temperatures_of(mode, temperature)) > 1
@@ -85,7 +87,7 @@ def linear_kd_loss(
             if grad_hidden is not None:
                 grad_hidden[part] = (low @ matrix).to(h.dtype)  # under autocast it is bf16
             if grad_weight is not None:
-                add_product(grad_weight[:vocab_size], low.T, h)
+                add_product(grad_weight[:vocab_size], low.T, h, is_first=start == 0)
             del gradient, low  # before the next chunk's is made: two would be there at once
     kd, ce = sums / denominator
     total = alpha * kd + (1 - alpha) * ce

@@ -160,7 +160,8 @@ class Objective(nn.Module):
             hidden = hidden.bfloat16() if self._bfloat16 and not on_cpu else hidden.float()
             weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             settings |= {"scale": self._head.scale, "softcap": self._head.cap, "vocab_size": self.vocab_size}
-            settings |= {"compiled": self._is_compiled and torch.is_grad_enabled()}
+            # on a CPU it was measured to gain nothing
+            settings |= {"compiled": self._is_compiled and torch.is_grad_enabled() and not on_cpu}
             with rounded_factors(self._bfloat16 and on_cpu):  # which spares a copy of the matrix
                 loss = linear_kd_loss(hidden, weight, batch.labels, batch.targets, **settings)
         else:

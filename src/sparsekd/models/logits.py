@@ -67,13 +67,16 @@ def product(matrix: Float[Tensor, "V D"], columns: Float[Tensor, "D N"], out: Fl
                 torch.mm(rows.float(), columns, out=found)
 
 
-def add_product(out: Float[Tensor, "A B"], a: Float[Tensor, "A N"], b: Float[Tensor, "N B"]) -> None:
-    """Adds `a @ b`, which are of one number format, to `out`, which is float32."""
+def add_product(
+    out: Float[Tensor, "A B"], a: Float[Tensor, "A N"], b: Float[Tensor, "N B"], is_first: bool = False
+) -> None:
+    """Adds `a @ b`, which are of one number format, to `out`, which is float32; `is_first` writes it there."""
+    beta = 0 if is_first else 1
     if a.dtype != torch.float32 and a.is_cuda and _GIVES_FLOAT32:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out, beta=beta)
     else:
         with rounded_factors(a.dtype == torch.bfloat16):
-            out.addmm_(a.float(), b.float())
+            out.addmm_(a.float(), b.float(), beta=beta)
 
 
 class _Project(torch.autograd.Function):
