@@ -1,6 +1,6 @@
 """Our training step against two loops written by hand: tokens a second and peak memory, in turns.
 
-    python benchmarks/training_speed.py [--peers PYTHON] [--method neurons] [--bfloat16]
+    python benchmarks/training_speed.py [--peers PYTHON] [--method neurons] [--bfloat16] [--loops NAME ...]
 
 - `fine-tuning`: cross-entropy alone, `model(input_ids, labels=...)`, no teacher. Bars: 1.0 x its speed, 0.7 x
   its memory.
@@ -69,8 +69,9 @@ def main() -> None:
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with trl and distillkit")
     parser.add_argument("--method", choices=["whitened", "neurons"], default="whitened")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--loops", nargs="+", help="which of them; all by default")
     given = parser.parse_args()
-    loops = (*LOOPS, *PEERS) if given.peers else LOOPS
+    loops = [name for name in (*LOOPS, *(PEERS if given.peers else ())) if name in (given.loops or (*LOOPS, *PEERS))]
     environment = os.environ | {"PYTHONPATH": str(Path(sparsekd.__file__).parents[1])}  # the other has no sparsekd
     if given.child:
         print(json.dumps(turn(given.child[0], Path(given.child[1]), given.bfloat16)))
@@ -87,7 +88,7 @@ def main() -> None:
     figures: dict[str, Any] = {"method": given.method, "tokens": STEPS * BATCH * 256, "rounds": ROUNDS}
     for loop in loops:
         figures[loop] = {name: summary([one[name] for one in turns[loop]]) for name in turns[loop][0]}
-    for ours, other in itertools.product(OURS, [loop for loop in loops if loop not in OURS]):
+    for ours, other in itertools.product([loop for loop in loops if loop in OURS], [x for x in loops if x not in OURS]):
         pairs = list(zip(turns[ours], turns[other], strict=True))
         for name in turns[other][0]:
             figures[f"{ours} to {other}, {name}"] = summary([mine[name] / theirs[name] for mine, theirs in pairs])

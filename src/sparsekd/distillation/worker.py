@@ -70,13 +70,9 @@ def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: i
         return False
     if student.device.type == "cuda":
         return num_tokens >= COMPILED_FROM and importlib.util.find_spec("triton") is not None
-    is_long, has_compiler = num_tokens >= COMPILED_FROM_ON_CPU, shutil.which("g++") is not None
-    return (
-        student.device.type == "cpu"
-        and is_long
-        and has_compiler
-        and trains_in_bfloat16(options.precision, student.device)
-    )
+    if student.device.type != "cpu" or not trains_in_bfloat16(options.precision, student.device):
+        return False
+    return num_tokens >= COMPILED_FROM_ON_CPU and shutil.which("g++") is not None
 
 
 @contextmanager
