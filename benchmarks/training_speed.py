@@ -94,7 +94,7 @@ def main() -> None:
             figures[f"{ours} to {other}, {name}"] = summary([mine[name] / theirs[name] for mine, theirs in pairs])
     figures["bfloat16"] = given.bfloat16
     suffixes = ("_neurons" if given.method == "neurons" else "") + ("_bfloat16" if given.bfloat16 else "")
-    record("training_speed" + suffixes, figures)
+    record("training_speed" + suffixes + ("_chosen" if given.loops else ""), figures)
 
 
 def prepare(folder: Path, method: str) -> None:

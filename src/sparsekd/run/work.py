@@ -99,9 +99,7 @@ class Work:
         held: dict[int, PreTrainedModel] = {}
 
         def model_of(number: int) -> PreTrainedModel:
-            if number not in held:
-                for other in held.keys() - {0}:  # the first stays beside one of the others, as in the main process
-                    del held[other]
+            if number not in held:  # all stay: the main process reads a text with all of them in turns
                 held[number] = self._load(places[number], self.placement.dtype)[0]
                 models.split(held[number])
             return held[number]
