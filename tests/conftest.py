@@ -29,13 +29,17 @@ from transformers import (
 )
 
 from sparsekd import device
+from sparsekd.run import directory, inspection
 
 
 @pytest.fixture(scope="session", autouse=True)
 def processor_without_bfloat16() -> Iterator[None]:
-    """Tests compute in float32 by default, whatever processor they run on: figures are the same everywhere."""
+    """Tests compute in float32 by default, whatever processor they run on, and hear no advice about it: figures and
+    lines are the same everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        for module in (directory, inspection):
+            patch.setattr(module, "slow_kernels", lambda: None)
         yield
 
 

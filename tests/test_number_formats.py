@@ -17,6 +17,7 @@ from sparsekd import device, distillation
 from sparsekd.device import place, rounded_factors, trains_in_bfloat16
 from sparsekd.evaluate import measure
 from sparsekd.models import logits_of
+from sparsekd.run import directory, inspection
 from sparsekd.teacher import Cache, fill
 
 CPU = torch.device("cpu")
@@ -147,3 +148,28 @@ def test_a_whole_run_in_bfloat16(
         assert a == pytest.approx(b, rel=0.01)
     again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json")
     assert again.json["evaluation"] == found.json["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "preloaded", "is_said"), [("AMD", "", 1), ("AMD", "/x/mkl.so", 0), ("Intel", "", 0)]
+)
+def test_a_processor_that_mkl_slows_down_is_told_once(
+    sparsekd: Callable[..., Outcome],
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vendor: str,
+    preloaded: str,
+    is_said: int,
+) -> None:
+    read = Path.read_text
+    text = f"vendor_id : {'Authentic' if vendor == 'AMD' else 'Genuine'}{vendor}\nflags : fpu avx512f\n"
+    monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if str(p) == "/proc/cpuinfo" else read(p, *a, **k))
+    for module in (directory, inspection):
+        monkeypatch.setattr(module, "slow_kernels", device.slow_kernels)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setenv("LD_PRELOAD", preloaded)
+    found = sparsekd("corpus", tiny_recipe, "--out", tmp_path / "run")
+    assert found.code == 0
+    assert found.err.count("MKL takes slow kernels on this AMD processor") == is_said
+    assert ("slow kernels" in sparsekd("doctor").out) == bool(is_said)

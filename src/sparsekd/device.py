@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -140,6 +141,21 @@ def bfloat16_gain() -> float:
 def fast_products(device: torch.device) -> torch.autocast:
     """A context in which products are in bfloat16 where that is faster; weights, sums and norms stay what they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
+def slow_kernels() -> str | None:
+    """What to do about products in float32 and float64 at half speed, if this processor is one that MKL slows down."""
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system
+        return None
+    is_slowed = "AuthenticAMD" in known and "avx512f" in known and torch.backends.mkl.is_available()
+    if not is_slowed or "mkl" in os.environ.get("LD_PRELOAD", ""):
+        return None
+    return (
+        "MKL takes slow kernels on this AMD processor: docs/troubleshooting.md, half the speed on an AMD processor, "
+        "has two lines that change it"
+    )
 
 
 @contextmanager

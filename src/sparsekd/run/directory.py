@@ -22,7 +22,7 @@ from typing import Any
 
 from sparsekd import files, models, records
 from sparsekd.console import Console
-from sparsekd.device import memory_named, place
+from sparsekd.device import memory_named, place, slow_kernels
 from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, as_yaml
 from sparsekd.records import Record
@@ -98,6 +98,9 @@ class Run:
         if resume and not exists:
             raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
         folder.mkdir(parents=True, exist_ok=True)
+        advice = slow_kernels() if run.placement.device.type == "cpu" else None
+        if advice is not None:
+            console.say(advice)
         with files.lock(folder / "run.lock", str(folder), shared=shared):
             if not shared:
                 run._settle(exists, fresh)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsekd import corpus, files, models, records
-from sparsekd.device import place
+from sparsekd.device import place, slow_kernels
 from sparsekd.distillation import checkpoint
 from sparsekd.errors import DataError, UsageError
 from sparsekd.run.machine import machine, versions
@@ -259,5 +259,6 @@ def diagnose() -> Facts:
         for name, what in _EXTRAS.items()
     }
     free = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
-    chosen = f"{placement.device}, {placement.reason}"
+    advice = slow_kernels() if placement.device.type == "cpu" else None
+    chosen = f"{placement.device}, {placement.reason}" + (f"; {advice}" if advice else "")
     return {**versions(), **machine(), "device": chosen, "free disk here": free, **extras}
