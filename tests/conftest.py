@@ -126,7 +126,7 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
     """A recipe that goes the whole path in seconds, on a held-out part and on another text."""
     (tmp_path / "other.txt").write_text("\n\n".join(paragraphs(20, seed=2)))
     recipe = {
-        "model": {"name": str(model_folder("llama"))},
+        "model": {"name": str(model_folder("llama")), "dtype": "float32"},  # also in processes of their own
         "corpus": {
             "root": str(tmp_path),
             "sources": {"learn": {"path": text_file.name, "holdout": 0.2}},
@@ -136,7 +136,13 @@ def tiny_recipe(model_folder: Callable[[str], Path], text_file: Path, tmp_path: 
         },
         "cache": {"top_k": 8, "batch_size": 2},
         "compress": {"num_tokens": 256, "batch_size": 2},
-        "distill": {"batch_size": 2, "micro_batch_size": 2, "validations": 2, "learning_rate": 1e-3},
+        "distill": {
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "validations": 2,
+            "learning_rate": 1e-3,
+            "precision": "float32",
+        },
         "evaluate": {
             "texts": {"held": {"holdout_of": "learn"}, "other": {"path": "other.txt"}},
             "context": 64,

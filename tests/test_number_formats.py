@@ -132,7 +132,8 @@ def test_a_whole_run_in_bfloat16(
     sparsekd: Callable[..., Outcome], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says so, its inputs say so, and its figures are near those in float32."""
-    found = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--json")
+    auto = ("--set", "model.dtype=auto", "--set", "distill.precision=auto")
+    found = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--json", *auto)
     assert found.code == 0, found.err
     assert "products in bfloat16: 4.0 times as fast" in found.err
     inputs = json.loads((tmp_path / "fast/round-01/cache/inputs.json").read_text())
@@ -146,7 +147,7 @@ def test_a_whole_run_in_bfloat16(
         a, b = (one.json["evaluation"]["models"][name]["held"]["perplexity"] for one in (found, exact))
         assert a != b
         assert a == pytest.approx(b, rel=0.01)
-    again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json")
+    again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json", *auto)
     assert again.json["evaluation"] == found.json["evaluation"]
 
 

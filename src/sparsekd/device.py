@@ -174,7 +174,13 @@ def rounded_factors(is_wanted: bool = True) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "can't start new thread")  # of torch, system, Python
+# of oneDNN, torch, the system, Python
+_NO_MEMORY = (
+    "could not create a primitive",
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "can't start new thread",
+)
 # of Python, which forgets the MemoryError where there is no room for one more call on its stack
 _NO_STACK = "error return without exception set"
 

@@ -77,13 +77,9 @@ class Work:
         return self._dense
 
     def take(self, where: Place, dtype: torch.dtype) -> Loaded:
-        """The model at `where`, to change: nobody else has it. The dense one is that which is open, if any is in this
-        number format; whoever opens it next reads it anew."""
-        opened = self._dense
+        """The model at `where`, to change: one of its own, for whoever opened it before may read it still."""
         if where == self.dense:
             self.release()
-            if opened is not None and opened[0].dtype == dtype:
-                return opened
         return self._load(where, dtype)
 
     def release(self) -> None:
