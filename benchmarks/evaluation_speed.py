@@ -53,15 +53,15 @@ def main() -> None:
                         for window in batch:
                             _ = one(input_ids=window[None], use_cache=False).logits
 
+    options: dict[str, Any] = {"max_tokens": TOKENS, "context": CONTEXT, "stride": STRIDE, "batch_size": BATCH}
+
     def perplexity() -> None:
-        sparsekd.perplexity(model, tokenizer, text, max_tokens=TOKENS, context=CONTEXT, stride=STRIDE, batch_size=BATCH)
+        sparsekd.perplexity(model, tokenizer, text, **options)
 
     def all_measures() -> None:
-        options: dict[str, Any] = {"max_tokens": TOKENS, "context": CONTEXT, "stride": STRIDE, "batch_size": BATCH}
         measure({"model": model}, tokenizer, text, **options)
 
     def three_models() -> None:
-        options: dict[str, Any] = {"max_tokens": TOKENS, "context": CONTEXT, "stride": STRIDE, "batch_size": BATCH}
         measure(three, tokenizer, text, teacher="dense", **options)
 
     bare()

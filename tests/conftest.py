@@ -39,7 +39,7 @@ def processor_without_bfloat16() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         for module in (directory, inspection):
-            patch.setattr(module, "slow_kernels", lambda: None)
+            patch.setattr(module, "slow_kernels", lambda device: None)
         yield
 
 

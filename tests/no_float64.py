@@ -13,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-torch.cpu._is_avx512_bf16_supported = lambda: False  # as the test that it is compared with
-
 DEVICE = "single"
 BETWEEN_DEVICES = {"_to_copy", "copy_"}
 

@@ -174,3 +174,28 @@ def test_a_processor_that_mkl_slows_down_is_told_once(
     assert found.code == 0
     assert found.err.count("MKL takes slow kernels on this AMD processor") == is_said
     assert ("slow kernels" in sparsekd("doctor").out) == bool(is_said)
+
+
+@bfloat16
+def test_float32_as_asked_holds_for_the_cut_too(
+    sparsekd: Callable[..., Outcome], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics, too, multiply as on a processor that is no faster in bfloat16; with `auto` they do not."""
+
+    def cut(name: str, dtype: str) -> bytes:
+        options = (
+            "--set",
+            f"model.dtype={dtype}",
+            "--set",
+            "compress.method=neurons",
+            "--set",
+            "compress.reduction=0.3",
+        )
+        found = sparsekd("compress", tiny_recipe, "--out", tmp_path / name, *options)
+        assert found.code == 0, found.err
+        return (tmp_path / name / "round-01/compressed/model/model.safetensors").read_bytes()
+
+    asked, fast = cut("asked", "float32"), cut("fast", "auto")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert cut("slow", "auto") == asked
+    assert fast != asked

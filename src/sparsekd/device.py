@@ -6,9 +6,11 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -20,6 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
+_EXACT = ContextVar("_EXACT", default=False)
 _WORTHWHILE = 1.2  # times as fast, from which bfloat16 is chosen; less may be a busy moment
 
 
@@ -117,10 +120,22 @@ def trains_in_bfloat16(precision: str, device: torch.device) -> bool:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32: on GPUs that know it, and on processors with the
     instructions for it, if a measurement says so too. Without them they can take a hundred times as long."""
+    if _EXACT.get():
+        return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # of x86; those with AMX have it too
     return device.type == "cpu" and known is not None and known() and bfloat16_gain() > _WORTHWHILE
+
+
+@contextmanager
+def exact_products(is_wanted: bool) -> Iterator[None]:
+    """In it nothing multiplies in bfloat16 on its own account: `multiplies_bfloat16` is false everywhere."""
+    token = _EXACT.set(_EXACT.get() or is_wanted)
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
 
 
 @functools.cache
@@ -143,8 +158,10 @@ def fast_products(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
 
 
-def slow_kernels() -> str | None:
-    """What to do about products in float32 and float64 at half speed, if this processor is one that MKL slows down."""
+def slow_kernels(device: torch.device) -> str | None:
+    """What to do about products in float32 and float64 at half speed, if this is a processor that MKL slows down."""
+    if device.type != "cpu":
+        return None
     try:
         known = Path("/proc/cpuinfo").read_text()
     except OSError:  # another system
@@ -172,6 +189,24 @@ def rounded_factors(is_wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+class _AtOnce(Executor):
+    """Does what is submitted when it is submitted."""
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        done: Future[R] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+def beside(device: torch.device) -> Executor:
+    """One thread for what is to go on beside the work of a GPU. A processor has all its cores at work already, and
+    before Python 3.13 starting a thread hangs where memory has run out: there it is done at once."""
+    return ThreadPoolExecutor(1) if device.type == "cuda" else _AtOnce()
 
 
 # of oneDNN, torch, the system, Python

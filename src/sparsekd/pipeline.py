@@ -17,7 +17,7 @@ import torch
 from sparsekd import bench, compression, corpus, distillation, export, files, models, report
 from sparsekd.compression import damage, spectra
 from sparsekd.console import Console
-from sparsekd.device import place
+from sparsekd.device import exact_products, place
 from sparsekd.errors import QualityError, UsageError
 from sparsekd.evaluate import harness
 from sparsekd.recipe import Recipe, method_named
@@ -198,9 +198,10 @@ def spectrum(recipe: Recipe) -> Record:
         blocks = corpus.build(recipe.corpus, recipe.evaluate.texts, tokenizer, recipe.seed)
         batches, separator = stages.compress.calibration_batches(blocks, section, recipe.seed), blocks.separator
     calibration = compression.Calibration(model, batches, seed=recipe.seed, separator=separator, warn=Console().warn)
-    if section.method == "neurons":
-        return damage.as_dict(compression.damage_of(model, calibration, section), section)
-    return spectra.as_dict(compression.spectra_of(model, calibration, section), section)
+    with exact_products(options.dtype == "float32"):
+        if section.method == "neurons":
+            return damage.as_dict(compression.damage_of(model, calibration, section), section)
+        return spectra.as_dict(compression.spectra_of(model, calibration, section), section)
 
 
 def _quality_gate(written: Record) -> None:

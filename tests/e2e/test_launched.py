@@ -12,9 +12,6 @@ import torch
 from launching import split_models
 from safetensors.torch import load_file
 
-# in bfloat16, which these processes would take where it is faster, another order of sums is seen sooner
-IN_FLOAT32 = ("--set", "model.dtype=float32", "--set", "distill.precision=float32")
-
 
 def launched(*arguments: object, count: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
@@ -28,7 +25,7 @@ def read(path: Path) -> Any:
 
 
 def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path) -> None:
-    options = (*IN_FLOAT32, "--set", "cache.blocks_per_shard=2")
+    options = ("--set", "cache.blocks_per_shard=2")
     together = launched("run", tiny_recipe, "--out", tmp_path / "two", *options, count=2)
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("report:") == 1 and together.stderr.count("round-01/distilled ...") == 1
@@ -59,10 +56,10 @@ def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> No
 
 def test_split_models_make_what_whole_ones_make(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """FSDP2: of teacher and student each of two processes has half, in every stage but compress."""
-    alone = launched("run", tiny_recipe, "--out", tmp_path / "one", *IN_FLOAT32, count=1)
+    alone = launched("run", tiny_recipe, "--out", tmp_path / "one", count=1)
     assert alone.returncode == 0, alone.stderr
     split_models(monkeypatch)
-    together = launched("run", tiny_recipe, "--out", tmp_path / "two", *IN_FLOAT32, count=2)
+    together = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
     assert together.returncode == 0, together.stderr
     one, two = (tmp_path / name / "round-01" for name in ("one", "two"))
     expected, found = (load_file(folder / "distilled/model/model.safetensors") for folder in (one, two))

@@ -16,7 +16,7 @@ kind is read by any number of processes, split or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ class Checkpoints:
     and holds copies of what is written. A GPU's weights are copied to the host and written in the `background`, one
     after the other, while the training goes on; `wait` for the last, and what went wrong with it."""
 
-    def __init__(self, folder: Path, is_main: bool = True, background: ThreadPoolExecutor | None = None):
+    def __init__(self, folder: Path, is_main: bool = True, background: Executor | None = None):
         self.folder, self._is_main = folder, is_main
         self._background, self._pending = background, Future[None]()
         self._pending.set_result(None)
@@ -175,14 +175,12 @@ class Checkpoints:
             return
 
         def job() -> None:
-            size = sum(t.numel() * t.element_size() for tensors in copies.values() for t in tensors.values())
-            files.require_space(self.folder, size, "a checkpoint")
+            self._require_space(copies)
             with files.atomic_path(self.folder / name) as temporary:
                 temporary.mkdir()
                 for part, tensors in copies.items():
                     save_file(tensors, temporary / f"{part}.safetensors")
-                hashes = {part: files.file_sha256(temporary / f"{part}.safetensors") for part in parts}
-                records.write(temporary / "state.json", state | {"sha256": hashes})
+                _describe(temporary, state)
             afterwards()
 
         are_copies = any(value.is_cuda for tensors in parts.values() for value in tensors.values())
@@ -194,8 +192,7 @@ class Checkpoints:
     def _write_parted(self, name: str, parts: Mapping[str, Mapping[str, Tensor]], state: Record) -> None:
         """Each process writes its parts, the main one what makes them a checkpoint."""
         if self._is_main:
-            size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
-            files.require_space(self.folder, size, "a checkpoint")
+            self._require_space(parts)
         with files.atomic_path(self.folder / name) if self._is_main else nullcontext() as temporary:
             if temporary is not None:
                 temporary.mkdir()
@@ -209,11 +206,11 @@ class Checkpoints:
                     reason = next(iter(error.failures.values()))[0]
                     raise ResourceError(f"{self.folder / name} cannot be written: {reason}") from error
             if self._is_main:
-                written = sorted(folder.rglob("*.safetensors"))
-                hashes = {
-                    path.relative_to(folder).with_suffix("").as_posix(): files.file_sha256(path) for path in written
-                }
-                records.write(folder / "state.json", state | {"sha256": hashes})
+                _describe(folder, state)
+
+    def _require_space(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+        files.require_space(self.folder, size, "a checkpoint")
 
     def _remove_old(self, best_step: int) -> None:
         kept = self._checkpoints()[-_KEPT:]
@@ -286,6 +283,13 @@ def _require_same(path: Path, found: Mapping[str, Sequence[int]], tensors: Mappi
                 f"{path} is of another model: {name} is {there or 'missing'} there and {here or 'missing'} here; "
                 "choose another folder, or remove that one to start anew"
             )
+
+
+def _describe(folder: Path, state: Record) -> None:
+    """Writes the state, with the hashes of all weights in the folder, which makes it a checkpoint."""
+    written = sorted(folder.rglob("*.safetensors"))
+    hashes = {path.relative_to(folder).with_suffix("").as_posix(): files.file_sha256(path) for path in written}
+    records.write(folder / "state.json", state | {"sha256": hashes})
 
 
 def _verified(folder: Path, needed: tuple[str, ...] = ()) -> Record:

@@ -16,7 +16,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.corpus import shuffled
-from sparsekd.device import bfloat16_gain, multiplies_bfloat16, trains_in_bfloat16
+from sparsekd.device import beside, bfloat16_gain, multiplies_bfloat16, trains_in_bfloat16
 from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
@@ -99,8 +98,8 @@ def train(
         accelerated(student, options, place) as accelerator,
         prepared(student, options),
         compiled(student, is_compiled),
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as writer,
+        beside(device_of(student)) as reader,
+        beside(device_of(student)) as writer,
     ):
         optimizer, worker = distribute(student, data, options, accelerator, reader, is_compiled)
         # several micro batches add to gradients that are there in any case; one is spared them during its forward pass
@@ -182,7 +181,7 @@ def measure(model: PreTrainedModel, data: Data, options: Distill) -> Validation:
     objective = Objective(model, options, data.teacher.vocab_size, bfloat16)
     if is_split():
         split(model, objective)
-    with ThreadPoolExecutor(1) as reader:
+    with beside(device) as reader:
         size = options.micro_batch_size
         worker = Worker(objective, data, accelerator, device, objective.vocab_size, bfloat16, size, reader)
         return worker.validate(0)

@@ -157,7 +157,8 @@ class Objective(nn.Module):
                 states = decoder(**inputs, use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, batch.rows)
             on_cpu = hidden.device.type == "cpu"
-            hidden = hidden.bfloat16() if self._bfloat16 and not on_cpu else hidden.float()
+            if self._bfloat16:
+                hidden = hidden.float() if on_cpu else hidden.bfloat16()
             weight = output_weight(self.student)  # whole: a slice's gradient would be one more matrix of this size
             settings |= {"scale": self._head.scale, "softcap": self._head.cap, "vocab_size": self.vocab_size}
             # on a CPU it was measured to gain nothing

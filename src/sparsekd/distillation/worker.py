@@ -6,7 +6,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,7 @@ def distribute(
     data: Data,
     options: Distill,
     accelerator: Accelerator,
-    reader: ThreadPoolExecutor,
+    reader: Executor,
     is_compiled: bool,
 ) -> tuple[Any, Worker]:
     """The optimizer and this process's worker: alone, with DDP as accelerate runs it, or split over processes.
@@ -149,7 +149,7 @@ class Worker:
     vocab_size: int
     bfloat16: bool  # the products
     micro_batch_size: int
-    reader: ThreadPoolExecutor  # one thread that does all reading: a Parquet file is not to be read by two
+    reader: Executor  # one thread at most, that does all reading: a Parquet file is not to be read by two
     _ahead: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict)
     _stance: str = "default"  # to code that is compiled, where any is
 
@@ -164,7 +164,7 @@ class Worker:
         if denominator == 0:
             raise DataError(f"no position of blocks {', '.join(map(str, ids))} predicts a token: nothing to learn from")
         sums = torch.zeros(3, device=self.device)
-        shares, is_parted = self._shares(ids), issubclass(type(self.objective), FSDPModule)
+        shares, is_parted = self._shares(ids), isinstance(self.objective, FSDPModule)
         try:
             for number, micro in enumerate(shares, 1):
                 batch = self._batch(micro)

@@ -46,7 +46,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What the stages of all rounds compute, in tokens but for `solver_flops`."""
 
     cached: int | float  # read by the teacher for the caches
@@ -85,7 +85,7 @@ class Costs:
     sizes: Sizes
     cache_tokens: int  # of one cache
     cache: dict[str, CacheSize]  # by codec
-    work: Work
+    work: Workload
 
     @property
     def remaining(self) -> float:
@@ -200,7 +200,9 @@ def _statistics(costs: Costs, visits: bool) -> int | float:
     return sizes.layers * 3 * 8 * sizes.hidden**2 + directions + kept
 
 
-def _work(recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: compression.Plan, cached: int) -> Work:
+def _work(
+    recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: compression.Plan, cached: int
+) -> Workload:
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
     # of all rounds; a trial is a quarter of an epoch, validated before and after
@@ -221,7 +223,7 @@ def _work(recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: c
     is_online = distill.teacher == "online"
     pruned = {one.compressed: (one.compress, one.share) for one in rounds if one.compress is not None}
     statistics = [calibrated(options, share) for options, share in pruned.values()]
-    return Work(
+    return Workload(
         cached=0 if is_online else cached * len({one.cache for one in rounds}),
         calibrated=sum(tokens for tokens, _ in statistics),
         solver_flops=sum(flops for _, flops in statistics),

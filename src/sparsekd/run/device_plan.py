@@ -33,7 +33,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePlan:
     """What a stage needs and takes. Time is that of `fit`; None where there is none, or where it is not known."""
 
     memory_bytes: dict[str, float]  # of each device, by way to spread, as the recipe is
@@ -48,7 +48,7 @@ class DevicePlan:
 
     estimate: Estimate
     devices: Devices
-    stages: dict[str, Stage]
+    stages: dict[str, StagePlan]
     assumption: str  # that the time rests on
     note: str | None
 
@@ -102,13 +102,13 @@ def plan_devices(recipe: Recipe, text: str) -> DevicePlan:
     return DevicePlan(whole, devices, stages, assumption, note)
 
 
-def _stage(name: str, costs: Costs, devices: Devices) -> Stage:
+def _stage(name: str, costs: Costs, devices: Devices) -> StagePlan:
     memory = _memory(name, costs, devices.count)
     for fit, settled in _fits(name, costs, devices):
         if fit.memory_bytes <= devices.memory_bytes:
             speed = Speed(settled, replace(devices, count=fit.devices))
-            return Stage(memory, fit, *speed.of_stage(name))
-    return Stage(memory, None, None, None)
+            return StagePlan(memory, fit, *speed.of_stage(name))
+    return StagePlan(memory, None, None, None)
 
 
 def _fits(name: str, costs: Costs, devices: Devices) -> Iterator[tuple[Fit, Costs]]:

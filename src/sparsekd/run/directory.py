@@ -98,7 +98,7 @@ class Run:
         if resume and not exists:
             raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
         folder.mkdir(parents=True, exist_ok=True)
-        advice = slow_kernels() if run.placement.device.type == "cpu" else None
+        advice = slow_kernels(run.placement.device)
         if advice is not None:
             console.say(advice)
         with files.lock(folder / "run.lock", str(folder), shared=shared):

@@ -259,6 +259,6 @@ def diagnose() -> Facts:
         for name, what in _EXTRAS.items()
     }
     free = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"
-    advice = slow_kernels() if placement.device.type == "cpu" else None
+    advice = slow_kernels(placement.device)
     chosen = f"{placement.device}, {placement.reason}" + (f"; {advice}" if advice else "")
     return {**versions(), **machine(), "device": chosen, "free disk here": free, **extras}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd import files
 from sparsekd.corpus import ALL, Share
-from sparsekd.device import Batches
+from sparsekd.device import Batches, beside
 from sparsekd.errors import DataError
 from sparsekd.models import config_hash, real_vocab_size, tokenizer_hash, weights_hash
 from sparsekd.teacher.cache import Cache
 from sparsekd.teacher.codecs import Codec, Samples, Targets, codec_for
 from sparsekd.teacher.merging import owns
-from sparsekd.teacher.online import Mixture, TeacherModel, context_of, distributions, teacher_logits
+from sparsekd.teacher.online import Mixture, TeacherModel, context_of, distributions, members, teacher_logits
 from sparsekd.teacher.selecting import by_chunks, sampled_distribution, uniforms
 from sparsekd.teacher.shards import ALIGNMENT, Identity
 from sparsekd.teacher.writing import Writer
@@ -36,31 +36,22 @@ def identity(
     model: TeacherModel, tokenizer_hash: str, corpus_fingerprint: str, codec: Codec, seed: int = 42
 ) -> Identity:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
-    mixed = {"weights": model.weights} if isinstance(model, Mixture) else {}
-    rounded = {"products": "bfloat16"} if _has_autocast(model) else {}
-    return (
-        mixed
-        | rounded
-        | {
-            "teacher": _of_each(model, weights_hash),
-            "config": _of_each(model, config_hash),
-            "tokenizer": tokenizer_hash,
-            "vocab_size": codec.vocab_size,
-            "corpus": corpus_fingerprint,
-            "codec": codec.name,
-            "top_k": codec.top_k,
-            "seed": seed if codec.name == "sampled" else None,
-            "temperature": 1.0,
-            "dtype": _of_each(model, lambda teacher: str(teacher.dtype).removeprefix("torch.")),
-            "alignment": ALIGNMENT,
-        }
-    )
-
-
-def _has_autocast(model: TeacherModel) -> bool:
-    """Whether a pass now multiplies in another number format than that of the weights."""
-    first = model.models[0] if isinstance(model, Mixture) else model
-    return first.device.type != "meta" and torch.is_autocast_enabled(first.device.type)
+    optional: Identity = {"weights": model.weights} if isinstance(model, Mixture) else {}
+    if torch.is_autocast_enabled(members(model)[0].device.type):  # another number format than that of the weights
+        optional["products"] = "bfloat16"
+    return optional | {
+        "teacher": _of_each(model, weights_hash),
+        "config": _of_each(model, config_hash),
+        "tokenizer": tokenizer_hash,
+        "vocab_size": codec.vocab_size,
+        "corpus": corpus_fingerprint,
+        "codec": codec.name,
+        "top_k": codec.top_k,
+        "seed": seed if codec.name == "sampled" else None,
+        "temperature": 1.0,
+        "dtype": _of_each(model, lambda teacher: str(teacher.dtype).removeprefix("torch.")),
+        "alignment": ALIGNMENT,
+    }
 
 
 def _of_each(model: TeacherModel, value: Callable[[PreTrainedModel], str]) -> str | list[str]:
@@ -108,7 +99,8 @@ def fill(
             tokens = torch.from_numpy(np.stack([blocks[i] for i in ids]).astype(np.int64))
             return _targets(model, tokens, ids, chosen, seed, separator)
 
-        with ThreadPoolExecutor(1) as background:  # a shard is packed and written while the model answers for the next
+        # a shard is packed and written while the model answers for the next
+        with beside(members(model)[0].device) as background:
             written: Future[None] | None = None
             for number, ids in missing.items():
                 targets = []

@@ -10,6 +10,7 @@ import torch
 from sparsekd import compression, corpus, files
 from sparsekd.compression import widths
 from sparsekd.corpus import Corpus
+from sparsekd.device import exact_products
 from sparsekd.recipe import Compress, method_named
 from sparsekd.run.reading import Summary, read_inputs
 from sparsekd.run.rounds import Round
@@ -47,7 +48,8 @@ def make(work: Work, round_: Round) -> Summary:
         teacher=open_cache(work, round_, work.blocks.train_ids.tolist()) if needs.probe_tokens and is_cached else None,
         warn=work.run.console.warn,
     )
-    plan = compression.apply(student, calibration, options)
+    with exact_products(work.recipe.model.dtype == "float32"):
+        plan = compression.apply(student, calibration, options)
     work.save(student, tokenizer, stage)
     share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
     removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
