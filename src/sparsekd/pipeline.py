@@ -139,7 +139,7 @@ def _candidates(folder: Path) -> list[bench.Candidate]:
     recipe = read_recipe(folder)
     found = [bench.Candidate("dense", export.Source(recipe.model.name, revision=recipe.model.revision))]
     for one in planned(recipe):
-        lost = f"{one.compress.method} {one.compress.reduction:.0%}" if one.compress else one.name
+        lost = f"{one.compress.methods} {one.compress.total:.0%}" if one.compress else one.name
         found.append(
             bench.Candidate(f"{folder.name}: {lost}", export.Source(str(folder / one.distilled / "model"), folder))
         )
@@ -185,6 +185,8 @@ def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) ->
 def spectrum(recipe: Recipe) -> Record:
     """The spectra of a model's MLP matrices on the recipe's corpus or, by method `neurons`, what each width of each MLP
     is predicted to cost; keeps nothing."""
+    if recipe.compress.first:
+        raise UsageError("spectrum shows what one method sees: expected one step in compress, found several")
     options, section, placement = recipe.model, recipe.compress, place(recipe.device, recipe.model.dtype)
     model, tokenizer = models.load(
         options.name,

@@ -43,6 +43,9 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         values = {"preset": target}
     else:
         values = {"preset": "demo", "model": {"name": target}}
+    steps: Any = values.get("compress")
+    if isinstance(steps, list):
+        values = {**values, "compress": _steps(steps, where)}
     preset = values.pop("preset", None)
     if preset is not None:
         if preset not in tuple(PRESETS):  # a tuple: what stands there may be a list, which has no hash
@@ -58,6 +61,13 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
     model = dataclasses.replace(recipe.model, name=model_name(recipe.model.name))
     teacher = dataclasses.replace(recipe.teacher, models=teacher_weights(recipe.teacher.models, model.name))
     return dataclasses.replace(recipe, model=model, teacher=teacher)
+
+
+def _steps(steps: list[Any], where: str) -> dict[Any, Any]:
+    """A list of steps as the last one's section, with the others before it."""
+    if not steps or not all(isinstance(step, dict) for step in steps):
+        raise UsageError(f"{where}: compress is {_short(steps)}: expected a section, or a list of sections")
+    return {**steps[-1], "first": steps[:-1]}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -14,6 +14,7 @@ from sparsekd.recipe.fields import Range
 from sparsekd.recipe.methods import method_named, method_names
 from sparsekd.recipe.sections import Compress, Distill, Recipe
 
+_ORDER = {"depth": 0, "width": 1, "lowrank": 2, "mask": 2}  # of the forms that can be composed
 TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
@@ -50,6 +51,10 @@ def check(recipe: Recipe) -> None:
         expected = f"above {lower:g}, the round before, and at most 0.95"
         _check_ranges([("rounds", upper, expected, lower < upper <= 0.95)])
     check_compress(recipe.compress)
+    if recipe.rounds and recipe.compress.first:
+        raise UsageError(
+            "rounds prune by one method, but compress has several steps: leave rounds out, or give one step"
+        )
     check_distill(recipe.distill)
     if method_named(recipe.compress.method).FORM == "mask" and recipe.distill.train == "lora":
         raise UsageError(LORA_FILLS_ZEROS)
@@ -65,6 +70,21 @@ def check_compress(section: Compress) -> None:
     for name, options in section.of_methods.items():
         check_fields(options, f"compress.{name}")
     method_named(section.method).check(section.options)
+    for step in section.first:
+        check_compress(step)
+    _check_order(section)
+
+
+def _check_order(section: Compress) -> None:
+    """Raises `UsageError` for steps in an order in which one would find what it cannot cut."""
+    steps = section.steps
+    for earlier, later in itertools.pairwise(steps):
+        before, after = (method_named(step.method).FORM for step in (earlier, later))
+        if earlier.first or not _ORDER.get(before, 9) < _ORDER.get(after, -1):
+            raise UsageError(
+                f"compress: {later.method} (form {after}) cannot come after {earlier.method} (form {before}): the "
+                "order is depth, then width, then lowrank or mask, each once"
+            )
 
 
 def check_distill(section: Distill) -> None:

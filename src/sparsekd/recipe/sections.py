@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -109,6 +110,8 @@ class Compress:
     batch_size: Annotated[int, Range(">= 1")] = 4  # blocks in one forward pass
     # the model stays in host memory; its layers visit the device one at a time
     offload: bool = field(default=False, metadata=PASSING)
+    # steps before this one, sections like it; `compress` as a list of sections is its last one with the others as these
+    first: list[Compress] = field(default_factory=list)
     of_methods: dict[str, Any] = field(default_factory=dict)  # the sections, by method
 
     def __post_init__(self) -> None:
@@ -120,6 +123,21 @@ class Compress:
     def options(self) -> Any:
         """The method's own options."""
         return self.of_methods[self.method]
+
+    @property
+    def steps(self) -> list[Compress]:
+        """All steps, in order: each removes its reduction of what the one before it left."""
+        return [*self.first, replace(self, first=[])]
+
+    @property
+    def methods(self) -> str:
+        """Those of all steps, as a name."""
+        return "+".join(step.method for step in self.steps)
+
+    @property
+    def total(self) -> float:
+        """The reduction of all steps together."""
+        return 1 - math.prod(1 - step.reduction for step in self.steps) if self.first else self.reduction
 
     def by(self, method: str, **options: Any) -> Compress:
         """The section with another method, and that with its own options as in the section, but for `options`."""

@@ -99,7 +99,7 @@ def costs_of(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     rounds = planned(recipe) if rounds is None else rounds
-    deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.reduction)
+    deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.total)
     structure = compression.plan_for(skeleton, deepest)
     sizes = _sizes(skeleton, structure)
     cached = (recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks) * recipe.corpus.seq_len
@@ -221,8 +221,8 @@ def _work(
         return needs.passes * seen + probed, solver
 
     is_online = distill.teacher == "online"
-    pruned = {one.compressed: (one.compress, one.share) for one in rounds if one.compress is not None}
-    statistics = [calibrated(options, share) for options, share in pruned.values()]
+    pruned = {one.compressed: (one.compress.steps, one.share) for one in rounds if one.compress is not None}
+    statistics = [calibrated(step, share) for steps, share in pruned.values() for step in steps]
     return Workload(
         cached=0 if is_online else cached * len({one.cache for one in rounds}),
         calibrated=sum(tokens for tokens, _ in statistics),

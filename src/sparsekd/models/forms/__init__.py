@@ -7,6 +7,7 @@ asks the form; nobody asks the method.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from sparsekd.models.copying import twin
 from sparsekd.models.forms._classes import PREFIX as PREFIX
 from sparsekd.models.forms._classes import base_class as base_class
 from sparsekd.models.forms._classes import rebuilt_class
+from sparsekd.models.forms._composed import Composed
 from sparsekd.models.forms._description import VERSION, Dense, Description, Layers, description_of, read
 
 Linear = tuple[Float[Tensor, "O I"], Float[Tensor, " O"] | None]  # matrix and bias of an ordinary layer
@@ -86,9 +88,20 @@ def names() -> list[str]:
 
 
 def form_named(name: str) -> Form:
-    """The form of that name, one of `names`."""
+    """The form of that name, one of `names`, or several with a plus between them."""
+    if "+" in name:
+        return _composed(name)
     module: Any = importlib.import_module(f"{__name__}.{name}")
     return module
+
+
+@functools.cache
+def _composed(name: str) -> Form:
+    return Composed([form_named(part) for part in name.split("+")])
+
+
+def _is_known(name: str) -> bool:
+    return all(part in names() for part in name.split("+"))
 
 
 def form_of(model: PreTrainedModel) -> Form | None:
@@ -187,7 +200,7 @@ def require_described(found: Any, source: str) -> None:
             "install a newer one"
         )
     description = read(found)
-    form = form_named(description.form) if description is not None and description.form in names() else None
+    form = form_named(description.form) if description is not None and _is_known(description.form) else None
     if description is None or form is None or not all(map(form.is_described, description.layers.values())):
         raise DataError(
             f"model {source}: `sparsekd` in config.json is damaged: expected version, form ({' or '.join(names())}), "

@@ -142,6 +142,8 @@ def rebuild(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
         if "neurons" in described:
             _narrow(model.get_submodule(name), described)
             continue
+        if "kind" not in described:  # zeros, or fewer layers, which need no modules of ours
+            continue
         parent, _, child = name.rpartition(".")
         dense = model.get_submodule(name)
         inputs, outputs = _sizes(dense)
