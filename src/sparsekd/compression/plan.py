@@ -45,10 +45,13 @@ class Plan:
     predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
     predicted_kl_by_allocation: dict[str, float] | None = None  # where a method knows of more than one
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
+    mlp_parameters_gone: int = 0  # of the dense model, in layers that were removed before: they have no line
+    others_removed: int = 0  # parameters beside the MLPs' that go with whole layers, or went before
+    layer_scores: dict[str, float] | None = None  # of every layer: what those that go were chosen by; form `depth`
 
     @property
     def mlp_parameters_before(self) -> int:
-        return sum(matrix.parameters_before for matrix in self.matrices)
+        return self.mlp_parameters_gone + sum(matrix.parameters_before for matrix in self.matrices)
 
     @property
     def mlp_parameters_after(self) -> int:
@@ -56,7 +59,8 @@ class Plan:
 
     @property
     def model_parameters_after(self) -> int:
-        return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
+        others = self.model_parameters_before - self.mlp_parameters_before - self.others_removed
+        return others + self.mlp_parameters_after
 
     @property
     def model_parameters_stored(self) -> int:
@@ -75,7 +79,7 @@ class Plan:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
         totals["model_parameters_stored"] = self.model_parameters_stored
-        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl")
+        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl", "layer_scores")
         found = {name: getattr(self, name) for name in losses}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
 
