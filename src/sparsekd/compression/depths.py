@@ -62,9 +62,8 @@ def require_finite(model: PreTrainedModel, scores: Mapping[int, float]) -> None:
     """Raises `DataError` naming the first layer whose score is no number."""
     for number, score in scores.items():
         if not math.isfinite(score):
-            raise DataError(
-                f"what {list_of_layers(model)}.{number} makes of the text is not finite: the model's weights are damaged"
-            )
+            name = f"{list_of_layers(model)}.{number}"
+            raise DataError(f"what {name} makes of the text is not finite: the model's weights are damaged")
 
 
 def without(model: PreTrainedModel, reduction: float, numbers: Collection[int]) -> Plan:

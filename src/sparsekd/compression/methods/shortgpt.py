@@ -1,7 +1,7 @@
 """`shortgpt`: the decoder layers that turn the hidden state least are taken out, all at once.
 
-ShortGPT (Men et al., arXiv 2403.03853). A layer's block influence is `1 - E[cos(x, y)]`, the mean over all tokens, x what
-the layer reads and y what it writes. A forward pass over the text. What is left is an ordinary model of fewer layers.
+ShortGPT (Men et al., arXiv 2403.03853). A layer's block influence is `1 - E[cos(x, y)]`, the mean over all tokens, x
+what the layer reads and y what it writes. A forward pass over the text. What is left is an ordinary, shorter model.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def keep(model: PreTrainedModel, numbers: Sequence[int]) -> None:
     try:
         short = _made(model, settings)
     except Exception as error:  # what checks a config raises almost any class
-        raise _refused(model, str(error).splitlines()[0]) from error
+        raise _refused(model, " ".join(str(error).split()).rstrip(".")) from error
     changes = list(_changes(_made(model, {}), short, name, numbers))
     kept, count = left(model)
     for number in reversed(range(len(modules))):
@@ -126,7 +126,8 @@ def keep(model: PreTrainedModel, numbers: Sequence[int]) -> None:
 def _settings(model: PreTrainedModel, numbers: Sequence[int]) -> dict[str, Any]:
     """What the config has to say of these layers alone: how many, and in its lists what belongs to them."""
     config = model.config.get_text_config()
-    count, settings = config.num_hidden_layers, {"num_hidden_layers": len(numbers)}
+    count = config.num_hidden_layers
+    settings: dict[str, Any] = {"num_hidden_layers": len(numbers)}
     for key, value in vars(config).items():
         if not isinstance(value, (list, tuple)) or key.endswith("_token_id"):
             continue
