@@ -20,7 +20,7 @@ from sparsekd.recipe.reading import compress_section
 from sparsekd.run import dry_run, inspection
 
 OWN: dict[str, dict[str, Any]] = {"neurons": {"multiple": 2}}
-STEPS = [("neurons", "two-sided"), ("neurons", "wanda")]
+STEPS = [("neurons", "two-sided"), ("neurons", "wanda"), ("shortgpt", "neurons"), ("shortgpt", "two-sided")]
 
 
 def tokens() -> torch.Tensor:

@@ -25,7 +25,8 @@ from sparsekd.run import dry_run, inspection
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 METHODS = {method_named(name).FORM: name for name in names()}  # one for each form that has any
 # of tiny models
-OPTIONS: dict[str, dict[str, Any]] = {"neurons": {"multiple": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {"neurons": {"multiple": 2}, "leave-out": {"probe_tokens": 256}}
+NUM_LAYERS = {"depth": 5}  # two are too few to remove a share of
 
 
 def tokens() -> torch.Tensor:
@@ -37,7 +38,8 @@ def tokens() -> torch.Tensor:
 def test_every_method_on_every_architecture(
     method: str, architecture: str, make_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    dense, options = make_model(architecture), {"method": method} | OPTIONS.get(method, {})
+    dense = make_model(architecture, num_hidden_layers=NUM_LAYERS.get(method_named(method).FORM, 2))
+    options = {"method": method} | OPTIONS.get(method, {})
     section = compress_section({"reduction": 0.3} | options)
     model = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, **options)
     again = sparsekd.compress(copy.deepcopy(dense), tokens(), reduction=0.3, **options)
@@ -66,7 +68,8 @@ def test_every_method_on_every_architecture(
 
 
 @pytest.mark.parametrize("form", METHODS)
-def test_every_form_from_end_to_end(form: str, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_every_form_from_end_to_end(form: str, tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:
+    make_model("llama", num_hidden_layers=NUM_LAYERS.get(form, 2)).save_pretrained(tmp_path / "llama")
     own = (f"compress.{METHODS[form]}.{name}={value}" for name, value in OPTIONS.get(METHODS[form], {}).items())
     settings = (f"compress.method={METHODS[form]}", *own, "compress.reduction=0.3", "rounds=[0.2,0.4]")
     recipe = load_recipe(str(tiny_recipe), (*settings, "distill.train=compressed"))

@@ -72,6 +72,12 @@ class Calibration:
         first = len(self.batches) - count
         return self._with(self.batches[:first]), self._with(self.batches[first:]) if count else None
 
+    def first(self, num_tokens: int) -> Calibration:
+        """The first batches, of `num_tokens` tokens at least, or all of them."""
+        counts = itertools.accumulate((batch.tokens.numel() for batch in self.batches), initial=0)
+        few = [batch for batch, before in zip(self.batches, counts, strict=False) if before < num_tokens]
+        return self._with(few)
+
     def moments(self, curvature: bool = False) -> dict[MLP, statistics.Moments]:
         """What is seen around each MLP. Too large to be kept: the caller takes it over.
 
@@ -93,8 +99,7 @@ class Calibration:
         Raises `UsageError` for fewer tokens than the MLPs have neurons.
         """
         self._require_enough(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
-        counts = itertools.accumulate((tokens.numel() for tokens in self._tokens), initial=0)
-        few = [tokens for tokens, before in zip(self._tokens, counts, strict=False) if before < num_tokens]
+        few = self.first(num_tokens)._tokens
         return statistics.output_curvature(
             self.model, few, seed=self.seed, device=self.device, separator=self.separator
         )

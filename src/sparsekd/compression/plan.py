@@ -46,10 +46,12 @@ class Plan:
     predicted_kl_by_allocation: dict[str, float] | None = None  # where a method knows of more than one
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
     other_parameters_after: int | None = None  # outside of the MLP matrices; None: as before
+    mlp_parameters_gone: int = 0  # of the dense model, in layers that were removed before: they have no line
+    layer_scores: dict[str, float] | None = None  # of every layer: what those that go were chosen by; form `depth`
 
     @property
     def mlp_parameters_before(self) -> int:
-        return sum(matrix.parameters_before for matrix in self.matrices)
+        return self.mlp_parameters_gone + sum(matrix.parameters_before for matrix in self.matrices)
 
     @property
     def mlp_parameters_after(self) -> int:
@@ -79,7 +81,7 @@ class Plan:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
         totals["model_parameters_stored"] = self.model_parameters_stored
-        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl")
+        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl", "layer_scores")
         found = {name: getattr(self, name) for name in losses}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
 
@@ -98,7 +100,15 @@ def combined(first: Plan, second: Plan, reduction: float) -> Plan:
         else:
             lines.append(before)
     others = second.model_parameters_after - second.mlp_parameters_after
-    return Plan(lines, first.model_parameters_before, reduction, other_parameters_after=others)
+    return replace(
+        first,
+        matrices=lines,
+        reduction=reduction,
+        other_parameters_after=others,
+        predicted_kl=None,
+        measured_kl=None,
+        predicted_kl_by_allocation=None,
+    )
 
 
 def require_form(model: PreTrainedModel, allowed: tuple[str, ...], method: str) -> None:

@@ -7,6 +7,8 @@ from sparsekd.models.anatomy import find_mlps as find_mlps
 from sparsekd.models.anatomy import is_attention as is_attention
 from sparsekd.models.anatomy import is_linear as is_linear
 from sparsekd.models.anatomy import linear_weight as linear_weight
+from sparsekd.models.anatomy import list_of_layers as list_of_layers
+from sparsekd.models.anatomy import mlp_parameters as mlp_parameters
 from sparsekd.models.anatomy import num_parameters as num_parameters
 from sparsekd.models.anatomy import output_weight as output_weight
 from sparsekd.models.anatomy import replace_module as replace_module

@@ -55,10 +55,15 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
+    return list(model.get_submodule(list_of_layers(model)).children())
+
+
+def list_of_layers(model: PreTrainedModel) -> str:
+    """The name of the list of decoder layers; errors as in `find_layers`."""
     lists = _lists_of_layers(model, find_mlps(model))
     if len(lists) > 1:
         raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
-    return list(lists[0].values())
+    return next(iter(lists[0])).rpartition(".")[0]
 
 
 def _shaped_like_mlps(model: PreTrainedModel) -> list[MLP]:
@@ -182,6 +187,11 @@ def output_weight(model: PreTrainedModel) -> Tensor:
 def num_parameters(module: nn.Module) -> int:
     """Parameters of a module, tied ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def mlp_parameters(model: PreTrainedModel) -> int:
+    """Parameters of all MLPs, biases too."""
+    return sum(num_parameters(model.get_submodule(name)) for mlp in find_mlps(model) for name in mlp.matrices)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

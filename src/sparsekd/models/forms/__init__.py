@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import DataError
-from sparsekd.models.anatomy import find_mlps, num_parameters, replace_module
+from sparsekd.models.anatomy import mlp_parameters, num_parameters, replace_module
 from sparsekd.models.copying import twin
 from sparsekd.models.forms._classes import PREFIX as PREFIX
 from sparsekd.models.forms._classes import base_class as base_class
@@ -143,8 +143,7 @@ def dense_sizes(model: PreTrainedModel) -> Dense:
     description = description_of(model)
     if description is not None:
         return description.dense
-    mlps = sum(num_parameters(model.get_submodule(name)) for mlp in find_mlps(model) for name in mlp.matrices)
-    return Dense(mlps, num_parameters(model))
+    return Dense(mlp_parameters(model), num_parameters(model))
 
 
 def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, dense: Dense) -> None:
