@@ -147,11 +147,15 @@ def _candidates(folder: Path) -> list[bench.Candidate]:
 
 
 def check_before_starting(recipe: Recipe) -> None:
-    """Raises `UsageError` for what would otherwise stop the run hours from now."""
+    """Raises `UsageError`, of a teacher of other tokens `MismatchError`, for what would stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
-    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    trusts = model.trust_remote_code
+    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=trusts))
     for name in recipe.teacher.models:
-        models.skeleton(name, trust_remote_code=model.trust_remote_code)
+        models.skeleton(name, trust_remote_code=trusts)
+        own = models.load_tokenizer(model.name, revision=model.revision, trust_remote_code=trusts)
+        tokenizer = models.load_tokenizer(name, trust_remote_code=trusts)
+        models.require_same_tokenizer(tokenizer, own, name, model.name)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
     if recipe.bench and not options.texts:
         raise UsageError("bench: true needs a text: give evaluate.texts one")

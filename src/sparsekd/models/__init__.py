@@ -23,6 +23,7 @@ from sparsekd.models.identity import tokenizer_hash as tokenizer_hash
 from sparsekd.models.identity import weights_hash as weights_hash
 from sparsekd.models.layerwise import Layers as Layers
 from sparsekd.models.loading import load as load
+from sparsekd.models.loading import load_tokenizer as load_tokenizer
 from sparsekd.models.loading import skeleton as skeleton
 from sparsekd.models.locating import commit_of as commit_of
 from sparsekd.models.locating import locate as locate
@@ -41,4 +42,5 @@ from sparsekd.models.splitting import is_split as is_split
 from sparsekd.models.splitting import split as split
 from sparsekd.models.splitting import whole as whole
 from sparsekd.models.vocabulary import real_vocab_size as real_vocab_size
+from sparsekd.models.vocabulary import require_same_tokenizer as require_same_tokenizer
 from sparsekd.models.vocabulary import shared_vocab_size as shared_vocab_size

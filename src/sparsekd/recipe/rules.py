@@ -23,7 +23,7 @@ LORA_FILLS_ZEROS = (
 
 def check(recipe: Recipe) -> None:
     """Raises `UsageError` for a value outside its range; names it, its value and the range."""
-    corpus, evaluate = recipe.corpus, recipe.evaluate
+    corpus, teacher, evaluate = recipe.corpus, recipe.teacher, recipe.evaluate
     check_fields(recipe, "")
     num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     _check_ranges(
@@ -40,6 +40,18 @@ def check(recipe: Recipe) -> None:
                 corpus.document_mask,
                 "false where corpus.pack is false: a block is one document",
                 corpus.pack or not corpus.document_mask,
+            ),
+            (
+                "distill.weighting",
+                recipe.distill.weighting,
+                "another than domain where corpus.sources has one source only",
+                recipe.distill.weighting != "domain" or len(corpus.sources) > 1,
+            ),
+            (
+                "teacher.mixture",
+                teacher.mixture,
+                "arithmetic, unless teacher.models has several or teacher.anchor is above 0",
+                teacher.mixture == "arithmetic" or len(teacher.models) > 1 or teacher.anchor > 0,
             ),
             ("evaluate.stride", evaluate.stride, "1 to evaluate.context", evaluate.stride <= evaluate.context),
         ]
@@ -98,6 +110,9 @@ def check_distill(section: Distill) -> None:
         "sampled": ("1 for loss sampled", section.temperature == 1),
         "exact_t": (">= 1 for loss exact_t", section.temperature >= 1),
     }
+    if section.weighting is not None:
+        fits = section.loss in ("bucket", "paper") and section.alpha > 0
+        ranges.append(("weighting", section.weighting, "null unless loss is bucket or paper and alpha above 0", fits))
     if section.loss in temperature:
         ranges.append(("temperature", section.temperature, *temperature[section.loss]))
     _check_ranges([(f"distill.{name}", value, expected, holds) for name, value, expected, holds in ranges])

@@ -75,6 +75,8 @@ class Teacher:
 
     # models of the same vocabulary, with weights, whose mixed distributions are learned; none: the dense model
     models: dict[str, Annotated[float, Range("> 0")]] = field(default_factory=dict)
+    # the weighted mean of several teachers' probabilities: arithmetic, or geometric, of their logarithms
+    mixture: Literal["arithmetic", "geometric"] = "arithmetic"
     cascade: Annotated[int, Range(">= 0")] = (
         0  # generations of the dense model distilled without pruning, each the teacher of what follows
     )
@@ -173,6 +175,8 @@ class Distill:
     learning_rate: Annotated[float, Range("(0, 1]")] = 3e-5
     lr_scale: RateScale = field(default_factory=RateScale)
     alpha: Annotated[float, Range("[0, 1]")] = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
+    # of each position's KL, by the teacher's entropy, by the gap to the student, or by source; none: all count alike
+    weighting: Literal["entropy", "gap", "domain"] | None = None
     temperature: Annotated[float, Range("[0.1, 100]")] = 2.0  # softening of the teacher in the probability domain
     batch_size: Annotated[int, Range(">= 1")] = 4  # blocks in one optimizer step, over all processes
     # blocks in one forward and backward pass of a process; halved when memory runs out
