@@ -86,7 +86,9 @@ def test_what_a_pattern_needs_is_said_in_one_line(method: str, make_model: Any, 
     ):
         sparsekd.compress(make_model("llama"), blocks, method=method, reduction=0.35, pattern="2:4")
     odd = make_model("llama", intermediate_size=60)
-    message = r"layers\.0\.mlp\.down_proj has 60 inputs, which pattern 4:8 cannot divide: expected a multiple of 8; take"
+    message = (
+        r"layers\.0\.mlp\.down_proj has 60 inputs, which pattern 4:8 cannot divide: expected a multiple of 8; take"
+    )
     with pytest.raises(UsageError, match=message):
         sparsekd.compress(odd, blocks, method=method, reduction=0.5, pattern="4:8")
     sparsekd.compress(odd, blocks, method=method, reduction=0.5, pattern="2:4")

@@ -12,20 +12,18 @@ Shape letters: O output features, I input features, B inputs of a block.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.compression.plan import Plan
-from sparsekd.compression.statistics import Gram
+from sparsekd.compression.statistics import Gram, reads_input
 from sparsekd.compression.walk import Walk
 from sparsekd.compression.zeros import counted, least_important, zeros_and_group
 from sparsekd.device import in_float64, rank_and_count, solver_device
 from sparsekd.errors import DataError
-from sparsekd.models import MLP, find_mlps, linear_weight, shape
+from sparsekd.models import MLP, find_mlps, forms, linear_weight, shape
 
 BLOCK, DAMPING = 128, 0.01
 
@@ -38,6 +36,7 @@ def prune(model: PreTrainedModel, planned: Plan, walk: Walk, pattern: str) -> Pl
     Raises `DataError` naming a matrix whose inputs are not finite, or whose Hessian has no inverse.
     """
     share = {matrix.name: matrix.zeros / (matrix.in_features * matrix.out_features) for matrix in planned.matrices}
+    is_masked = torch.tensor(forms.description_of(model) is not None)  # else a zero is a weight like any other
     old: dict[Tensor, Tensor] = {}
     try:
         for layer, mlp in enumerate(find_mlps(model)):
@@ -46,8 +45,9 @@ def prune(model: PreTrainedModel, planned: Plan, walk: Walk, pattern: str) -> Pl
                 for name in names:
                     weight = linear_weight(model.get_submodule(name)).detach()
                     old[weight] = weight.clone()
-                    kept = in_float64(weight).to(root.device)
-                    weight.copy_(reconstructed(kept, root, dead, share[name], pattern))
+                    stay = (weight == 0).logical_and(is_masked).to(root.device)
+                    dense = in_float64(weight).to(root.device)
+                    weight.copy_(reconstructed(dense, stay, root, dead, share[name], pattern))
             for _ in walk.step(layer):  # with the matrices as they are now
                 pass
     except BaseException:
@@ -61,10 +61,8 @@ def _grams(model: PreTrainedModel, mlp: MLP, walk: Walk, layer: int) -> list[Flo
     """`E[x x^T]` of what the MLP reads, and of what its output matrix reads."""
     modules = [model.get_submodule(name) for name in (mlp.inputs[0], mlp.output)]
     grams = [Gram(shape(module)[0], cap=None, device=solver_device(walk.device)) for module in modules]
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, gram=gram: gram.add(args[0].flatten(0, -2)))
-        for module, gram in zip(modules, grams, strict=True)
-    ]
+    pairs = zip(modules, grams, strict=True)
+    handles = [module.register_forward_pre_hook(reads_input(gram, False)) for module, gram in pairs]
     try:
         for _ in walk.look(layer):
             pass
@@ -101,48 +99,43 @@ def inverse_root(gram: Float[Tensor, "I I"], name: str) -> tuple[Float[Tensor, "
 
 def reconstructed(
     weight: Float[Tensor, "O I"],
+    stay: Bool[Tensor, "O I"],
     root: Float[Tensor, "I I"],
     dead: Bool[Tensor, " I"],
     share: float,
     pattern: str,
 ) -> Float[Tensor, "O I"]:
-    """The matrix with `share` of its weights zero, in each block alike, or in the pattern; zeros stay zero."""
+    """The matrix with `share` of its weights zero, in each block alike, or in the pattern. Zeros that `stay` count as
+    a part of it; there is one more in each block, and so many more as cost the same, as in the authors' code."""
     weight = weight.masked_fill(dead, 0)
-    was_zero = weight == 0
     for first in range(0, weight.shape[1], BLOCK):
         inside = slice(first, first + BLOCK)
-        errors = _reconstruct_block(weight[:, inside], was_zero[:, inside], root[inside, inside], share, pattern)
+        errors = _reconstruct_block(weight[:, inside], stay[:, inside], root[inside, inside], share, pattern)
         weight[:, first + BLOCK :] -= errors @ root[inside, first + BLOCK :]
     return weight
 
 
 def _reconstruct_block(
     block: Float[Tensor, "O B"],
-    was_zero: Bool[Tensor, "O B"],
+    stay: Bool[Tensor, "O B"],
     root: Float[Tensor, "B B"],
     share: float,
     pattern: str,
 ) -> Float[Tensor, "O B"]:
     """Prunes the block, in place; returns `w_ij / u_jj` of the weights that went, by which the others change."""
     structured = zeros_and_group(pattern)
-    pruned = was_zero.clone()
+    pruned = stay.clone()
     if structured is None:
-        count = math.ceil(share * block.numel() - 1e-6)  # less than asked for in no block
-        pruned |= _cheapest(block, was_zero, root.diagonal(), count, block.numel())
+        costs = (block / root.diagonal()).square().masked_fill(stay, -1)
+        pruned |= costs <= costs.flatten().sort().values[int(share * block.numel())]
     errors = torch.zeros_like(block)
     for column in range(block.shape[1]):
         if structured is not None and column % structured[1] == 0:
             group = slice(column, column + structured[1])
-            pruned[:, group] |= _cheapest(block[:, group], was_zero[:, group], root.diagonal()[group], *structured)
+            costs = (block[:, group] / root.diagonal()[group]).square()
+            left = block[:, group].masked_fill(stay[:, group], 0)
+            pruned[:, group] |= least_important(left, costs, structured[0])
         errors[:, column] = block[:, column] * pruned[:, column] / root[column, column]
         block[:, column + 1 :] -= errors[:, column].outer(root[column, column + 1 :])
         block[:, column].masked_fill_(pruned[:, column], 0)
     return errors
-
-
-def _cheapest(
-    weight: Float[Tensor, "O B"], was_zero: Bool[Tensor, "O B"], diagonal: Float[Tensor, " B"], count: int, size: int
-) -> Bool[Tensor, "O B"]:
-    """The `count` of each `size` weights whose loss costs least, zeros before all others."""
-    costs, weight = (weight / diagonal).square().reshape(-1, size), weight.masked_fill(was_zero, 0)
-    return least_important(weight.reshape(-1, size), costs, count).view(weight.shape)

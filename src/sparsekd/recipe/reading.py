@@ -1,8 +1,8 @@
 """From YAML, a preset or a model's name to a recipe.
 
-A recipe is YAML, read as `safe_load` does, and coerced by the declared types, so `learning_rate: 1e-4`, which YAML reads
-as a string, becomes a float. An unknown key is an error that names the nearest known one. Values are checked once;
-code after that trusts them.
+A recipe is YAML of plain values, coerced by the declared types, so `learning_rate: 1e-4`, which YAML reads as a string,
+becomes a float. An unknown key is an error that names the nearest known one. Values are checked once; code after that
+trusts them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -33,7 +33,7 @@ _LONGEST = 100_000  # characters of a recipe: they are read in seconds
 class _Loader(yaml.SafeLoader):
     """In which 2:4 is a word; YAML 1.1 reads it as a number of base 60, which is 124."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
         first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *others]
         for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
