@@ -4,11 +4,15 @@
 
 The first layers of SmolLM2-135M, the same blocks of the embedded corpus, float32, half of the weights of each MLP
 matrix. `--peers` is the interpreter of an environment that has llmcompressor (0.14.0.1 was measured) beside torch;
-it needs nothing of this project. Bar: 99.9 % of the positions of every matrix.
+it needs nothing of this project. Bar: 99.9 % of the positions of every matrix, from the same statistics.
 
-llm-compressor's `sequential` pipeline takes the statistics of a layer in the model whose earlier layers are pruned, as
-SparseGPT does here; its `basic` one takes all of them in the dense model, as `wanda` does here. Both are compared for
-Wanda. Its magnitude knows no pattern N:M, which the tests compare with a brute force.
+- `same`: each layer of ours is pruned in the model whose earlier layers are theirs. This compares the methods.
+- `own`: each prunes the model by itself. Of `sparsegpt` a rounding error that decides one mask bit decides many later
+  ones, in its row and in the layers above: `itself` is llm-compressor against llm-compressor with other batches.
+
+Its pipeline `sequential` takes the statistics of a layer in the model whose earlier layers are pruned, as `sparsegpt`
+does here; its `basic` one takes all of them in the dense model, as `wanda` does here. Wanda has a row for either. Its
+magnitude knows no pattern N:M; the tests compare that with a brute force.
 """
 
 from __future__ import annotations
@@ -19,17 +23,20 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-BLOCK = 512
+LENGTH, BATCH, OTHER_BATCH = 512, 4, 3
+PATTERNS = ("unstructured", "2:4", "4:8")
 CASES = [
-    ("magnitude", "unstructured", None),
-    *(("wanda", pattern, "basic") for pattern in ("unstructured", "2:4", "4:8")),
-    *(("wanda", pattern, "sequential") for pattern in ("unstructured", "2:4", "4:8")),
-    *(("sparsegpt", pattern, "sequential") for pattern in ("unstructured", "2:4", "4:8")),
+    ("magnitude", "unstructured", "none"),
+    *(("wanda", pattern, "basic") for pattern in PATTERNS),
+    *(("wanda", pattern, "sequential") for pattern in PATTERNS),
+    *(("sparsegpt", pattern, "sequential") for pattern in PATTERNS),
 ]
+Matrices = dict[str, torch.Tensor]
 
 
 def main() -> None:
@@ -40,17 +47,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     given = parser.parse_args()
     if given.child:
-        theirs(*given.child)
+        prune(*given.child)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), given.layers, given.tokens)
         for method, pattern, pipeline in CASES:
-            words = [method, pattern, str(pipeline), folder, f"{folder}/theirs.npz"]
-            subprocess.run([given.peers, __file__, "--child", *words], check=True, stdout=sys.stderr)
-            rows += compared(Path(folder), method, pattern, pipeline)
+            found = {}
+            for batch in (BATCH, OTHER_BATCH) if method == "sparsegpt" else (BATCH,):
+                words = [method, pattern, pipeline, folder, str(batch)]
+                subprocess.run([given.peers, __file__, "--child", *words], check=True, stdout=sys.stderr)
+                found[batch] = torch.load(Path(folder) / "theirs.pt")
+            version = found[BATCH].pop("version")
+            row = {"method": method, "pattern": pattern, "pipeline": pipeline, "llmcompressor": version}
+            rows.append(row | agreements(Path(folder), method, pattern, found))
             print(rows[-1], flush=True)
-    from _record import record
+    from _record import record  # here: the other environment has no sparsekd
 
     record("mask_parity", {"layers": given.layers, "tokens": given.tokens, "bar": 0.999, "rows": rows}, show=False)
 
@@ -66,68 +78,94 @@ def prepare(folder: Path, layers: int, num_tokens: int) -> None:
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     sparsekd.save(model, tokenizer, folder / "model")
-    settings = (f"corpus.num_blocks={num_tokens // BLOCK}", f"corpus.seq_len={BLOCK}")
-    built = corpus.build(load_recipe("demo", (*settings, "corpus.num_validation_blocks=2")).corpus, {}, tokenizer, 42)
+    settings = (f"corpus.num_blocks={num_tokens // LENGTH}", f"corpus.seq_len={LENGTH}")
+    recipe = load_recipe("demo", (*settings, "corpus.num_validation_blocks=2"))
+    built = corpus.build(recipe.corpus, {}, tokenizer, seed=42)
     np.save(folder / "blocks.npy", np.stack(built.tokens(built.train_ids)).astype(np.int64))
 
 
-def compared(folder: Path, method: str, pattern: str, pipeline: str | None) -> list[dict[str, Any]]:
-    """A row for the case, with the matrix that agrees least."""
+def agreements(folder: Path, method: str, pattern: str, theirs: dict[int, Matrices]) -> dict[str, Any]:
+    """All comparisons of one case."""
+    own = ours(folder, method, pattern)
+    found = {"own": agreement(own, theirs[BATCH])}
+    if method == "sparsegpt":
+        same = agreement(ours(folder, method, pattern, theirs[BATCH]), theirs[BATCH])
+        found = {"same": same} | found | {"itself": agreement(theirs[BATCH], theirs[OTHER_BATCH])}
+    return found
+
+
+def agreement(one: Matrices, other: Matrices) -> dict[str, Any]:
+    """Of all positions, and of the matrix that agrees least."""
+    agrees = {name: (weight == 0) == (other[name] == 0) for name, weight in one.items()}
+    by_matrix = {name: float(same.float().mean()) for name, same in agrees.items()}
+    least = min(by_matrix, key=lambda name: by_matrix[name])
+    of_all = sum(int(same.sum()) for same in agrees.values()) / sum(same.numel() for same in agrees.values())
+    return {"of_all": of_all, "least": by_matrix[least], "least_of": least}
+
+
+def ours(folder: Path, method: str, pattern: str, theirs: Matrices | None = None) -> Matrices:
+    """Our pruned matrices; with `theirs` these take the place of each layer's before the next one is pruned."""
     import sparsekd
+    from sparsekd.compression.walk import Walk
     from sparsekd.device import exact_products
-    from sparsekd.models import find_mlps
+    from sparsekd.models import find_mlps, linear_weight
 
     model, _ = sparsekd.load(str(folder / "model"))
-    with exact_products(True):
-        blocks = torch.from_numpy(np.load(folder / "blocks.npy"))
+    mlps, step, found = find_mlps(model), Walk.step, {}
+
+    def replaced(walk: Walk, layer: int) -> Any:
+        for name in mlps[layer].matrices:
+            weight = linear_weight(model.get_submodule(name)).detach()
+            found[name] = weight.clone()
+            if theirs is not None:
+                weight.copy_(theirs[name])
+        return step(walk, layer)
+
+    blocks = torch.from_numpy(np.load(folder / "blocks.npy"))
+    with exact_products(True), patch.object(Walk, "step", replaced):
         sparsekd.compress(model, blocks, method=method, pattern=pattern, reduction=0.5)
-    theirs, agreement, same, size = np.load(folder / "theirs.npz"), {}, 0, 0
-    for name in (name for mlp in find_mlps(model) for name in mlp.matrices):
-        agrees = (model.get_submodule(name).weight == 0).numpy() == theirs[name]
-        agreement[name], same, size = float(agrees.mean()), same + int(agrees.sum()), size + agrees.size
-    least = min(agreement, key=lambda name: agreement[name])
-    found = {"agreement": same / size, "least": agreement[least], "least_of": least, "by_matrix": agreement}
-    versions = {"llmcompressor": str(theirs["version"])}
-    return [{"method": method, "pattern": pattern, "pipeline": pipeline, "versions": versions} | found]
+    names = [name for mlp in mlps for name in mlp.matrices]
+    return found or {name: linear_weight(model.get_submodule(name)).detach() for name in names}
 
 
-def theirs(method: str, pattern: str, pipeline: str, folder: str, out: str) -> None:
-    """Prunes with llm-compressor and keeps where the zeros are; runs in its environment."""
+def prune(method: str, pattern: str, pipeline: str, folder: str, batch: str) -> None:
+    """Prunes with llm-compressor and keeps the MLPs' matrices; runs in its environment."""
     import llmcompressor  # pyright: ignore[reportMissingImports]
-    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
-    from llmcompressor.modifiers import pruning  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32).eval()
-    structure = "0:0" if pattern == "unstructured" else pattern
-    shared = {
-        "sparsity": 0.5,
-        "mask_structure": structure,
-        "targets": ["Linear"],
-        "ignore": ["re:.*attn.*", "re:lm_head.*"],
-    }
     if method == "magnitude":
-        magnitude(model)
+        prune_by_magnitude(model)
     else:
-        kind = {"wanda": pruning.WandaPruningModifier, "sparsegpt": pruning.SparseGPTModifier}[method]
-        blocks = torch.from_numpy(np.load(f"{folder}/blocks.npy"))
-        batches = [{"input_ids": block, "attention_mask": torch.ones_like(block)} for block in blocks]
-        loader = torch.utils.data.DataLoader(batches, batch_size=4)  # pyright: ignore[reportArgumentType]
-        oneshot(model=model, dataset=loader, recipe=kind(**shared), pipeline=pipeline)
-    masks = {n: (m.weight == 0).numpy() for n, m in model.named_modules() if ".mlp." in n and hasattr(m, "weight")}
-    np.savez(out, version=llmcompressor.__version__, **masks)
+        prune_on_text(model, method, pattern, pipeline, np.load(f"{folder}/blocks.npy"), int(batch))
+    matrices = {name: module.weight.detach() for name, module in model.named_modules() if name.endswith("_proj")}
+    kept = {name: weight for name, weight in matrices.items() if ".mlp." in name}
+    torch.save({**kept, "version": llmcompressor.__version__}, f"{folder}/theirs.pt")
 
 
-def magnitude(model: Any) -> None:
+def prune_by_magnitude(model: Any) -> None:
     """Its modifier belongs to a training: the first step's events, whose mask is then applied."""
     from llmcompressor.core import Event, EventType, State  # pyright: ignore[reportMissingImports]
     from llmcompressor.modifiers.pruning import MagnitudePruningModifier  # pyright: ignore[reportMissingImports]
 
-    state, names = State(model=model), ["re:.*mlp.*proj.weight"]
-    modifier = MagnitudePruningModifier(targets=names, init_sparsity=0.5, final_sparsity=0.5, start=0, end=1)
+    state, shares = State(model=model), {"init_sparsity": 0.5, "final_sparsity": 0.5}
+    modifier = MagnitudePruningModifier(targets=[r"re:.*\.mlp\..*_proj$"], start=0, end=1, **shares)
     modifier.on_initialize(state)
     modifier.on_start(state, Event(type_=EventType.BATCH_START))
     modifier.on_update(state, Event(type_=EventType.OPTIM_POST_STEP))
+
+
+def prune_on_text(model: Any, method: str, pattern: str, pipeline: str, blocks: np.ndarray, batch: int) -> None:
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers import pruning  # pyright: ignore[reportMissingImports]
+
+    kind = {"wanda": pruning.WandaPruningModifier, "sparsegpt": pruning.SparseGPTModifier}[method]
+    structure = "0:0" if pattern == "unstructured" else pattern
+    ignored = [r"re:.*attn.*", r"re:lm_head.*"]
+    modifier = kind(sparsity=0.5, mask_structure=structure, targets=["Linear"], ignore=ignored)
+    rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in torch.from_numpy(blocks)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=batch)
+    oneshot(model=model, dataset=loader, recipe=modifier, pipeline=pipeline)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def test_training_keeps_the_pattern(
     cache = sparsekd.cache_teacher(model, tokenizer, blocks, tmp_path / "cache", top_k=8)
     student = sparsekd.compress(model, blocks, method=method, reduction=0.5, pattern="2:4")
     before = weights(student)
-    distillation.train(student, data(blocks, cache), replace(OPTIONS, weight_decay=0.1))
+    options = replace(OPTIONS, alpha=1.0, weight_decay=0.1, learning_rate=1e-3)
+    distillation.train(student, data(blocks, cache, (0, 1, 2, 3)), options)
     for name, weight in weights(student).items():
         assert torch.equal(weight == 0, before[name] == 0)
         assert torch.equal(weight != before[name], before[name] != 0)

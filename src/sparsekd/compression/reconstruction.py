@@ -36,7 +36,7 @@ def prune(model: PreTrainedModel, planned: Plan, walk: Walk, pattern: str) -> Pl
     Raises `DataError` naming a matrix whose inputs are not finite, or whose Hessian has no inverse.
     """
     share = {matrix.name: matrix.zeros / (matrix.in_features * matrix.out_features) for matrix in planned.matrices}
-    is_masked = torch.tensor(forms.description_of(model) is not None)  # else a zero is a weight like any other
+    is_masked = forms.description_of(model) is not None  # in a dense model a zero is a weight like any other
     old: dict[Tensor, Tensor] = {}
     try:
         for layer, mlp in enumerate(find_mlps(model)):
@@ -45,9 +45,9 @@ def prune(model: PreTrainedModel, planned: Plan, walk: Walk, pattern: str) -> Pl
                 for name in names:
                     weight = linear_weight(model.get_submodule(name)).detach()
                     old[weight] = weight.clone()
-                    stay = (weight == 0).logical_and(is_masked).to(root.device)
-                    dense = in_float64(weight).to(root.device)
-                    weight.copy_(reconstructed(dense, stay, root, dead, share[name], pattern))
+                    exact = in_float64(weight).to(root.device)
+                    stay = exact == 0 if is_masked else torch.zeros_like(exact, dtype=torch.bool)
+                    weight.copy_(reconstructed(exact, stay, root, dead, share[name], pattern))
             for _ in walk.step(layer):  # with the matrices as they are now
                 pass
     except BaseException:
