@@ -18,6 +18,7 @@ CHANGES = {
     "whitened": ("method=whitened", "format=lowrank", "allocation=energy"),
     "svd": ("method=svd",),
     "wanda": ("method=wanda", "format=mask"),
+    "sparsegpt": ("method=sparsegpt", "reduction=0.5", "pattern=2:4"),
 }
 SAMPLED = ("cache.codec=sampled", "distill.loss=sampled", "distill.temperature=1", "corpus.document_mask=true")
 
