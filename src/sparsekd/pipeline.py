@@ -149,7 +149,9 @@ def _candidates(folder: Path) -> list[bench.Candidate]:
 def check_before_starting(recipe: Recipe) -> None:
     """Raises `UsageError` for what would otherwise stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
-    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    skeleton = models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    first = next(one.compress for one in planned(recipe) if one.compress is not None)
+    compression.plan_for(skeleton, first)
     for name in recipe.teacher.models:
         models.skeleton(name, trust_remote_code=model.trust_remote_code)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)

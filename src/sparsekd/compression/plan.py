@@ -45,6 +45,7 @@ class Plan:
     predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
     predicted_kl_by_allocation: dict[str, float] | None = None  # where a method knows of more than one
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
+    other_parameters_after: int | None = None  # outside the MLP matrices; None: as before
 
     @property
     def mlp_parameters_before(self) -> int:
@@ -56,7 +57,10 @@ class Plan:
 
     @property
     def model_parameters_after(self) -> int:
-        return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
+        others = self.other_parameters_after
+        if others is None:
+            others = self.model_parameters_before - self.mlp_parameters_before
+        return others + self.mlp_parameters_after
 
     @property
     def model_parameters_stored(self) -> int:
