@@ -25,7 +25,6 @@ from sparsekd.device import rank_and_count, solver_device
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import find_mlps, hidden_size, num_parameters, shape, twin
 from sparsekd.models.forms import sliced
-from sparsekd.models.forms.sliced import Norm, Stream
 
 _CHECKED = 32  # tokens on which the sliced model is compared with the projected one
 _DIFFERENCE = 1e-2  # between them, as a share of the largest logit: what rounding in float32 makes
@@ -42,7 +41,7 @@ def plan_of(model: PreTrainedModel, reduction: float, multiple: int, method: str
     return _with_width(model, stream, width_for(model, stream, reduction, multiple), reduction)
 
 
-def width_for(model: PreTrainedModel, stream: Stream, reduction: float, multiple: int) -> int:
+def width_for(model: PreTrainedModel, stream: sliced.Stream, reduction: float, multiple: int) -> int:
     """The width that `plan_of` takes; the parameters of the MLPs are linear in it."""
     if multiple >= hidden_size(model):
         raise UsageError(
@@ -64,7 +63,7 @@ def width_for(model: PreTrainedModel, stream: Stream, reduction: float, multiple
     return multiple + int(spare / feature / multiple + 1e-9) * multiple
 
 
-def _with_width(model: PreTrainedModel, stream: Stream, width: int, reduction: float) -> Plan:
+def _with_width(model: PreTrainedModel, stream: sliced.Stream, width: int, reduction: float) -> Plan:
     """The plan with a stream of that width."""
     made = sliced.without_weights(model, sliced.described(model, stream, width))
     lines = []
@@ -88,7 +87,7 @@ def slice_stream(model: PreTrainedModel, reduction: float, multiple: int, calibr
     cut(model, stream, width_for(model, stream, reduction, multiple), calibration)
 
 
-def cut(model: PreTrainedModel, stream: Stream, width: int, calibration: Calibration) -> None:
+def cut(model: PreTrainedModel, stream: sliced.Stream, width: int, calibration: Calibration) -> None:
     """The same for a width; that of the dense model changes nothing but the basis."""
     norms = [sliced.norm_of(model, name) for name in stream.norms]
     if len({norm.is_centred for norm in norms}) > 1:
@@ -116,12 +115,12 @@ def cut(model: PreTrainedModel, stream: Stream, width: int, calibration: Calibra
 
 @torch.no_grad()
 def bases_of(
-    model: PreTrainedModel, stream: Stream, norms: Sequence[Norm], width: int, calibration: Calibration
+    model: PreTrainedModel, stream: sliced.Stream, norms: Sequence[sliced.Norm], width: int, calibration: Calibration
 ) -> list[Float[Tensor, "D H"]]:
     """Orthonormal columns before each norm in float64, those of the largest components first."""
     walk, bases = calibration.walk(), []
 
-    def found(name: str, norm: Norm, layer: int | None) -> Float[Tensor, "D H"]:
+    def found(name: str, norm: sliced.Norm, layer: int | None) -> Float[Tensor, "D H"]:
         """The basis before a norm; `layer` is the one that runs to get there, None where the stream is there."""
         gram = Gram(hidden_size(model), cap=None, device=solver_device(walk.device))
 
@@ -163,7 +162,7 @@ def _project(
     model: PreTrainedModel,
     norm_name: str,
     branch_name: str | None,
-    norm: Norm,
+    norm: sliced.Norm,
     basis: Float[Tensor, "D H"],
     hooks: ExitStack,
 ) -> None:

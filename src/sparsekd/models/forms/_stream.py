@@ -1,10 +1,10 @@
 """The residual stream: which modules write it and which read it, found by following a pass through the model.
 
-The pass computes nothing, so a model without weights will do. What is known then is which tensor goes where: that the
-first layer reads a sum of embeddings, that a layer adds to what it reads the output of one branch and then of another,
-each of which reads the stream through a norm, and that a norm and the output projection read what the last one hands on.
+The pass computes nothing, so a model without weights will do. It tells which tensor goes where: that the first layer
+reads a sum of embeddings; that a layer adds to what it reads the output of one branch and then of another, each of
+which reads the stream through a norm; and that one norm reads what the last layer hands on.
 
-Shape letters: D hidden size, O output features.
+Shape letter: D hidden size.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Norm:
 def find_stream(model: PreTrainedModel) -> Stream:
     """Raises `UsageError` naming what is built otherwise."""
     copied = twin(model).eval()
-    names = {module: name for name, module in copied.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in copied.named_modules()}
     seen = _Pass(names)
     for module in copied.modules():
         module.register_forward_hook(seen.after, with_kwargs=True)
@@ -203,7 +203,9 @@ class _Pass(TorchFunctionMode):
         ]
         reads = tuple(n for n, call in inside if call.read is normed)
         writes = [n for n, call in inside if call.written is written]
-        after = [found for found, (a, b) in self._sums if (a is start and b is written) or (a is written and b is start)]
+        after = [
+            found for found, (a, b) in self._sums if (a is start and b is written) or (a is written and b is start)
+        ]
         if not reads or len(writes) != 1 or len(after) != 1:
             raise _refused(name, "does not add what a linear layer writes to what its norm reads")
         return Branch(name, norm, reads, writes[0]), after[0]

@@ -147,7 +147,9 @@ def rotated(
         weight, bias = _exact(model.get_submodule(name))
         shift = None if norm.bias is None else weight @ in_float64(norm.bias)
         both = [one for one in (bias, shift) if one is not None]
-        keep(name, weight * in_float64(norm.scale) @ basis.to(weight.device), torch.stack(both).sum(0) if both else None)
+        keep(
+            name, weight * in_float64(norm.scale) @ basis.to(weight.device), torch.stack(both).sum(0) if both else None
+        )
 
     def write(name: str, norm: Norm, basis: Float[Tensor, "D H"]) -> None:
         weight, bias = _exact(model.get_submodule(name))
