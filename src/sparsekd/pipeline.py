@@ -150,7 +150,9 @@ def check_before_starting(recipe: Recipe) -> None:
     """Raises `UsageError`, of a teacher of other tokens `MismatchError`, for what would stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
     trusts = model.trust_remote_code
-    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=trusts))
+    skeleton = models.skeleton(model.name, revision=model.revision, trust_remote_code=trusts)
+    first = next(one.compress for one in planned(recipe) if one.compress is not None)
+    compression.plan_for(skeleton, first)
     for name in recipe.teacher.models:
         models.skeleton(name, trust_remote_code=trusts)
         own = models.load_tokenizer(model.name, revision=model.revision, trust_remote_code=trusts)

@@ -83,7 +83,7 @@ class Calibration:
 
         Raises `UsageError` for fewer tokens than the hidden size has dimensions.
         """
-        self._require_enough(self.model.config.get_text_config().hidden_size)
+        self.require_tokens(self.model.config.get_text_config().hidden_size)
         return statistics.collect(
             self.model,
             self._tokens,
@@ -98,7 +98,7 @@ class Calibration:
 
         Raises `UsageError` for fewer tokens than the MLPs have neurons.
         """
-        self._require_enough(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
+        self.require_tokens(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
         few = self.first(num_tokens)._tokens
         return statistics.output_curvature(
             self.model, few, seed=self.seed, device=self.device, separator=self.separator
@@ -117,7 +117,8 @@ class Calibration:
         """The true KL of a change of the model, on all of the text."""
         return Probe(self.model, [(batch.ids, batch.tokens) for batch in self.batches], self.teacher, self.separator)
 
-    def _require_enough(self, dimensions: int) -> None:
+    def require_tokens(self, dimensions: int) -> None:
+        """Raises `UsageError` for fewer tokens than `dimensions` of a second moment; warns of few."""
         enough = statistics.TOKENS_PER_DIMENSION * dimensions  # below it the statistics are fitted to the sample
         found = f"statistics of {dimensions} dimensions from {self.num_tokens} tokens"
         if self.num_tokens < dimensions:

@@ -4,6 +4,7 @@ from sparsekd.models import forms as forms
 from sparsekd.models.anatomy import MLP as MLP
 from sparsekd.models.anatomy import find_layers as find_layers
 from sparsekd.models.anatomy import find_mlps as find_mlps
+from sparsekd.models.anatomy import hidden_size as hidden_size
 from sparsekd.models.anatomy import is_attention as is_attention
 from sparsekd.models.anatomy import is_linear as is_linear
 from sparsekd.models.anatomy import linear_weight as linear_weight

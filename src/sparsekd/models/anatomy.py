@@ -44,13 +44,19 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     """
     mlps = _shaped_like_mlps(model)
     if not mlps:
-        hidden = model.config.get_text_config().hidden_size
+        hidden = hidden_size(model)
         raise UsageError(
             f"no MLP found in {type(model).__name__}: expected sibling linear layers {hidden}->i (one, two, or one of "
             f"twice the width) and i->{hidden}; mixtures of experts are not supported"
         )
     _require_dense(model, mlps)
     return mlps
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """The width of the residual stream; in a sliced model it is less than the config says, which has the dense one."""
+    sliced: Any = getattr(model.get_input_embeddings(), "sliced", None)
+    return sliced["hidden"] if sliced else model.config.get_text_config().hidden_size
 
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -67,8 +73,7 @@ def list_of_layers(model: PreTrainedModel) -> str:
 
 
 def _shaped_like_mlps(model: PreTrainedModel) -> list[MLP]:
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
+    config, hidden = model.config.get_text_config(), hidden_size(model)
     sizes: set[int] = set()
     for known in (getattr(config, key, None) for key in _WIDTHS):  # one number, or one for each layer
         sizes |= {known} if isinstance(known, int) else set(known or ())

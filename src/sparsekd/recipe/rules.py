@@ -70,6 +70,8 @@ def check(recipe: Recipe) -> None:
     check_distill(recipe.distill)
     if method_named(recipe.compress.method).FORM == "mask" and recipe.distill.train == "lora":
         raise UsageError(LORA_FILLS_ZEROS)
+    if method_named(recipe.compress.method).FORM == "sliced" and len(recipe.rounds) > 1:
+        raise UsageError(f"rounds is {recipe.rounds}: expected one, for a sliced model is not sliced again")
     _check_targets(recipe)
     _check_places(recipe)
 

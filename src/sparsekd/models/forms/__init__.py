@@ -56,7 +56,8 @@ class Form(Protocol):
         ...
 
     def ordinary(self, model: PreTrainedModel) -> tuple[Mapping[str, Any], Mapping[str, Linear]]:
-        """What the base's config has to say, and the layers by name, for the base's class to compute the same."""
+        """What the base's config has to say, and the layers by name, for the base's class to compute the same. Raises
+        `UsageError` where it cannot."""
         ...
 
     def is_described(self, layer: Mapping[str, Any]) -> bool:
