@@ -57,7 +57,7 @@ def kl(dense: Any, model: Any, text: Tensor) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_block_influence_is_that_of_the_hidden_states(architecture: str) -> None:
     model: Any = built(architecture)
-    found = shortgpt.influences(model, calibration(model))
+    found = shortgpt.influences(calibration(model))
     last: list[Tensor] = []  # `hidden_states` has the final norm in place of what the last layer writes
     handle = find_layers(model)[-1].register_forward_hook(
         lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)
@@ -204,7 +204,7 @@ def _scores(model: PreTrainedModel) -> list[float]:
     for layer in whole.layers:
         whole.pass_through(layer)
     return [
-        *shortgpt.influences(model, text).values(),
+        *shortgpt.influences(text).values(),
         *leave_out.kl_without(start, whole, list(whole.layers)).values(),
     ]
 

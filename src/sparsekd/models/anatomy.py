@@ -55,7 +55,8 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
-    return list(model.get_submodule(list_of_layers(model)).children())
+    layers: Any = model.get_submodule(list_of_layers(model))
+    return list(layers)
 
 
 def list_of_layers(model: PreTrainedModel) -> str:
