@@ -57,7 +57,7 @@ def kl(dense: Any, model: Any, text: Tensor) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_block_influence_is_that_of_the_hidden_states(architecture: str) -> None:
     model: Any = built(architecture)
-    found = shortgpt.influences(model, calibration(model))
+    found = shortgpt.influences(calibration(model))
     last: list[Tensor] = []  # `hidden_states` has the final norm in place of what the last layer writes
     handle = find_layers(model)[-1].register_forward_hook(
         lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)
@@ -96,14 +96,15 @@ def test_leaving_out_costs_the_kl_of_the_model_without_the_layer(architecture: s
 
 
 def test_of_two_layers_that_do_the_same_one_stays() -> None:
-    """Each of them may go, but not both: which only the second measurement sees."""
+    """Without both, twice as much is missing as without one, which costs four times as much: only the second
+    measurement sees it."""
     dense: Any = built("llama")
     with torch.no_grad():
-        for layer in dense.model.layers:  # layers that do next to nothing, but for two that do the same
+        for layer in dense.model.layers:  # small changes, of which the KL is a square
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.mul_(0.02)
         dense.model.layers[2].load_state_dict(dense.model.layers[1].state_dict())
-        dense.model.layers[3].mlp.down_proj.weight.mul_(0.0)
+        dense.model.layers[3].mlp.down_proj.weight.zero_()
     start = calibration(dense).walk()
     whole = start.copy()
     for layer in whole.layers:
@@ -111,7 +112,7 @@ def test_of_two_layers_that_do_the_same_one_stays() -> None:
     alone = leave_out.kl_without(start, whole, [0, 1, 2, 3])
     assert alone[3] == pytest.approx(0, abs=1e-6) and alone[1] == pytest.approx(alone[2], rel=0.1)
     after = leave_out.kl_without(start, whole, [0, 1, 3])
-    assert after[1] > 2 * alone[1]
+    assert after[1] == pytest.approx(4 * alone[1], rel=0.2)
     assert after[3] == pytest.approx(alone[2], rel=1e-3)
 
 
@@ -203,7 +204,7 @@ def _scores(model: PreTrainedModel) -> list[float]:
     for layer in whole.layers:
         whole.pass_through(layer)
     return [
-        *shortgpt.influences(model, text).values(),
+        *shortgpt.influences(text).values(),
         *leave_out.kl_without(start, whole, list(whole.layers)).values(),
     ]
 

@@ -21,8 +21,8 @@ TOKENS = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., PreTrainedModel]:
-    """A model of an architecture in a form: dense, width (one), widths, lowrank, pivot or mask; with biases that are
-    not zero where there are any, and the same weights every time."""
+    """A model of an architecture in a form: dense, width (one), widths, depth, lowrank, pivot or mask; with biases that
+    are not zero where there are any, and the same weights every time."""
     import sparsekd
 
     dense: dict[str, Any] = {}
@@ -40,6 +40,8 @@ def make() -> Callable[..., PreTrainedModel]:
             narrow(model, chosen(model, 32))
         elif form == "widths":
             narrow(model, chosen(model, 32, 40, 17, 33))
+        elif form == "depth":
+            sparsekd.compress(model, TOKENS, reduction=0.5, method="shortgpt")
         elif form == "mask":
             sparsekd.compress(model, reduction=0.5, method="magnitude")
         elif form != "dense":

@@ -96,6 +96,15 @@ def test_the_embedded_model_says_its_licence_itself() -> None:
     assert card.licence_of("smollm2-135m").fields == {"license": "apache-2.0"}
 
 
+def test_what_is_gone_with_whole_layers_is_counted(make: Any) -> None:
+    said = card._removed(make("llama", "depth"))
+    dense = make("llama", "dense")
+    mlps, whole = models.mlp_parameters(dense), models.num_parameters(dense)
+    assert "2 of 4 layers removed" in said[0]
+    assert said[1] == f"MLPs: {mlps // 2:,} of {mlps:,} parameters are left, 50.0% are removed"
+    assert said[2].startswith(f"whole model: {models.num_parameters(make('llama', 'depth')):,} of {whole:,} parameters")
+
+
 def test_a_model_of_which_nothing_is_known(make: Any, tmp_path: Path) -> None:
     found = {"tokens": 8, "largest_logit_difference": 0.0, "agreement": 1.0, "perplexity": 2.0}
     record = {"format": "hf", "weights": "float32", "notes": [], "versions": {"torch": "2"}}

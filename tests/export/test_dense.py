@@ -11,7 +11,7 @@ from sparsekd.export import dense
 from sparsekd.models import forms
 from sparsekd.models.forms import width
 
-FORMS = ["dense", "width", "widths", "mask", "lowrank", "pivot"]
+FORMS = ["dense", "width", "widths", "depth", "mask", "lowrank", "pivot"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -38,6 +38,7 @@ def test_what_is_merged_computes_the_same(architecture: str, form: str, make: An
     [
         ("dense", "as large and as fast as the dense model"),
         ("width", None),
+        ("depth", None),
         ("lowrank", "merged back: neither smaller nor faster than the dense model"),
         ("widths", "filled up to the widest MLP: "),
     ],
@@ -47,4 +48,4 @@ def test_it_says_what_merging_costs(form: str, said: str | None, make: Any, toke
     notes = dense.write(model, tokenizer, tmp_path, "float32", export.Source("made here"))
     assert len(notes) == (said is not None) and all(note.startswith(str(said)) for note in notes)
     assert not (tmp_path / "modeling_sparsekd.py").exists()
-    assert "sparsekd" not in (tmp_path / "config.json").read_text() or form == "width"
+    assert "sparsekd" not in (tmp_path / "config.json").read_text() or form in ("width", "depth")

@@ -113,6 +113,17 @@ def test_one_width_is_that_of_the_base(make_model: Make, write: Write, tmp_path:
 
 
 @pytest.mark.usefixtures("without_llama_cpp")
+def test_fewer_layers_are_a_smaller_file(make_model: Make, write: Write, tmp_path: Path) -> None:
+    for architecture in ("llama", "qwen3"):
+        model = make_model(architecture, num_hidden_layers=4)
+        sparsekd.compress(model, torch.arange(64).view(2, 32), reduction=0.5, method="shortgpt")
+        record = write(model, out=tmp_path / architecture)
+        assert record["comparison"]["largest_logit_difference"] < 1e-5
+        assert not any("smaller" in note for note in record["notes"])
+        assert read(tmp_path / architecture)[0][f"{architecture}.block_count"] == 2
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 @pytest.mark.parametrize("method", ["svd", "magnitude"])
 def test_other_forms_become_dense(method: str, architecture: str, make_model: Make, write: Write) -> None:

@@ -13,7 +13,7 @@ from sparsekd import export, models
 from sparsekd.export import hf
 
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt_neox"]
-ORDINARY, OWN = ["dense", "width", "mask"], ["widths", "lowrank", "pivot"]
+ORDINARY, OWN = ["dense", "width", "depth", "mask"], ["widths", "lowrank", "pivot"]
 SOURCE = export.Source("made here")
 
 

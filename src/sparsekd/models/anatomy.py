@@ -61,7 +61,8 @@ def hidden_size(model: PreTrainedModel) -> int:
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
-    return list(model.get_submodule(list_of_layers(model)).children())
+    layers: Any = model.get_submodule(list_of_layers(model))
+    return list(layers)
 
 
 def list_of_layers(model: PreTrainedModel) -> str:

@@ -46,23 +46,22 @@ class ShortGPT:
         from sparsekd.compression import depths
 
         calibration.require_text("shortgpt")
-        found = influences(model, calibration)
+        found = influences(calibration)
         depths.require_finite(model, found)
         least = sorted(found, key=lambda layer: found[layer])[: depths.num_removed(plan, model)]
         return depths.remove(model, plan, least, found)
 
 
-def influences(model: PreTrainedModel, calibration: Calibration) -> dict[int, float]:
+def influences(calibration: Calibration) -> dict[int, float]:
     """The block influence of each layer, by its number."""
     import torch
     from torch.nn.functional import cosine_similarity
 
     from sparsekd.device import add_over_processes, rank_and_count
-    from sparsekd.models import find_layers
 
     walk = calibration.walk()
-    sums = torch.zeros(len(find_layers(model)), dtype=torch.float64)
-    for layer in range(len(sums)):
+    sums = torch.zeros(len(walk.layers), dtype=torch.float64)
+    for layer in walk.layers:
         # a batch is read here before the step puts the layer's output in its place
         for before, (_, after) in zip(walk.hidden, walk.step(layer), strict=True):
             sums[layer] += cosine_similarity(before.flatten(0, -2).float(), after, dim=-1).sum().cpu()

@@ -82,7 +82,7 @@ def guard(model: PreTrainedModel) -> None:
 
 def describe(description: Description) -> dict[str, str]:
     """Facts for `inspect`."""
-    (found,) = description.layers.values()
+    found = next(iter(description.layers.values()))
     gone = sorted(set(range(found["dense"])) - set(found["kept"]))
     return {
         "compressed": f"{description.method}, {len(gone)} of {found['dense']} layers removed",
