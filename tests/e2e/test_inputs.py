@@ -164,11 +164,11 @@ def test_a_smaller_micro_batch_is_obeyed_when_a_training_goes_on(tiny_recipe: Pa
     sizes: list[int] = []
     original = worker.Worker.gradients
 
-    def watched(self: Any, ids: Any) -> Any:
+    def watched(self: Any, *given: Any) -> Any:
         sizes.append(self.micro_batch_size)
         if len(sizes) == 3:
             raise KeyboardInterrupt
-        return original(self, ids)
+        return original(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.Worker, "gradients", watched)

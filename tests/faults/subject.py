@@ -103,12 +103,12 @@ def _stop_in_training(recipe: str, out: Path) -> None:
     steps = 0
     original = Worker.gradients
 
-    def counted(self: Any, ids: Any) -> Any:
+    def counted(self: Any, *given: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps > _STEPS_BEFORE_STOP:
             raise KeyboardInterrupt
-        return original(self, ids)
+        return original(self, *given)
 
     Worker.gradients = counted
     with contextlib.suppress(KeyboardInterrupt):
