@@ -26,12 +26,12 @@ def render(report: Record) -> str:
         pictures["frontier"] = frontier.picture(report["bench"])
     structure = report["compression"]
     left = tables.left(structure)
-    if left != "zeros":
+    if left in ("neurons", "ranks"):
         pictures["structure"] = (plots.widths if left == "neurons" else plots.ranks)(structure)
     return _template("report.html").render(
         report=report,
         masked=left == "zeros",
-        heading={"zeros": "Zeros by matrix", "neurons": "Neurons by layer", "ranks": "Ranks by layer"}[left],
+        heading=f"{left.capitalize()} by {'layer' if 'structure' in pictures else 'matrix'}",
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
         size_header=tables.SIZE_HEADER,

@@ -185,9 +185,10 @@ def _estimate(found: Record) -> str:
 
 
 def left(plan: Record) -> str:
-    """What the cut leaves of the matrices: zeros, neurons or ranks."""
-    found = (name for name in ("zeros", "neurons") if any(m.get(name) for m in plan["matrices"]))
-    return next(found, "ranks")
+    """What the cut leaves of the matrices: zeros, neurons, ranks, or other sizes alone."""
+    keys = {"zeros": "zeros", "neurons": "neurons", "ranks": "rank"}
+    found = (name for name, key in keys.items() if any(m.get(key) for m in plan["matrices"]))
+    return next(found, "sizes")
 
 
 def _left(matrix: Record) -> str:
@@ -195,7 +196,9 @@ def _left(matrix: Record) -> str:
     for name in ("zeros", "neurons"):  # a run of version 0.1 has no neurons
         if matrix.get(name):
             return f"{matrix[name]:,} {name}"
-    return f"rank {matrix['rank']:,}" if matrix["rank"] else "dense"
+    if matrix["rank"]:
+        return f"rank {matrix['rank']:,}"
+    return "dense" if matrix["parameters_after"] == matrix["parameters_before"] else "smaller"
 
 
 def matrices(plan: Record) -> Rows:
