@@ -51,7 +51,9 @@ def test_a_row_names_the_neurons(make_model: Any) -> None:
     assert rows[3][4] == f"{32 * 32 + 32:,}"
     for line in plan["matrices"]:
         del line["neurons"], line["zeros"]  # of a version that did not have them
-    assert tables.left(plan) == "ranks" and tables.matrices(plan)[0][2] == "dense"
+    assert tables.left(plan) == "sizes" and tables.matrices(plan)[0][2] == "smaller"
+    plan["matrices"][0]["rank"] = 7
+    assert tables.left(plan) == "ranks" and tables.matrices(plan)[0][2] == "rank 7"
 
 
 def test_the_page_shows_them(tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:

@@ -140,8 +140,9 @@ def _keep_last(graph: Any) -> None:
         logits.append(next(one for one in made_by.inputs if one.const_value is None))
     if made_by.op_type not in ("MatMul", "Gemm"):
         raise ValueError(f"logits come from {made_by.op_type}, not from a product with a matrix")
+    blocks, _, vocab = logits[0].shape  # that of a product before a bias is not known
     for value in logits:
-        value.shape = onnx_ir.Shape([value.shape[0], "kept", value.shape[2]])
+        value.shape = onnx_ir.Shape([blocks, "kept", vocab])
     kept = onnx_ir.Value(name=KEPT, type=onnx_ir.TensorType(onnx_ir.DataType.INT64), shape=onnx_ir.Shape([]))
     graph.inputs.append(kept)
     one, axes, end = (

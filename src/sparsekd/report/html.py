@@ -26,18 +26,20 @@ def render(report: Record) -> str:
         pictures["frontier"] = frontier.picture(report["bench"])
     structure = report["compression"]
     left = tables.left(structure)
-    if left != "zeros":
-        drawn = {"neurons": plots.widths, "ranks": plots.ranks, "layers": plots.layers}[left]
-        pictures["structure"] = drawn(structure)
+    drawn = {"neurons": plots.widths, "ranks": plots.ranks, "layers": plots.layers}
+    if left in drawn:
+        pictures["structure"] = drawn[left](structure)
+    headings = {
+        "zeros": "Zeros by matrix",
+        "sizes": "Sizes by matrix",
+        "neurons": "Neurons by layer",
+        "ranks": "Ranks by layer",
+        "layers": "Layers",
+    }
     return _template("report.html").render(
         report=report,
         masked=left == "zeros",
-        heading={
-            "zeros": "Zeros by matrix",
-            "neurons": "Neurons by layer",
-            "ranks": "Ranks by layer",
-            "layers": "Layers",
-        }[left],
+        heading=headings[left],
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
         size_header=tables.SIZE_HEADER,

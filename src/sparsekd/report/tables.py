@@ -185,11 +185,12 @@ def _estimate(found: Record) -> str:
 
 
 def left(plan: Record) -> str:
-    """What the cut leaves of the matrices: zeros, neurons or ranks; or of the model: layers."""
+    """What the cut leaves of the matrices: zeros, neurons, ranks, or other sizes alone; or of the model: layers."""
     if plan.get("layer_scores"):  # a run of version 0.1 has none
         return "layers"
-    found = (name for name in ("zeros", "neurons") if any(m.get(name) for m in plan["matrices"]))
-    return next(found, "ranks")
+    keys = {"zeros": "zeros", "neurons": "neurons", "ranks": "rank"}
+    found = (name for name, key in keys.items() if any(m.get(key) for m in plan["matrices"]))
+    return next(found, "sizes")
 
 
 def _left(matrix: Record) -> str:
@@ -197,9 +198,11 @@ def _left(matrix: Record) -> str:
     for name in ("zeros", "neurons"):  # a run of version 0.1 has no neurons
         if matrix.get(name):
             return f"{matrix[name]:,} {name}"
+    if matrix["rank"]:
+        return f"rank {matrix['rank']:,}"
     if not matrix["parameters_after"]:
         return "removed"
-    return f"rank {matrix['rank']:,}" if matrix["rank"] else "dense"
+    return "dense" if matrix["parameters_after"] == matrix["parameters_before"] else "smaller"
 
 
 def matrices(plan: Record) -> Rows:

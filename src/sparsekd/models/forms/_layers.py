@@ -218,7 +218,7 @@ def _slice(model: Any, name: str, described: Mapping[str, Any]) -> None:
         _put(model, name, SlicedNorm(described["dense"], described["eps"]))
     else:
         _put(model, name, _reading(module, hidden, described["bias"]))
-    model.get_submodule(name).sliced = described
+    model.get_submodule(name).sliced = dict(described)
 
 
 def _reading(layer: Any, in_features: int, has_bias: bool) -> Any:
