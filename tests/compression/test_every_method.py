@@ -25,7 +25,7 @@ from sparsekd.run import dry_run, inspection
 ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 METHODS = {method_named(name).FORM: name for name in names()}  # one for each form that has any
 # of tiny models
-OPTIONS: dict[str, dict[str, Any]] = {"neurons": {"multiple": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {name: {"multiple": 2} for name in ("activation", "neurons", "taylor")}
 
 
 def tokens() -> torch.Tensor:
