@@ -213,7 +213,7 @@ def truncated(setup: Setup, name: str, reduction: float) -> tuple[Any, dict[str,
         with patch.object(statistics, "collect", lambda *args, **options: dict(moments)):
             calibration = compression.Calibration(student, compression.batches_of(setup.batches, 4))
             section = compress_section({"reduction": reduction, **ARMS[name]})
-            plan = compression.apply(student, calibration, section)
+            plan = compression.apply(student, lambda step: calibration, section)
     if name == "pivot ranks, two factors":
         sparsekd.convert(student, "lowrank")
     facts = plan.as_dict()

@@ -42,7 +42,7 @@ def peak() -> dict[str, int]:
 
 def truncate(model: Any, batches: list[torch.Tensor], section: Compress) -> None:
     calibration = compression.Calibration(model, compression.batches_of(batches, section.batch_size))
-    compression.apply(model, calibration, section)
+    compression.apply(model, lambda step: calibration, section)
 
 
 def batches_of(tokenizer: Any) -> list[torch.Tensor]:

@@ -90,7 +90,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
             "llama": lambda: LlamaConfig(**grouped),
             "qwen3": lambda: Qwen3Config(**grouped, head_dim=16),
             "phi3": lambda: Phi3Config(**grouped),
-            "gpt2": lambda: GPT2Config(**vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+            "gpt2": lambda: GPT2Config(
+                **vocab, n_embd=32, n_layer=sizes["num_hidden_layers"], n_head=4, n_positions=256
+            ),
             "gpt_neox": lambda: GPTNeoXConfig(**vocab, **sizes),
         }[architecture]()
         torch.manual_seed(0)

@@ -13,4 +13,5 @@ def section(**options: Any) -> Compress:
 
 
 def cut(model: Any, blocks: Any, options: Compress, **how: Any) -> Plan:
-    return apply(model, Calibration(model, batches_of(blocks, options.batch_size), **how), options)
+    calibration = Calibration(model, batches_of(blocks, options.batch_size), **how)
+    return apply(model, lambda _: calibration, options)

@@ -1,9 +1,10 @@
 """What each process of `test_several_processes_train_the_same_weights_as_one` runs: FOLDER, then what to call each
-training; one that is called stopped is stopped and resumed."""
+training; one that is called stopped is stopped and resumed, of NAME-COUNT the first is the weighting."""
 
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from sparsekd.teacher.cache import Cache
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 blocks = np.load(folder / "blocks.npy")
-data = distillation.Data(list(blocks), lambda epoch: np.arange(11), [11, 12, 13], Cache(folder / "cache"))
+data = distillation.Data(
+    list(blocks), lambda epoch: np.arange(11), [11, 12, 13], Cache(folder / "cache"), ["a", "b"] * 7
+)
 options = Distill(batch_size=4, micro_batch_size=1, learning_rate=3e-3, epochs=2, validations=2)
 
 
@@ -27,7 +30,7 @@ def train(name: str, stop_at: int | None = None) -> None:
     history = distillation.train(
         student,
         data,
-        options,
+        replace(options, weighting=name.partition("-")[0]) if "-" in name else options,
         folder=folder / f"training-{name}",
         on_step=lambda step, _: done.append(step.step),
         stop_signal=lambda: 15 if done[-1] == stop_at else None,

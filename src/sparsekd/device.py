@@ -178,7 +178,8 @@ def slow_kernels(device: torch.device) -> str | None:
 @contextmanager
 def rounded_factors(is_wanted: bool = True) -> Iterator[None]:
     """In it a processor that multiplies bfloat16 rounds the factors of a product in float32 to that; sums and result
-    stay float32. Faster than casting them. On a torch that cannot do it, as before 2.9, nothing changes."""
+    stay float32. Faster than casting them. On a torch that cannot do it, as before 2.9, nothing changes, and hardly
+    anything on processors without AMX."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if not is_wanted or settings is None or not multiplies_bfloat16(torch.device("cpu")):
         yield

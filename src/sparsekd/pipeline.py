@@ -140,7 +140,7 @@ def _candidates(folder: Path) -> list[bench.Candidate]:
     recipe = read_recipe(folder)
     found = [bench.Candidate("dense", export.Source(recipe.model.name, revision=recipe.model.revision))]
     for one in planned(recipe):
-        lost = f"{one.compress.method} {one.compress.reduction:.0%}" if one.compress else one.name
+        lost = f"{one.compress.methods} {one.compress.total:.0%}" if one.compress else one.name
         found.append(
             bench.Candidate(f"{folder.name}: {lost}", export.Source(str(folder / one.distilled / "model"), folder))
         )
@@ -148,11 +148,17 @@ def _candidates(folder: Path) -> list[bench.Candidate]:
 
 
 def check_before_starting(recipe: Recipe) -> None:
-    """Raises `UsageError` for what would otherwise stop the run hours from now."""
+    """Raises `UsageError`, of a teacher of other tokens `MismatchError`, for what would stop the run hours from now."""
     model, options = recipe.model, recipe.evaluate
-    models.find_mlps(models.skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code))
+    trusts = model.trust_remote_code
+    skeleton = models.skeleton(model.name, revision=model.revision, trust_remote_code=trusts)
+    first = next(one.compress for one in planned(recipe) if one.compress is not None)
+    compression.plan_for(skeleton, first)
     for name in recipe.teacher.models:
-        models.skeleton(name, trust_remote_code=model.trust_remote_code)
+        models.skeleton(name, trust_remote_code=trusts)
+        own = models.load_tokenizer(model.name, revision=model.revision, trust_remote_code=trusts)
+        tokenizer = models.load_tokenizer(name, trust_remote_code=trusts)
+        models.require_same_tokenizer(tokenizer, own, name, model.name)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
     if recipe.bench and not options.texts:
         raise UsageError("bench: true needs a text: give evaluate.texts one")
@@ -186,6 +192,8 @@ def merge_cache(recipe: Recipe, folder: Path, console: Console | None = None) ->
 def spectrum(recipe: Recipe) -> Record:
     """The spectra of a model's MLP matrices on the recipe's corpus or, by method `neurons`, what each width of each MLP
     is predicted to cost; keeps nothing."""
+    if recipe.compress.first:
+        raise UsageError("spectrum shows what one method sees: expected one step in compress, found several")
     options, section, placement = recipe.model, recipe.compress, place(recipe.device, recipe.model.dtype)
     model, tokenizer = models.load(
         options.name,

@@ -53,7 +53,9 @@ def test_the_step_of_a_chunk_compiles_and_gives_the_same_numbers(
 ) -> None:
     """As on a GPU, but for the kernels; the last chunk is shorter."""
     compiled = compiling("aot_eager")
-    require_same_gradients(compiled, mode, alpha=0.5, temperature=temperature, scale=0.5, softcap=20.0, chunk_size=16)
+    options = {"alpha": 0.5, "temperature": temperature, "scale": 0.5, "softcap": 20.0, "chunk_size": 16}
+    require_same_gradients(compiled, mode, **options)
+    require_same_gradients(compiled, mode, **options, weights=torch.linspace(0.5, 3, N))
 
 
 def test_many_objectives_are_compiled_once_for_each_structure(compiling: Callable[[Any], Any]) -> None:

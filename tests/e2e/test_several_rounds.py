@@ -94,6 +94,21 @@ def test_with_recache_and_anchor_the_round_before_teaches_beside_the_first(tiny_
     assert second["weights"] == [0.25, 0.75] and second["teacher"][0] == first["teacher"] != second["teacher"][1]
 
 
+def test_generations_are_anchored_by_a_geometric_mixture(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The first has one teacher, so its cache is what it is without; who asks for the other mean is told."""
+    out, asked = tmp_path / "run", ("teacher.cascade=1", "teacher.anchor=0.25", "teacher.mixture=geometric")
+    run(tiny_recipe, out, *asked)
+    first, second = (
+        json.loads((out / f"{name}/cache/stage.json").read_text())["identity"] for name in ("generation-01", "round-01")
+    )
+    assert "mixture" not in first and isinstance(first["teacher"], str)
+    assert second["mixture"] == "geometric" and second["weights"] == [0.25, 0.75]
+    before = (out / "recipe.yaml").read_bytes()
+    with pytest.raises(errors.MismatchError, match=r"round-01/cache holds another run: mixture is geometric there and"):
+        run(tiny_recipe, out, *asked[:2], resume=True)
+    assert (out / "recipe.yaml").read_bytes() == before
+
+
 def test_a_cascade_teaches_with_the_distilled_dense_model(tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     report = run(tiny_recipe, out, "teacher.cascade=2")
@@ -137,6 +152,17 @@ def test_a_larger_teacher_of_the_same_vocabulary(
     run(tiny_recipe, out, f"teacher.models={{{larger}: 1}}", f"distill.teacher={teacher}")
     made_from = json.loads((out / "round-01/cache/inputs.json").read_text())
     assert [one["content"] for one in made_from["teachers"]] == [models.source_hash(str(larger))]
+
+
+@pytest.mark.parametrize("teacher", ["cache", "online"])
+def test_a_teacher_of_other_tokens_is_named_before_anything_starts(
+    teacher: str, tiny_recipe: Path, model_folder: Any, gemma_like: Any, tmp_path: Path
+) -> None:
+    other = model_folder("qwen3")
+    gemma_like.save_pretrained(other)
+    with pytest.raises(errors.MismatchError, match=r"teacher .*qwen3: its tokenizer is not that of .*llama, whose tok"):
+        run(tiny_recipe, tmp_path / "run", f"teacher.models={{{other}: 1}}", f"distill.teacher={teacher}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_is_not_there_is_named_before_anything_starts(tiny_recipe: Path, tmp_path: Path) -> None:

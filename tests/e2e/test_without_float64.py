@@ -18,6 +18,7 @@ CHANGES = {
     "whitened": ("method=whitened", "format=lowrank", "allocation=energy"),
     "svd": ("method=svd",),
     "wanda": ("method=wanda", "format=mask"),
+    "sparsegpt": ("method=sparsegpt", "reduction=0.5", "pattern=2:4"),
 }
 SAMPLED = ("cache.codec=sampled", "distill.loss=sampled", "distill.temperature=1", "corpus.document_mask=true")
 
@@ -45,7 +46,9 @@ def test_a_run_finds_what_it_finds_on_a_cpu(kind: str, tiny_recipe: Path, tmp_pa
     for name in ("dense", "compressed", "distilled"):
         here = json.loads((tmp_path / f"here/round-01/eval/{name}-text-held.json").read_text())
         there = found["evaluation"]["models"][name]["held"]
-        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-4)
+        # the probe finds KLs of 1e-8 in so small a model: rounding may give one matrix the rank of another
+        rel = 1e-3 if kind == "curvature and probe" else 1e-4
+        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=rel)
 
 
 def test_spectra_are_those_of_a_cpu(tiny_recipe: Path) -> None:

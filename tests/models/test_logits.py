@@ -139,7 +139,8 @@ def test_training_with_bfloat16_products_has_float32_logits(teacher: PreTrainedM
     weight = head.weight.detach().bfloat16().float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf @ weight.T + head.bias.detach(), blocks[:2, 1:].flatten())
     expected.backward()
-    assert float(outcome.ce) == pytest.approx(expected.item(), abs=2e-6)
+    # without AMX oneDNN does not round the head's factors; bfloat16 logits would be 1e-3 off
+    assert float(outcome.ce) == pytest.approx(expected.item(), abs=1e-4)
     # hidden states are rounded in the product only, not in the gradient
     assert float((head.weight.grad - weight.grad).norm() / weight.grad.norm()) < 0.005
 

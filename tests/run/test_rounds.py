@@ -85,6 +85,11 @@ def test_rounds_and_generations_divide_the_corpus_if_asked() -> None:
         ("rounds=0.5", "rounds is 0.5: expected a list"),
         ("teacher.cascade=-1", "teacher.cascade is -1: expected >= 0"),
         ("teacher.anchor=1", r"teacher.anchor is 1.0: expected \[0, 1\)"),
+        (
+            "teacher.mixture=geometric",
+            "teacher.mixture is geometric: expected arithmetic, unless teacher.models has sever",
+        ),
+        ("teacher.mixture=harmonic", "teacher.mixture is 'harmonic': expected one of arithmetic, geometric"),
         ("teacher.models={a: 0}", "teacher.models.a is 0.0: expected > 0"),
     ],
 )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from sparsekd.teacher import Cache, Mixture, Online, Samples, Targets, codec_for
 from sparsekd.teacher.filling import identity
 
 VOCAB = 400
+Mean = Literal["arithmetic", "geometric"]
 MADE_FROM: dict[str, Any] = {"tokenizer_hash": "t", "corpus_fingerprint": "c"}
 
 
@@ -43,7 +44,12 @@ def tokens(count: int = 2) -> Tensor:
 
 
 def expected(
-    models: list[PreTrainedModel], weights: list[float], batch: Tensor, vocab_size: int, **more: Any
+    models: list[PreTrainedModel],
+    weights: list[float],
+    batch: Tensor,
+    vocab_size: int,
+    mean: Mean = "arithmetic",
+    **more: Any,
 ) -> Tensor:
     """The definition, from the hidden states on in float64."""
     with torch.no_grad():
@@ -51,7 +57,12 @@ def expected(
         heads: list[Any] = [model.get_output_embeddings() for model in models]
         logits = [h.double() @ head.weight[:vocab_size].double().T for h, head in zip(hidden, heads, strict=True)]
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return sum((w * z.softmax(-1) for w, z in zip(shares, logits, strict=True)), torch.zeros(()))
+    each = torch.stack([z.softmax(-1) for z in logits])
+    shares = shares[:, None, None, None]
+    if mean == "arithmetic":
+        return (shares * each).sum(0)
+    product = (each**shares).prod(0)
+    return product / product.sum(-1, keepdim=True)
 
 
 def require_same(found: Targets, probabilities: Tensor, tolerance: float) -> None:
@@ -67,14 +78,30 @@ def require_same(found: Targets, probabilities: Tensor, tolerance: float) -> Non
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3), vocab_size=st.sampled_from([None, 400, 300]))
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3),
+    vocab_size=st.sampled_from([None, 400, 300]),
+    mean=st.sampled_from(["arithmetic", "geometric"]),
+)
 def test_the_mean_of_the_distributions(
-    weights: list[float], vocab_size: int | None, teachers: list[PreTrainedModel]
+    weights: list[float], vocab_size: int | None, mean: Mean, teachers: list[PreTrainedModel]
 ) -> None:
-    """Whatever the padding of one and the cut of all: each teacher is normalised over the tokens that count."""
-    found = distributions(Mixture(teachers, weights), tokens(), 8, vocab_size)
-    for block, probabilities in zip(found, expected(teachers, weights, tokens(), vocab_size or VOCAB), strict=True):
+    """Whatever the padding of one and the cut of all: each teacher is normalised over the tokens that count. The mean
+    is that of all of these, and only then are the likeliest kept."""
+    found = distributions(Mixture(teachers, weights, mean), tokens(), 8, vocab_size)
+    exact = expected(teachers, weights, tokens(), vocab_size or VOCAB, mean)
+    for block, probabilities in zip(found, exact, strict=True):
         require_same(block, probabilities, 1e-4)
+
+
+def test_the_two_means_differ_and_a_geometric_one_of_geometric_ones_is_one(teachers: list[PreTrainedModel]) -> None:
+    """So an anchor keeps its weight beside whatever generations are mixed with it."""
+    arithmetic, geometric = (expected(teachers, [1.0, 1.0, 2.0], tokens(), VOCAB, mean) for mean in get_args(Mean))
+    assert float((arithmetic - geometric).abs().max()) > 0.01
+    pair = expected(teachers[:2], [1.0, 1.0], tokens(), VOCAB, "geometric")
+    third = expected(teachers[2:], [1.0], tokens(), VOCAB)
+    nested = (pair * third).sqrt()
+    torch.testing.assert_close(nested / nested.sum(-1, keepdim=True), geometric)
 
 
 def test_the_weights_matter(teachers: list[PreTrainedModel]) -> None:
@@ -85,9 +112,10 @@ def test_the_weights_matter(teachers: list[PreTrainedModel]) -> None:
         require_same(distributions(Mixture(teachers, [1.0, 2.0, 1.0]), tokens(), 8)[0], one[0], 1e-4)
 
 
-def test_a_mixture_of_one_is_that_one(teachers: list[PreTrainedModel]) -> None:
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_a_mixture_of_one_is_that_one(mean: Mean, teachers: list[PreTrainedModel]) -> None:
     alone = distributions(teachers[0], tokens(), 8)
-    for found, block in zip(distributions(Mixture(teachers[:1], [0.3]), tokens(), 8), alone, strict=True):
+    for found, block in zip(distributions(Mixture(teachers[:1], [0.3], mean), tokens(), 8), alone, strict=True):
         assert torch.equal(found.ids, block.ids)
         for column, other in zip(found[1:], block[1:], strict=True):
             torch.testing.assert_close(column, other, rtol=0, atol=2e-6)
@@ -110,14 +138,16 @@ def test_packed_documents_do_not_see_each_other(teachers: list[PreTrainedModel])
     assert not torch.equal(apart[1].ids, distributions(mixture, batch, 8)[1].ids)
 
 
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("codec", ["q16", "sampled"])
-def test_a_cache_of_a_mixture(codec: str, teachers: list[PreTrainedModel], tmp_path: Path) -> None:
-    mixture, weights = Mixture(teachers, [3.0, 1.0, 1.0]), [3.0, 1.0, 1.0]
+def test_a_cache_of_a_mixture(codec: str, mean: Mean, teachers: list[PreTrainedModel], tmp_path: Path) -> None:
+    weights = [3.0, 1.0, 1.0]
+    mixture = Mixture(teachers, weights, mean)
     blocks = {number: row.numpy().astype(np.int32) for number, row in enumerate(tokens(5))}
     cache = fill(mixture, tmp_path, blocks, codec=codec, top_k=8, **MADE_FROM)
     assert cache is not None
     assert cache.vocab_size == VOCAB
-    probabilities = expected(teachers, weights, tokens(5), VOCAB)
+    probabilities = expected(teachers, weights, tokens(5), VOCAB, mean)
     for number, block in blocks.items():
         found = cache.read(number, block)
         if isinstance(found, Samples):  # a weight is at least the token's own probability, and all sum to one
@@ -139,11 +169,14 @@ def test_who_is_mixed_and_how_is_the_identity(teachers: list[PreTrainedModel], t
     assert mixed["config"] == [of["config"] for of in single]
     assert mixed["dtype"] == ["float32"] * 3
     assert mixed == identity(Mixture(teachers, [2.0, 2.0, 4.0]), "t", "c", codec)
+    geometric = identity(Mixture(teachers, [1.0, 1.0, 2.0], "geometric"), "t", "c", codec)
+    assert geometric == mixed | {"mixture": "geometric"} and "mixture" not in mixed  # as earlier caches have it
     blocks = {0: tokens()[0].numpy().astype(np.int32)}
     fill(Mixture(teachers, [1.0, 1.0, 2.0]), tmp_path, blocks, top_k=8, **MADE_FROM)
     for other, field in (
         (Mixture(teachers, [1.0, 1.0, 3.0]), "weights"),
         (Mixture([*teachers[:2], teachers[0]], [1.0, 1.0, 2.0]), "config"),
+        (Mixture(teachers, [1.0, 1.0, 2.0], "geometric"), "mixture"),
         (teachers[0], "config"),
     ):
         with pytest.raises(MismatchError, match=f"was made with {field} = ") as caught:

@@ -85,10 +85,10 @@ def not_installed() -> list[str]:
     return [f"{name}: {line}" for name, line in lines.items() if line is not None]
 
 
-def require(runtime: str) -> None:
-    """Raises `ResourceError` for a runtime that is not there."""
+def require(runtime: str, names: Sequence[str]) -> None:
+    """Raises `ResourceError` for a runtime that is not there, where one of the models is for it."""
     line = RUNTIMES[runtime].missing()
-    if line is not None:
+    if line is not None and any(map(RUNTIMES[runtime].takes, names)):
         raise ResourceError(f"runtime {runtime} is not installed: {line}")
 
 

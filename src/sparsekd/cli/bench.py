@@ -47,7 +47,7 @@ def command(
     )
     names, console = options.model_names(model), Console()
     for one in plan.runtimes:
-        bench.require(one)
+        bench.require(one, names)
     found = bench.compare(
         names,
         plan,

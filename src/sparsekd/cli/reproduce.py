@@ -15,7 +15,9 @@ from sparsekd.cli.options import AsJson, Device, DryRun, Fresh, Resume, Revision
 def command(
     experiment: Annotated[
         str,
-        typer.Argument(help="The paper's table II to VIII or X, or controls, recovery, svd.", metavar="EXPERIMENT"),
+        typer.Argument(
+            help="The paper's table II to VIII or X, or methods, controls, recovery, svd.", metavar="EXPERIMENT"
+        ),
     ],
     target: Target,
     seeds: Annotated[

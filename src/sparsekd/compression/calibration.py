@@ -72,12 +72,18 @@ class Calibration:
         first = len(self.batches) - count
         return self._with(self.batches[:first]), self._with(self.batches[first:]) if count else None
 
+    def first(self, num_tokens: int) -> Calibration:
+        """The first batches, of `num_tokens` tokens at least, or all of them."""
+        counts = itertools.accumulate((batch.tokens.numel() for batch in self.batches), initial=0)
+        few = [batch for batch, before in zip(self.batches, counts, strict=False) if before < num_tokens]
+        return self._with(few)
+
     def moments(self, curvature: bool = False) -> dict[MLP, statistics.Moments]:
         """What is seen around each MLP. Too large to be kept: the caller takes it over.
 
         Raises `UsageError` for fewer tokens than the hidden size has dimensions.
         """
-        self._require_enough(self.model.config.get_text_config().hidden_size)
+        self.require_tokens(self.model.config.get_text_config().hidden_size)
         return statistics.collect(
             self.model,
             self._tokens,
@@ -92,9 +98,8 @@ class Calibration:
 
         Raises `UsageError` for fewer tokens than the MLPs have neurons.
         """
-        self._require_enough(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
-        counts = itertools.accumulate((tokens.numel() for tokens in self._tokens), initial=0)
-        few = [tokens for tokens, before in zip(self._tokens, counts, strict=False) if before < num_tokens]
+        self.require_tokens(max(shape(self.model.get_submodule(mlp.output))[0] for mlp in find_mlps(self.model)))
+        few = self.first(num_tokens)._tokens
         return statistics.output_curvature(
             self.model, few, seed=self.seed, device=self.device, separator=self.separator
         )
@@ -117,7 +122,8 @@ class Calibration:
         """The true KL of a change of the model, on all of the text."""
         return Probe(self.model, [(batch.ids, batch.tokens) for batch in self.batches], self.teacher, self.separator)
 
-    def _require_enough(self, dimensions: int) -> None:
+    def require_tokens(self, dimensions: int) -> None:
+        """Raises `UsageError` for fewer tokens than `dimensions` of a second moment; warns of few."""
         enough = statistics.TOKENS_PER_DIMENSION * dimensions  # below it the statistics are fitted to the sample
         found = f"statistics of {dimensions} dimensions from {self.num_tokens} tokens"
         if self.num_tokens < dimensions:

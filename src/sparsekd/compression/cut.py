@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel
 
 from sparsekd.compression.calibration import Calibration, batches_of
 from sparsekd.compression.methods import method_named
-from sparsekd.compression.plan import Plan
-from sparsekd.errors import DataError
-from sparsekd.models import forms, in_float32, linear_weight
+from sparsekd.compression.plan import Plan, combined
+from sparsekd.errors import DataError, UsageError
+from sparsekd.models import forms, in_float32, linear_weight, twin
 from sparsekd.recipe import Compress, compress_section
 
 
@@ -30,29 +31,59 @@ def compress(
 
     `blocks` are token ids to take the statistics from, as one tensor or as batches; `svd` needs none. `options` are
     the fields of the recipe's `compress` section, such as `reduction` (the fraction of the dense model's MLP
-    parameters to remove) and `method`, and those of the method's own section, such as `allocation` and `format`. A
-    compressed model is compressed further. Raises `UsageError` for a value out of range or a model without an MLP,
-    `DataError` for weights or activations that are not finite or too few tokens; the model is then unchanged.
+    parameters to remove) and `method`, and those of the method's own section, such as `allocation` and `format`;
+    `first` has the sections of steps before it. A compressed model is compressed further, by one step. Raises
+    `UsageError` for a value out of range or a model without an MLP, `DataError` for weights or activations that are not
+    finite or too few tokens; the model is then unchanged, but for what earlier steps did.
     """
     section = compress_section(options)
-    apply(model, Calibration(model, batches_of(blocks, section.batch_size), seed=seed), section)
+    batches = batches_of(blocks, section.batch_size)
+    apply(model, lambda step: Calibration(model, batches, seed=seed), section)
     return model
 
 
 def plan_for(model: PreTrainedModel, section: Compress) -> Plan:
     """What the shapes alone decide: uniform ranks, or zeros. Works on a model without weights too."""
-    return method_named(section.method).plan(model, section.reduction, section.options)
+    *earlier, last = section.steps
+    if not earlier:
+        return _planned(model, last)
+    _require_dense(model)
+    shaped, plans = twin(model), []
+    for step in earlier:
+        plans.append(_planned(shaped, step))
+        form: Any = forms.form_named(method_named(step.method).FORM)
+        form.take_shape(shaped, plans[-1])
+    plans.append(_planned(shaped, last))
+    return functools.reduce(lambda one, other: combined(one, other, section.total), plans)
 
 
-def apply(model: PreTrainedModel, calibration: Calibration, section: Compress) -> Plan:
-    """What `compress` does, returning the plan with the damage that was predicted and measured for each matrix."""
-    method = method_named(section.method)
-    planned, dense = plan_for(model, section), forms.dense_sizes(model)
-    _check_weights(model, planned)
+def apply(model: PreTrainedModel, calibration_for: Callable[[Compress], Calibration], section: Compress) -> Plan:
+    """What `compress` does, with the text that each step asks for, returning the plan with the damage that was
+    predicted and measured for each matrix. Of several steps, what the earlier ones did stays where a later one fails.
+    """
+    dense, steps = forms.dense_sizes(model), section.steps
+    if len(steps) > 1:
+        _require_dense(model)
+    plans = []
     with in_float32(model):  # what is solved from rounded numbers is rounded twice
-        done = method.apply(model, planned, calibration, section.options)
-        forms.mark(model, method.FORM, section.method, section.reduction, dense)
-    return done
+        for step in steps:
+            method, planned = method_named(step.method), _planned(model, step)
+            _check_weights(model, planned)
+            plans.append(method.apply(model, planned, calibration_for(step), step.options))
+        form = "+".join(method_named(step.method).FORM for step in steps)
+        forms.mark(model, form, section.methods, section.total, dense)
+    return functools.reduce(lambda one, other: combined(one, other, section.total), plans)
+
+
+def _planned(model: PreTrainedModel, step: Compress) -> Plan:
+    return method_named(step.method).plan(model, step.reduction, step.options)
+
+
+def _require_dense(model: PreTrainedModel) -> None:
+    """Raises `UsageError` for a model that something was removed from: of several steps each takes its share."""
+    described = forms.description_of(model)
+    if described is not None:
+        raise UsageError(f"compress has several steps, and the model is {described.form} already: give the dense model")
 
 
 def _check_weights(model: PreTrainedModel, planned: Plan) -> None:

@@ -201,8 +201,7 @@ def compensated(
                 old[bias.detach()] = bias.detach().clone()
                 bias += shift.to(bias)
                 biases[mlp] = bias.detach().clone()
-            for _ in narrowed.step(layer):  # with the matrix as it is now
-                pass
+            narrowed.pass_through(layer)  # with the matrix as it is now
     finally:
         for value, before in old.items():
             value.copy_(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -45,10 +45,13 @@ class Plan:
     predicted_kl: float | None = None  # the sum over the matrices; on other text it is more
     predicted_kl_by_allocation: dict[str, float] | None = None  # where a method knows of more than one
     measured_kl: float | None = None  # of all matrices together, on the probe's tokens
+    other_parameters_after: int | None = None  # outside of the MLP matrices; None: as before
+    mlp_parameters_gone: int = 0  # of the dense model, in layers that were removed before: they have no line
+    layer_scores: dict[str, float] | None = None  # of every layer: what those that go were chosen by; form `depth`
 
     @property
     def mlp_parameters_before(self) -> int:
-        return sum(matrix.parameters_before for matrix in self.matrices)
+        return self.mlp_parameters_gone + sum(matrix.parameters_before for matrix in self.matrices)
 
     @property
     def mlp_parameters_after(self) -> int:
@@ -56,7 +59,10 @@ class Plan:
 
     @property
     def model_parameters_after(self) -> int:
-        return self.model_parameters_before - self.mlp_parameters_before + self.mlp_parameters_after
+        others = self.other_parameters_after
+        if others is None:
+            others = self.model_parameters_before - self.mlp_parameters_before
+        return others + self.mlp_parameters_after
 
     @property
     def model_parameters_stored(self) -> int:
@@ -75,9 +81,34 @@ class Plan:
         names = ("parameters_before", "parameters_after", "reduction")
         totals = {f"{part}_{name}": getattr(self, f"{part}_{name}") for part in ("mlp", "model") for name in names}
         totals["model_parameters_stored"] = self.model_parameters_stored
-        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl")
+        losses = ("predicted_kl", "predicted_kl_by_allocation", "measured_kl", "layer_scores")
         found = {name: getattr(self, name) for name in losses}
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
+
+
+def combined(first: Plan, second: Plan, reduction: float) -> Plan:
+    """The plan of a step and of one after it, whose matrices are those that the first has left, in the same order. What
+    the steps were predicted to lose is not known of both together."""
+    left = iter(second.matrices)
+    lines = []
+    for before in first.matrices:
+        if before.parameters_after:
+            after = next(left)
+            kept = after.neurons if before.neurons is None else before.neurons
+            made = {"name": before.name, "parameters_before": before.parameters_before, "neurons": kept}
+            lines.append(replace(after, **made))
+        else:
+            lines.append(before)
+    others = second.model_parameters_after - second.mlp_parameters_after
+    return replace(
+        first,
+        matrices=lines,
+        reduction=reduction,
+        other_parameters_after=others,
+        predicted_kl=None,
+        measured_kl=None,
+        predicted_kl_by_allocation=None,
+    )
 
 
 def require_form(model: PreTrainedModel, allowed: tuple[str, ...], method: str) -> None:

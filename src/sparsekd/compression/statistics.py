@@ -134,7 +134,7 @@ def collect(
         seen = moments[mlp] = Moments(make(hidden), make(hidden), make(hidden, cap=None))
         first, last = model.get_submodule(mlp.inputs[0]), model.get_submodule(mlp.output)
         # with curvature each layer runs twice: to record, and then with a graph, when it counts
-        handles.append(first.register_forward_pre_hook(_reads_input(seen.input, curvature)))
+        handles.append(first.register_forward_pre_hook(reads_input(seen.input, curvature)))
         handles.append(last.register_forward_hook(_reads_output(seen.output, curvature)))
         if curvature:
             handles.append(last.register_forward_hook(_reads_gradient(seen.output_curvature)))
@@ -188,7 +188,7 @@ def input_norms(
         grams[mlp] = [Gram(shape(module)[0], cap=None, diagonal=True) for module in modules]
         norms |= dict.fromkeys(mlp.inputs, grams[mlp][0]) | {mlp.output: grams[mlp][1]}
         for module, gram in zip(modules, grams[mlp], strict=True):
-            handles.append(module.register_forward_pre_hook(_reads_input(gram, False)))
+            handles.append(module.register_forward_pre_hook(reads_input(gram, False)))
     try:
         run_all(model, batches, grams, device, separator, None)
     finally:
@@ -373,7 +373,9 @@ def _in_turn(layers: Layers, home: torch.device, device: torch.device) -> Iterat
             handle.remove()
 
 
-def _reads_input(gram: Gram, with_graph: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def reads_input(gram: Gram, with_graph: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook before a module, which adds what it reads to the sum; only passes with a graph count, or only others."""
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled() == with_graph:
             gram.add(args[0].flatten(0, -2))

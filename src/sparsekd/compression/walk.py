@@ -3,12 +3,12 @@
 Nothing of a layer is kept when its turn is over but the hidden states that the next one reads, so that of statistics of
 intermediate size those of one layer are in memory.
 
-Shape letters: B blocks, L positions, N tokens, H hidden size, I neurons.
+Shape letters: B blocks, L positions, N tokens, H hidden size, I neurons, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekd.compression.statistics import all_but_layers_on
-from sparsekd.device import fast_products, rank_and_count
-from sparsekd.models import Layers, document_inputs, find_mlps
+from sparsekd.device import add_over_processes, fast_products, rank_and_count
+from sparsekd.models import Layers, document_inputs, find_mlps, logits_of
 
 
 class Walk:
@@ -37,6 +37,7 @@ class Walk:
         """`device` and `separator` as in `statistics.collect`."""
         self.model, self.device, self._home = model, device or model.device, model.device
         self._layers, self._mlps = Layers(model), find_mlps(model)
+        self.layers = range(len(self._layers.modules))  # their numbers
         rank, world = rank_and_count()
         own = [batch for number, batch in enumerate(batches) if number % world == rank]
         self._inputs = [document_inputs(batch.to(self.device), separator) for batch in own]
@@ -62,6 +63,37 @@ class Walk:
         for number, (neurons, after) in enumerate(self._outputs(layer)):
             self.hidden[number] = after  # in its place: a list beside this one would be all of the text once more
             yield neurons.flatten(0, -2).float(), after.flatten(0, -2).float()
+
+    def pass_through(self, layer: int) -> None:
+        """`hidden` becomes what the layer hands on."""
+        for _ in self.step(layer):
+            pass
+
+    def kl_of(self, others: Sequence[Walk]) -> list[float]:
+        """The KL of the distributions that the model makes of the hidden states of each of the others, to those that it
+        makes of these: the mean over all positions of all processes, in nats. No layer runs."""
+        sums = torch.zeros(len(others) + 1, dtype=torch.float64)
+        with self._other_parts():
+            for batch, hidden in enumerate(self.hidden):
+                for row in range(len(hidden)):  # logits are large
+                    log_p = self._log_probabilities(batch, row)
+                    sums[-1] += len(log_p)
+                    for number, other in enumerate(others):
+                        gap = log_p - other._log_probabilities(batch, row)
+                        sums[number] += (log_p.exp() * gap).sum().cpu()
+        if rank_and_count()[1] > 1:
+            add_over_processes(sums)
+        return (sums[:-1] / sums[-1]).tolist()
+
+    def _log_probabilities(self, batch: int, row: int) -> Float[Tensor, "L V"]:
+        inputs = {name: value[row : row + 1] for name, value in self._inputs[batch].items()}
+
+        def logits() -> Tensor:
+            with torch.no_grad(), fast_products(self.device):
+                return logits_of(self.model, **inputs)
+
+        found, _ = self._layers.run(logits, self.hidden[batch][row : row + 1], len(self.layers))
+        return found[0].float().log_softmax(-1)
 
     def _outputs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         with self._visiting(layer):

@@ -1,15 +1,17 @@
-"""Zeros instead of low rank: the plan and the cut of the methods of form `mask`.
+"""Zeros instead of low rank: the plan of the methods of form `mask`, and the cut by scores.
 
-A weight is compared with the others of its own output row, so every output loses the same share of its inputs. The
-result is the dense model with zeros in it: nothing that runs it is faster or smaller for them.
+A weight is compared with the others of its group: its output row, its whole matrix, or with pattern N:M the M
+neighbouring inputs of one output, of which N become zero. The result is the dense model with zeros in it: nothing that
+runs it is faster or smaller for them, unless it has kernels for the pattern.
 
-Shape letters: O output features, I input features.
+Shape letters: O output features, I input features, G groups, M weights of a group.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,23 +21,41 @@ from transformers import PreTrainedModel
 from sparsekd.compression.plan import MatrixPlan, Plan, require_form
 from sparsekd.errors import UsageError
 from sparsekd.models import find_mlps, forms, linear_weight, num_parameters, shape
+from sparsekd.models.forms import mask
 
 
-def uniform(model: PreTrainedModel, reduction: float, method: str) -> Plan:
-    """The same share of zeros in every row of every matrix, a row's bias counted as one of its parameters.
+def zeros_and_group(pattern: str) -> tuple[int, int] | None:
+    """N and M of a pattern N:M; None for `unstructured`."""
+    zeros, colon, group = pattern.partition(":")
+    return (int(zeros), int(group)) if colon else None
 
-    Works on a model without weights too. Raises `UsageError` for a model of another form, and for a masked one
-    that has as many zeros already.
+
+def plan_of(model: PreTrainedModel, reduction: float, method: str, pattern: str, by_row: bool) -> Plan:
+    """The same share of zeros in every matrix, and `by_row` in every row of it, its biases counted as parameters; with
+    a pattern N:M that of the pattern.
+
+    Works on a model without weights too. Raises `UsageError` for a model of another form, for a masked one that has
+    as many zeros already, and for a reduction or a matrix that the pattern does not fit.
     """
     require_form(model, ("mask",), method)
     described = forms.description_of(model)
+    structured = zeros_and_group(pattern)
+    if structured is not None and not math.isclose(reduction, structured[0] / structured[1]):
+        raise UsageError(
+            f"reduction is {reduction:g}, but pattern {pattern} removes {structured[0]} of every {structured[1]} "
+            f"weights: expected {structured[0] / structured[1]:g}"
+        )
     matrices = []
     for name in (name for mlp in find_mlps(model) for name in mlp.matrices):
         module = model.get_submodule(name)
         inputs, outputs = shape(module)
         before = num_parameters(module)
-        # the small term keeps a share that is a whole number from becoming one more by rounding
-        zeros = outputs * math.ceil(reduction * before / outputs - 1e-9)
+        if structured is None:
+            parts = outputs if by_row else 1
+            # the small term keeps a share that is a whole number from becoming one more by rounding
+            zeros = parts * math.ceil(reduction * before / parts - 1e-9)
+        else:
+            zeros = _in_pattern(name, inputs, structured) * outputs
         rank = min(inputs, outputs)
         matrices.append(MatrixPlan(name, inputs, outputs, None, rank, before, before - zeros, zeros=zeros))
     made = Plan(matrices, num_parameters(model), reduction)
@@ -48,17 +68,46 @@ def uniform(model: PreTrainedModel, reduction: float, method: str) -> Plan:
     return made
 
 
+def _in_pattern(name: str, inputs: int, structured: tuple[int, int]) -> int:
+    """Zeros of one output."""
+    zeros, group = structured
+    if inputs % group:
+        raise UsageError(
+            f"{name} has {inputs} inputs, which pattern {zeros}:{group} cannot divide: expected a multiple of {group}; "
+            "take pattern unstructured"
+        )
+    return inputs // group * zeros
+
+
 @torch.no_grad()
-def prune(model: PreTrainedModel, planned: Plan, scores: Callable[[Tensor, str], Tensor]) -> None:
-    """Sets the weights of the lowest `scores` to zero, in place, as many of each row as `planned`."""
+def prune(
+    model: PreTrainedModel,
+    planned: Plan,
+    scores: Callable[[Tensor, str], Tensor],
+    pattern: str,
+    by_row: bool,
+) -> Plan:
+    """Sets the weights of the lowest `scores` to zero, in place, as many of each group as `planned`. Returns the plan
+    with the zeros that are there then: a matrix that had more of them in a group keeps them."""
+    structured = zeros_and_group(pattern)
     for matrix in planned.matrices:
         weight = linear_weight(model.get_submodule(matrix.name))
-        least = least_important(weight, scores(weight, matrix.name), matrix.zeros // matrix.out_features)
-        weight.masked_fill_(least, 0)
+        size = structured[1] if structured else matrix.in_features if by_row else weight.numel()
+        found = scores(weight, matrix.name).reshape(-1, size)
+        least = least_important(weight.reshape(-1, size), found, matrix.zeros * size // weight.numel())
+        weight.masked_fill_(least.view(weight.shape), 0)
+    return counted(model, planned)
 
 
-def least_important(weight: Float[Tensor, "O I"], scores: Float[Tensor, "O I"], num_zeros: int) -> Bool[Tensor, "O I"]:
-    """True at the `num_zeros` lowest scores of each row; of equal ones, zeros and then the first."""
+def counted(model: PreTrainedModel, planned: Plan) -> Plan:
+    """The plan with the zeros that the matrices have."""
+    found = [(matrix, mask.num_zeros(model, matrix.name)) for matrix in planned.matrices]
+    lines = [replace(m, zeros=zeros, parameters_after=m.parameters_before - zeros) for m, zeros in found]
+    return replace(planned, matrices=lines)
+
+
+def least_important(weight: Float[Tensor, "G M"], scores: Float[Tensor, "G M"], num_zeros: int) -> Bool[Tensor, "G M"]:
+    """True at the `num_zeros` lowest scores of each group; of equal ones, zeros and then the first."""
     ranked = scores.masked_fill(weight == 0, -1)  # before a weight of no importance: pruned twice is not two zeros
     lowest = ranked.sort(dim=1, stable=True).indices[:, :num_zeros]
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, lowest, True)

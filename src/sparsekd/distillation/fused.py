@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.distillation.losses import Loss, Mode, Number, kd_and_ce, prepared, temperatures_of, valid
+from sparsekd.distillation.losses import IGNORED, Loss, Mode, Number, kd_and_ce, prepared, temperatures_of, valid
 from sparsekd.models import add_product, product
 from sparsekd.teacher import Samples, Targets
 
@@ -39,6 +39,7 @@ def linear_kd_loss(
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
     checked: bool = False,
     compiled: bool = False,
@@ -47,11 +48,12 @@ def linear_kd_loss(
 
     Rows of `weight` from `vocab_size` on are padding: no probability, no gradient. Memory above the inputs is
     `chunk_size` x V fp32 numbers, and the gradients of what asks for one: the gradient is worked out here, in the
-    forward pass, so backward only multiplies it by the incoming one. It can be called once. `checked` as in `kd_loss`.
-    `compiled`: what follows each product is made a few kernels, where it was ten passes over the logits.
+    forward pass, so backward only multiplies it by the incoming one. It can be called once. `weights` and `checked` as
+    in `kd_loss`. `compiled`: what follows each product is made a few kernels, where it was ten passes over the logits.
     """
     vocab_size = len(weight) if vocab_size is None else vocab_size
     if not checked:
+        weights = None if weights is None else weights[labels != IGNORED]
         hidden, labels, targets = valid(hidden, labels, targets, vocab_size)
     picks, teacher = prepared(labels, targets, mode, temperature, torch.float32)
     trains = torch.is_grad_enabled()
@@ -67,8 +69,9 @@ def linear_kd_loss(
     chunk_size = chunk_size or (_CHUNK_ON_CPU if on_cpu else _CHUNK)
     num_rows = max(1, chunk_size // (1 + tempered + (softcap is not None)))
     likeliest: list[Tensor] = []
+    gaps: list[Tensor] = []
     sums = torch.zeros(2, device=hidden.device)
-    step = (_compiled_step if compiled else _plain_step)(numbers, mode, tempered)
+    step = (_compiled_step if compiled else _plain_step)(numbers, mode, tempered, weights is not None)
     with torch.no_grad():
         matrix = weight[:vocab_size].to(hidden.dtype)
         memory = sums.new_empty(vocab_size * min(num_rows, len(hidden)))  # of every chunk's logits in turn
@@ -81,8 +84,10 @@ def linear_kd_loss(
             product(matrix, h.T, out=z.T)
             if not trains:
                 likeliest.append(z.argmax(-1))
-            gradient, found = step(z, picks[part], chunk_teacher)
+            gradient, found, gap = step(z, picks[part], chunk_teacher, None if weights is None else weights[part])
             sums += found
+            if not trains:
+                gaps.append(gap)
             low = gradient.to(h.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = (low @ matrix).to(h.dtype)  # under autocast it is bf16
@@ -94,7 +99,9 @@ def linear_kd_loss(
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
     total: Tensor = _WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight)  # type: ignore[assignment]
-    return Loss(total, kd, ce, None if trains else torch.cat([labels[:0], *likeliest]))
+    if trains:
+        return Loss(total, kd, ce)
+    return Loss(total, kd, ce, torch.cat([labels[:0], *likeliest]), torch.cat([sums[:0], *gaps]))
 
 
 class _Numbers(NamedTuple):
@@ -111,11 +118,12 @@ def _chunk(
     z: Float[Tensor, "n V"],
     picks: Int[Tensor, "n picks"],
     teacher: Targets | Samples,
+    weights: Float[Tensor, " n"] | None,
     numbers: _Numbers,
     mode: Mode,
     tempered: bool,
-) -> tuple[Float[Tensor, "n V"], Float[Tensor, " terms"]]:
-    """From the products `h @ weight.T`, which it overwrites, their gradient, and the sums of KD and CE.
+) -> tuple[Float[Tensor, "n V"], Float[Tensor, " terms"], Float[Tensor, " n"]]:
+    """From the products `h @ weight.T`, which it overwrites, their gradient, the sums of KD and CE, and each KD.
 
     With e = exp((z - m)/T) over the rest, s its sum, and g the gradient for its logarithm, which a few numbers a
     position decide, the gradient for a logit of the rest is g e / (s T). The rest is summed itself: 1 - Q cancels.
@@ -135,17 +143,17 @@ def _chunk(
     sums = torch.stack([e.sum(-1) for e in exps], -1).clamp_min(torch.finfo(z.dtype).tiny)
     num_tail = z.shape[-1] - teacher.ids.shape[-1]
 
-    def loss(picked: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(picked: Tensor, log_rest: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         kd, ce = kd_and_ce(picked, log_rest, teacher, mode, temperature, num_tail)
-        found = torch.stack([kd.sum(), ce.sum()])
-        return share * scale * (alpha * found[0] + (1 - alpha) * found[1]), found
+        found = torch.stack([(kd if weights is None else weights * kd).sum(), ce.sum()])
+        return share * scale * (alpha * found[0] + (1 - alpha) * found[1]), (found, kd)
 
-    (of_picked, of_rest), found = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(picked, sums.log())
+    (of_picked, of_rest), (found, gap) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(picked, sums.log())
     gradient = exps[0].mul_(of_rest[:, :1] / sums[:, :1])
     if tempered:
         gradient.addcmul_(exps[1], of_rest[:, 1:] / (sums[:, 1:] * temperature))
     gradient.scatter_add_(-1, picks, of_picked)
-    return gradient if slope is None else gradient.mul_(slope), found
+    return gradient if slope is None else gradient.mul_(slope), found, gap
 
 
 def _scale_and_cap(z: Float[Tensor, "n V"], scale: Number, softcap: Number | None) -> Float[Tensor, "n V"] | None:
@@ -160,35 +168,37 @@ def _scale_and_cap(z: Float[Tensor, "n V"], scale: Number, softcap: Number | Non
     return slope
 
 
-def _plain_step(numbers: _Numbers, mode: Mode, tempered: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _plain_step(
+    numbers: _Numbers, mode: Mode, tempered: bool, weighted: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return functools.partial(_chunk, numbers=numbers, mode=mode, tempered=tempered)
 
 
 def _compiled_step(
-    numbers: _Numbers, mode: Mode, tempered: bool, backend: str | Callable[..., Any] = "inductor"
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    numbers: _Numbers, mode: Mode, tempered: bool, weighted: bool, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`_chunk`, compiled."""
     alpha, temperature, scale, softcap = (  # as they are they would be compiled in
         None if number is None else torch.full_like(numbers.share, number)  # type: ignore[arg-type]
         for number in numbers[1:]
     )
-    step = _compiled(mode, tempered, softcap is not None, backend)
+    step = _compiled(mode, tempered, softcap is not None, weighted, backend)
     numbers = _Numbers(numbers.share, alpha, temperature, scale, softcap)  # type: ignore[arg-type]
     return functools.partial(step, numbers=numbers, mode=mode, tempered=tempered)
 
 
 @functools.cache
 def _compiled(
-    mode: Mode, tempered: bool, capped: bool, backend: str | Callable[..., Any]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    mode: Mode, tempered: bool, capped: bool, weighted: bool, backend: str | Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`_chunk` compiled for logits of one structure; not compiled, and saying so, where torch cannot or will not.
 
     It is a function of its own: torch limits how often the code of a function is compiled.
     """
-    code = _chunk.__code__.replace(co_name=f"_chunk_{mode}_{tempered}_{capped}")
+    code = _chunk.__code__.replace(co_name=f"_chunk_{mode}_{tempered}_{capped}_{weighted}")
     chosen = torch.compile(types.FunctionType(code, globals()), backend=backend, fullgraph=True)
 
-    def step(*given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    def step(*given: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal chosen
         try:
             return chosen(*given, **settings)

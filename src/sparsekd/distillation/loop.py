@@ -31,6 +31,7 @@ from sparsekd.distillation.checkpoint import Checkpoints
 from sparsekd.distillation.history import METRICS, History, Metrics, Step, Validation, history_of, reason_to_stop
 from sparsekd.distillation.objective import Data, Objective
 from sparsekd.distillation.optimizer import allocate, prepared, schedule
+from sparsekd.distillation.weighting import by_source
 from sparsekd.distillation.worker import Worker, accelerated, compiled, device_of, distribute, is_worth_compiling
 from sparsekd.errors import DataError, Diverged, Stopped, UsageError
 from sparsekd.models import forms, in_float32, initialise, is_split, split
@@ -93,6 +94,7 @@ def train(
     num_validations = min(options.validations, num_steps)
     validation_steps = {round(num_steps * (i + 1) / num_validations) for i in range(num_validations)}
     _require_covered(data, order)
+    num_positions = data.positions_by_source(order) if options.weighting == "domain" else None
     _warn_of_slow_bfloat16(student, options, say)
     is_compiled = is_worth_compiling(student, options, sum(len(data.blocks[i]) for i in order))
     with (
@@ -129,7 +131,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate
             worker.read_ahead(order[(step + 1) * options.batch_size : (step + 2) * options.batch_size])
-            while (sums := worker.gradients(ids)) is None:  # memory ran out
+            weights = None if num_positions is None else by_source(history.validations[-1], num_positions)
+            while (sums := worker.gradients(ids, weights)) is None:  # memory ran out
                 optimizer.zero_grad()
                 worker.halve(say)
             if guard is not None:

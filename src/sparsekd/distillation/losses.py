@@ -2,7 +2,7 @@
 
 The loss of a batch is the sum over its valid positions of `alpha KD + (1 - alpha) CE`, divided by `denominator`, the
 number of valid positions of the whole global batch: micro batches, processes and padding leave the gradient as it is.
-A position with the label -100 is left out of both terms.
+A position with the label -100 is left out of both terms. KD may be weighted by position (`weighting.py`).
 
 For one position, with the teacher's kept tokens S and their probabilities p, P = sum_S p, r = 1 - P, the student's
 probabilities q, Q = sum_S q, Q_t its mass off S, and X_T a distribution X tempered to softmax(log X / T):
@@ -42,15 +42,16 @@ Mode = Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"]
 
 IGNORED = -100  # the label of a position that is left out, as in torch and transformers
 _TEMPERED = {"exact_t", "renorm_full"}  # look at the whole vocabulary at T; the others temper kept tokens at most
-_ZERO = -1e30  # the logarithm of zero: finite, so that 0 log(0/q) is 0 and not nan
+ZERO = -1e30  # the logarithm of zero: finite, so that 0 log(0/q) is 0 and not nan
 Number = float | Tensor
 
 
 class Loss(NamedTuple):
     total: Float[Tensor, ""]  # differentiable
-    kd: Float[Tensor, ""]  # sum of KD over positions / denominator
+    kd: Float[Tensor, ""]  # sum of KD, weighted where it is, over positions / denominator
     ce: Float[Tensor, ""]  # sum of CE over positions / denominator
     likeliest: Int[Tensor, " N"] | None = None  # the student's token at each valid position; without gradient only
+    gaps: Float[Tensor, " N"] | None = None  # KD at each valid position, not weighted; without gradient only
 
 
 # ---- the modes
@@ -93,7 +94,7 @@ def _exact_t(teacher: Targets, student: _Logits, temperature: Number) -> Float[T
     1: exact at temperatures 1 and 2. One token that stands for the tail, r^(1/T), would be far too little.
     """
     a = 1 / temperature
-    log_count = math.log(student.num_tail) if student.num_tail else _ZERO
+    log_count = math.log(student.num_tail) if student.num_tail else ZERO
     log_tail = (
         (1 - a) * (1 - 2 * a) * log_count + 4 * a * (1 - a) * teacher.log_tail_half + a * (2 * a - 1) * teacher.log_tail
     )
@@ -192,9 +193,9 @@ def prepared(
     if mode == "exact_t" and temperature < 1:
         raise UsageError(f"distill.loss=exact_t knows the tail at temperatures from 1 on, not at {temperature}")
     picks = torch.cat([targets.ids, labels[:, None]], -1)
-    values = [value.to(dtype).clamp_min(_ZERO) for value in targets[1:]]
+    values = [value.to(dtype).clamp_min(ZERO) for value in targets[1:]]
     if isinstance(targets, Samples):
-        return picks, Samples(targets.ids, F.log_softmax(values[0], -1).clamp_min(_ZERO))
+        return picks, Samples(targets.ids, F.log_softmax(values[0], -1).clamp_min(ZERO))
     log_probs, log_tail, log_tail_half = values
     excess = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
     return picks, Targets(targets.ids, log_probs - excess[:, None], log_tail - excess, log_tail_half - excess / 2)
@@ -212,21 +213,24 @@ def kd_loss(
     alpha: float,
     temperature: float,
     denominator: int | float,
+    weights: Float[Tensor, " N"] | None = None,
     checked: bool = False,
 ) -> Loss:
     """The loss from full logits, through autograd: the reference, and the way for heads of a shape of their own.
 
-    `checked`: no label is -100, no id outside the vocabulary, and none kept twice. To ask the tensors themselves would
-    make the host wait for the device.
+    `weights`: of each position's KD; None: 1. `checked`: no label is -100, no id outside the vocabulary, and none kept
+    twice. To ask the tensors themselves would make the host wait for the device.
     """
     if not checked:
+        weights = None if weights is None else weights[labels != IGNORED]
         logits, labels, targets = valid(logits, labels, targets, logits.shape[-1])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     picks, teacher = prepared(labels, targets, mode, temperature, z.dtype)
-    rest = z if isinstance(teacher, Samples) else z.scatter(-1, teacher.ids, _ZERO)
+    rest = z if isinstance(teacher, Samples) else z.scatter(-1, teacher.ids, ZERO)
     log_rest = torch.stack([(rest / t).logsumexp(-1) for t in temperatures_of(mode, temperature)], -1)
     num_tail = z.shape[-1] - teacher.ids.shape[-1]
     kd, ce = kd_and_ce(z.gather(-1, picks), log_rest, teacher, mode, temperature, num_tail)
+    seen = (None, None) if torch.is_grad_enabled() else (z.argmax(-1), kd)
+    kd = kd if weights is None else weights * kd
     kd, ce = kd.sum() / denominator, ce.sum() / denominator
-    likeliest = None if torch.is_grad_enabled() else z.argmax(-1)
-    return Loss(alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach(), likeliest)
+    return Loss(alpha * kd + (1 - alpha) * ce, kd.detach(), ce.detach(), *seen)

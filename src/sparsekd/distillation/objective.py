@@ -9,6 +9,8 @@ Shape letters: B blocks, L positions, N predicted positions, D hidden size, V vo
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +23,8 @@ from transformers import PreTrainedModel
 
 from sparsekd.device import rounded_factors
 from sparsekd.distillation.fused import linear_kd_loss
-from sparsekd.distillation.losses import kd_loss, require_distinct
+from sparsekd.distillation.losses import Loss, kd_loss, require_distinct
+from sparsekd.distillation.weighting import entropy, within_blocks
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import document_positions, logits_of, output_weight, project, shared_vocab_size
 from sparsekd.recipe import Distill
@@ -57,6 +60,18 @@ class Data:
     def num_positions(self, ids: Sequence[int]) -> int:
         return sum(int(self.counted(i).sum()) for i in ids)
 
+    def positions_by_source(self, ids: Sequence[int]) -> dict[str, int]:
+        """Raises `UsageError` for blocks of fewer sources than two."""
+        sources = ["all"] * len(self.blocks) if self.sources is None else self.sources
+        found = Counter[str]()
+        for block_id in ids:
+            found[sources[block_id]] += self.num_positions([block_id])
+        if len(found) < 2:
+            raise UsageError(
+                "distill.weighting is domain, which compares sources: expected training blocks of two or more"
+            )
+        return dict(found)
+
 
 class Batch(NamedTuple):
     tokens: Int[Tensor, "B L"]  # padded at the end: causal attention never looks right, so padding needs no mask
@@ -64,6 +79,7 @@ class Batch(NamedTuple):
     rows: Int[Tensor, " N"]  # where, in B x L, the positions are that count
     labels: Int[Tensor, " N"]  # the tokens that follow them
     targets: Targets | Samples  # of these positions
+    weights: Float[Tensor, " B"] | None = None  # of the blocks' KD; None: 1
 
     def to(self, device: torch.device) -> Batch:
         """On a GPU it arrives while the host goes on."""
@@ -74,8 +90,8 @@ class Batch(NamedTuple):
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
         targets = type(self.targets)(*map(moved, self.targets))
-        positions = None if self.positions is None else moved(self.positions)
-        return Batch(moved(self.tokens), positions, moved(self.rows), moved(self.labels), targets)
+        positions, weights = (None if value is None else moved(value) for value in (self.positions, self.weights))
+        return Batch(moved(self.tokens), positions, moved(self.rows), moved(self.labels), targets, weights)
 
 
 def make_batch(data: Data, ids: Sequence[int], vocab_size: int) -> Batch:
@@ -164,18 +180,37 @@ class Objective(nn.Module):
             # on a CPU it was measured to gain nothing
             settings |= {"compiled": self._is_compiled and torch.is_grad_enabled() and not on_cpu}
             with rounded_factors(self._bfloat16 and on_cpu):  # which spares a copy of the matrix
-                loss = linear_kd_loss(hidden, weight, batch.labels, batch.targets, **settings)
+                loss_of = functools.partial(linear_kd_loss, hidden, weight, batch.labels, batch.targets, **settings)
+                loss = loss_of(weights=self._weights(batch, loss_of))
         else:
             with products:
                 logits = logits_of(self.student, **inputs)[..., : self.vocab_size]
             logits = logits.flatten(0, 1).index_select(0, batch.rows)
-            loss = kd_loss(logits, batch.labels, batch.targets, **settings)
+            loss_of = functools.partial(kd_loss, logits, batch.labels, batch.targets, **settings)
+            loss = loss_of(weights=self._weights(batch, loss_of))
         agreeing = torch.zeros((), dtype=torch.int64, device=batch.labels.device)
         if loss.likeliest is not None:
             scores = batch.targets[1]  # log-probabilities, or log-weights of samples
             likeliest = batch.targets.ids.gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
             agreeing = (loss.likeliest == likeliest).sum()
         return Outcome(loss.total, loss.kd, loss.ce, agreeing)
+
+    def _weights(self, batch: Batch, loss_of: Callable[[], Loss]) -> Float[Tensor, " N"] | None:
+        """Of each position's KD in training; what is measured without gradient is not weighted."""
+        weighting = self._options.weighting
+        if weighting is None or not torch.is_grad_enabled():
+            return None
+        if weighting == "domain":
+            assert batch.weights is not None
+            return batch.weights[:, None].expand(batch.tokens.shape).flatten().index_select(0, batch.rows)
+        if weighting == "entropy":
+            assert isinstance(batch.targets, Targets)
+            scores = entropy(batch.targets)
+        else:
+            with torch.no_grad():
+                scores = loss_of().gaps
+            assert scores is not None
+        return within_blocks(scores, batch.rows, batch.tokens.shape)
 
 
 class Head(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -158,8 +158,11 @@ class Worker:
         for micro in self._shares(ids) if isinstance(self.data.teacher, Cache) else []:
             self._ahead[tuple(micro)] = self.reader.submit(self._read, micro)
 
-    def gradients(self, ids: Sequence[int]) -> Float[Tensor, " 3"] | None:
-        """Adds the gradient of a step's blocks up; this process's part of loss, KD and CE. None: memory ran out."""
+    def gradients(
+        self, ids: Sequence[int], source_weights: Mapping[str, float] | None = None
+    ) -> Float[Tensor, " 3"] | None:
+        """Adds the gradient of a step's blocks up, whose KD is weighted by source, if it is; this process's part of
+        loss, KD and CE. None: memory ran out."""
         denominator = self.data.num_positions(ids)
         if denominator == 0:
             raise DataError(f"no position of blocks {', '.join(map(str, ids))} predicts a token: nothing to learn from")
@@ -167,7 +170,7 @@ class Worker:
         shares, is_parted = self._shares(ids), isinstance(self.objective, FSDPModule)
         try:
             for number, micro in enumerate(shares, 1):
-                batch = self._batch(micro)
+                batch = self._batch(micro, source_weights)
                 # only the last backward pass adds the gradients of all processes up, unless they are held in parts only
                 is_added = number == len(shares) or is_parted
                 synced = nullcontext() if is_added else self.accelerator.no_sync(self.objective)
@@ -250,13 +253,18 @@ class Worker:
         self.micro_batch_size = size // 2
         say(f"  out of memory: distill.micro_batch_size is {size // 2} from here on, the step stays as it is")
 
-    def _batch(self, micro: Sequence[int]) -> Batch:
+    def _batch(self, micro: Sequence[int], source_weights: Mapping[str, float] | None = None) -> Batch:
         """Blocks and targets on the device; those that were read ahead, if they were."""
-        if not isinstance(self.data.teacher, Cache):
+        if isinstance(self.data.teacher, Cache):
+            reading = self._ahead.pop(tuple(micro), None) or self.reader.submit(self._read, micro)
+            batch = reading.result()
+        else:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):  # the teacher answers now
-                return self._read(micro).to(self.device)
-        reading = self._ahead.pop(tuple(micro), None) or self.reader.submit(self._read, micro)
-        return reading.result().to(self.device)
+                batch = self._read(micro)
+        if source_weights is not None and self.data.sources is not None:
+            weights = [source_weights[self.data.sources[block_id]] for block_id in micro]
+            batch = batch._replace(weights=torch.tensor(weights or [1.0]))
+        return batch.to(self.device)
 
     def _read(self, micro: Sequence[int]) -> Batch:
         return make_batch(self.data, micro, self.vocab_size)

@@ -48,7 +48,10 @@ def is_needed(model: PreTrainedModel) -> bool:
 
 
 def require(model: PreTrainedModel) -> None:
-    """Raises `UsageError` for a base that transformers does not have, or that keeps MLPs outside of its base model."""
+    """Raises `UsageError` for a base that transformers does not have, or that keeps MLPs outside of its base model, and
+    for a sliced model."""
+    if models.forms.form_of(model) is models.forms.form_named("sliced"):
+        raise UsageError("format hf has no code for a sliced model: sparsekd.load opens it, onnx and openvino take it")
     found = _bases(model)
     foreign = [one.__name__ for one in found if getattr(transformers, one.__name__, None) is not one]
     if foreign:

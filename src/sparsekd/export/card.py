@@ -112,7 +112,7 @@ def _removed(model: PreTrainedModel) -> list[str]:
     lines = [f"form {described.form}: {models.forms.describe(model)['compressed']}"]
     if here == dense.model:
         return [*lines, f"all {here:,} parameters are stored, zeros too"]
-    left = dense.mlp - (dense.model - here)
+    left = models.mlp_parameters(model)
     return [
         *lines,
         f"MLPs: {left:,} of {dense.mlp:,} parameters are left, {1 - left / dense.mlp:.1%} are removed",

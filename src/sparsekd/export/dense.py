@@ -20,7 +20,7 @@ WEIGHTS = hf.WEIGHTS
 
 
 def require(model: PreTrainedModel) -> None:
-    """Every form can be merged."""
+    """A form that cannot be merged says so when it is written."""
 
 
 def write(

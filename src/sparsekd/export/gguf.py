@@ -203,7 +203,7 @@ def _notes(model: PreTrainedModel, folder: Path, weights: str) -> Iterator[str]:
     chosen = _tensors.layout(model, _ARCHITECTURES[_model_type(model)])
     if chosen.is_padded:
         yield f"llama.cpp's {chosen.architecture} has one width: layers are filled up with zeros to {chosen.written[0]}"
-    if forms.form_of(model) not in (None, forms.form_named("width")):
+    if forms.form_of(model) not in (None, forms.form_named("width"), forms.form_named("depth")):
         yield "llama.cpp has dense matrices only: the file is neither smaller nor faster than that of the dense model"
     if weights == "q8_0":
         kinds = [tensor.tensor_type.name for tensor in _tensors.reader(folder / FILE).tensors]

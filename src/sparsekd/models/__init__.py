@@ -4,9 +4,12 @@ from sparsekd.models import forms as forms
 from sparsekd.models.anatomy import MLP as MLP
 from sparsekd.models.anatomy import find_layers as find_layers
 from sparsekd.models.anatomy import find_mlps as find_mlps
+from sparsekd.models.anatomy import hidden_size as hidden_size
 from sparsekd.models.anatomy import is_attention as is_attention
 from sparsekd.models.anatomy import is_linear as is_linear
 from sparsekd.models.anatomy import linear_weight as linear_weight
+from sparsekd.models.anatomy import list_of_layers as list_of_layers
+from sparsekd.models.anatomy import mlp_parameters as mlp_parameters
 from sparsekd.models.anatomy import num_parameters as num_parameters
 from sparsekd.models.anatomy import output_weight as output_weight
 from sparsekd.models.anatomy import replace_module as replace_module
@@ -22,6 +25,7 @@ from sparsekd.models.identity import weights_hash as weights_hash
 from sparsekd.models.initialising import initialise as initialise
 from sparsekd.models.layerwise import Layers as Layers
 from sparsekd.models.loading import load as load
+from sparsekd.models.loading import load_tokenizer as load_tokenizer
 from sparsekd.models.loading import skeleton as skeleton
 from sparsekd.models.locating import commit_of as commit_of
 from sparsekd.models.locating import locate as locate
@@ -40,4 +44,5 @@ from sparsekd.models.splitting import is_split as is_split
 from sparsekd.models.splitting import split as split
 from sparsekd.models.splitting import whole as whole
 from sparsekd.models.vocabulary import real_vocab_size as real_vocab_size
+from sparsekd.models.vocabulary import require_same_tokenizer as require_same_tokenizer
 from sparsekd.models.vocabulary import shared_vocab_size as shared_vocab_size

@@ -44,7 +44,7 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     """
     mlps = _shaped_like_mlps(model)
     if not mlps:
-        hidden = model.config.get_text_config().hidden_size
+        hidden = hidden_size(model)
         raise UsageError(
             f"no MLP found in {type(model).__name__}: expected sibling linear layers {hidden}->i (one, two, or one of "
             f"twice the width) and i->{hidden}; mixtures of experts are not supported"
@@ -53,17 +53,27 @@ def find_mlps(model: PreTrainedModel) -> list[MLP]:
     return mlps
 
 
+def hidden_size(model: PreTrainedModel) -> int:
+    """The width of the residual stream; in a sliced model it is less than the config says, which has the dense one."""
+    sliced: Any = getattr(model.get_input_embeddings(), "sliced", None)
+    return sliced["hidden"] if sliced else model.config.get_text_config().hidden_size
+
+
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers that hold the MLPs, in depth order; raises `UsageError` if they are not one list of layers."""
+    return list(model.get_submodule(list_of_layers(model)).children())
+
+
+def list_of_layers(model: PreTrainedModel) -> str:
+    """The name of the list of decoder layers; errors as in `find_layers`."""
     lists = _lists_of_layers(model, find_mlps(model))
     if len(lists) > 1:
         raise UsageError(f"the MLPs of {type(model).__name__} are not in one list of decoder layers")
-    return list(lists[0].values())
+    return next(iter(lists[0])).rpartition(".")[0]
 
 
 def _shaped_like_mlps(model: PreTrainedModel) -> list[MLP]:
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
+    config, hidden = model.config.get_text_config(), hidden_size(model)
     sizes: set[int] = set()
     for known in (getattr(config, key, None) for key in _WIDTHS):  # one number, or one for each layer
         sizes |= {known} if isinstance(known, int) else set(known or ())
@@ -182,6 +192,11 @@ def output_weight(model: PreTrainedModel) -> Tensor:
 def num_parameters(module: nn.Module) -> int:
     """Parameters of a module, tied ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def mlp_parameters(model: PreTrainedModel) -> int:
+    """Parameters of all MLPs, biases too."""
+    return sum(num_parameters(model.get_submodule(name)) for mlp in find_mlps(model) for name in mlp.matrices)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

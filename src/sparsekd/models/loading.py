@@ -104,6 +104,22 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
         raise explained(name, error) from error
 
 
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer without its weights. Raises as `load`."""
+    place = locate(name)
+    options = {"trust_remote_code": trust_remote_code, **place.options}
+    options |= {} if revision is None else {"revision": revision}
+    try:
+        config, _ = _config_and_class(name, place, options)
+        return AutoTokenizer.from_pretrained(place.source, config=config, **options)
+    except SparseKDError:
+        raise
+    except Exception as error:  # as in `load`
+        raise explained(name, error) from error
+
+
 def _modules(config: PreTrainedConfig, model_class: Any, trust_remote_code: bool) -> PreTrainedModel:
     """A model without weights."""
     with torch.device("meta"):

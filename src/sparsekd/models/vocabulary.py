@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekd.errors import DataError, MismatchError
+from sparsekd.models.identity import tokenizer_hash
 
 _LARGEST_PADDING = 1024  # models round their embeddings up to a multiple of at most this
 
@@ -30,6 +31,14 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def real_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Ids that the tokenizer can make; embeddings beyond them are padding, whose logits mean nothing."""
     return min(int(model.config.get_text_config().vocab_size), _largest_id(tokenizer) + 1)
+
+
+def require_same_tokenizer(
+    teacher: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, name: str, dense: str
+) -> None:
+    """Raises `MismatchError` for a teacher `name` whose token ids do not mean what they do to the model `dense`."""
+    if tokenizer_hash(teacher) != tokenizer_hash(own):
+        raise MismatchError(f"teacher {name}: its tokenizer is not that of {dense}, whose tokens it is to predict")
 
 
 def shared_vocab_size(sizes: Mapping[str, int]) -> int:

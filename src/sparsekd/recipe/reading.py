@@ -1,21 +1,22 @@
 """From YAML, a preset or a model's name to a recipe.
 
-A recipe is YAML read with `safe_load` and coerced by the declared types, so `learning_rate: 1e-4`, which YAML reads
-as a string, becomes a float. An unknown key is an error that names the nearest known one. Values are checked once;
-code after that trusts them.
+A recipe is YAML of plain values, coerced by the declared types, so `learning_rate: 1e-4`, which YAML reads as a string,
+becomes a float. An unknown key is an error that names the nearest known one. Values are checked once; code after that
+trusts them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -27,6 +28,15 @@ from sparsekd.recipe.rules import TOO_MANY, check, check_compress, check_distill
 from sparsekd.recipe.sections import Compress, Distill, Recipe
 
 _LONGEST = 100_000  # characters of a recipe: they are read in seconds
+
+
+class _Loader(yaml.SafeLoader):
+    """In which 2:4 is a word; YAML 1.1 reads it as a number of base 60, which is 124."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *others]
+        for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -43,6 +53,9 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         values = {"preset": target}
     else:
         values = {"preset": "demo", "model": {"name": target}}
+    steps: Any = values.get("compress")
+    if isinstance(steps, list):
+        values = {**values, "compress": _steps(steps, where)}
     preset = values.pop("preset", None)
     if preset is not None:
         if preset not in tuple(PRESETS):  # a tuple: what stands there may be a list, which has no hash
@@ -58,6 +71,13 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
     model = dataclasses.replace(recipe.model, name=model_name(recipe.model.name))
     teacher = dataclasses.replace(recipe.teacher, models=teacher_weights(recipe.teacher.models, model.name))
     return dataclasses.replace(recipe, model=model, teacher=teacher)
+
+
+def _steps(steps: list[Any], where: str) -> dict[Any, Any]:
+    """A list of steps as the last one's section, with the others before it."""
+    if not steps or not all(isinstance(step, dict) for step in steps):
+        raise UsageError(f"{where}: compress is {_short(steps)}: expected a section, or a list of sections")
+    return {**steps[-1], "first": steps[:-1]}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -79,7 +99,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise UsageError(f"{where}: aliases (*name) may stand for gigabytes: write what they stand for")
-        value = yaml.safe_load(text)
+        value = _Loader(text).get_single_data()
         repr(value)  # a number of too many digits to be shown raises here, once for all messages
         return value
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # `a: 2001-99-99`

@@ -14,6 +14,7 @@ from sparsekd.recipe.fields import Range
 from sparsekd.recipe.methods import method_named, method_names
 from sparsekd.recipe.sections import Compress, Distill, Recipe
 
+_ORDER = {"depth": 0, "width": 1, "lowrank": 2, "mask": 2}  # of the forms that can be composed
 TOO_MANY = 2**53  # more than anything that is counted, and what a float holds exactly
 LORA_FILLS_ZEROS = (
     "distill.train is lora: merged adapters would fill the zeros of a masked model; set all or compressed"
@@ -22,7 +23,7 @@ LORA_FILLS_ZEROS = (
 
 def check(recipe: Recipe) -> None:
     """Raises `UsageError` for a value outside its range; names it, its value and the range."""
-    corpus, evaluate = recipe.corpus, recipe.evaluate
+    corpus, teacher, evaluate = recipe.corpus, recipe.teacher, recipe.evaluate
     check_fields(recipe, "")
     num_rounds = recipe.teacher.cascade + max(1, len(recipe.rounds))
     _check_ranges(
@@ -40,6 +41,18 @@ def check(recipe: Recipe) -> None:
                 "false where corpus.pack is false: a block is one document",
                 corpus.pack or not corpus.document_mask,
             ),
+            (
+                "distill.weighting",
+                recipe.distill.weighting,
+                "another than domain where corpus.sources has one source only",
+                recipe.distill.weighting != "domain" or len(corpus.sources) > 1,
+            ),
+            (
+                "teacher.mixture",
+                teacher.mixture,
+                "arithmetic, unless teacher.models has several or teacher.anchor is above 0",
+                teacher.mixture == "arithmetic" or len(teacher.models) > 1 or teacher.anchor > 0,
+            ),
             ("evaluate.stride", evaluate.stride, "1 to evaluate.context", evaluate.stride <= evaluate.context),
         ]
     )
@@ -50,9 +63,15 @@ def check(recipe: Recipe) -> None:
         expected = f"above {lower:g}, the round before, and at most 0.95"
         _check_ranges([("rounds", upper, expected, lower < upper <= 0.95)])
     check_compress(recipe.compress)
+    if recipe.rounds and recipe.compress.first:
+        raise UsageError(
+            "rounds prune by one method, but compress has several steps: leave rounds out, or give one step"
+        )
     check_distill(recipe.distill)
     if method_named(recipe.compress.method).FORM == "mask" and recipe.distill.train == "lora":
         raise UsageError(LORA_FILLS_ZEROS)
+    if method_named(recipe.compress.method).FORM == "sliced" and len(recipe.rounds) > 1:
+        raise UsageError(f"rounds is {recipe.rounds}: expected one, for a sliced model is not sliced again")
     _check_targets(recipe)
     _check_places(recipe)
 
@@ -65,6 +84,21 @@ def check_compress(section: Compress) -> None:
     for name, options in section.of_methods.items():
         check_fields(options, f"compress.{name}")
     method_named(section.method).check(section.options)
+    for step in section.first:
+        check_compress(step)
+    _check_order(section)
+
+
+def _check_order(section: Compress) -> None:
+    """Raises `UsageError` for steps in an order in which one would find what it cannot cut."""
+    steps = section.steps
+    for earlier, later in itertools.pairwise(steps):
+        before, after = (method_named(step.method).FORM for step in (earlier, later))
+        if earlier.first or not _ORDER.get(before, 9) < _ORDER.get(after, -1):
+            raise UsageError(
+                f"compress: {later.method} (form {after}) cannot come after {earlier.method} (form {before}): the "
+                "order is depth, then width, then lowrank or mask, each once"
+            )
 
 
 def check_distill(section: Distill) -> None:
@@ -85,6 +119,9 @@ def check_distill(section: Distill) -> None:
         "sampled": ("1 for loss sampled", section.temperature == 1),
         "exact_t": (">= 1 for loss exact_t", section.temperature >= 1),
     }
+    if section.weighting is not None:
+        fits = section.loss in ("bucket", "paper") and section.alpha > 0
+        ranges.append(("weighting", section.weighting, "null unless loss is bucket or paper and alpha above 0", fits))
     if section.loss in temperature:
         ranges.append(("temperature", section.temperature, *temperature[section.loss]))
     _check_ranges([(f"distill.{name}", value, expected, holds) for name, value, expected, holds in ranges])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,8 @@ class Teacher:
 
     # models of the same vocabulary, with weights, whose mixed distributions are learned; none: the dense model
     models: dict[str, Annotated[float, Range("> 0")]] = field(default_factory=dict)
+    # the weighted mean of several teachers' probabilities: arithmetic, or geometric, of their logarithms
+    mixture: Literal["arithmetic", "geometric"] = "arithmetic"
     cascade: Annotated[int, Range(">= 0")] = (
         0  # generations of the dense model distilled without pruning, each the teacher of what follows
     )
@@ -109,6 +112,8 @@ class Compress:
     batch_size: Annotated[int, Range(">= 1")] = 4  # blocks in one forward pass
     # the model stays in host memory; its layers visit the device one at a time
     offload: bool = field(default=False, metadata=PASSING)
+    # steps before this one, sections like it; `compress` as a list of sections is its last one with the others as these
+    first: list[Compress] = field(default_factory=list)
     of_methods: dict[str, Any] = field(default_factory=dict)  # the sections, by method
 
     def __post_init__(self) -> None:
@@ -120,6 +125,21 @@ class Compress:
     def options(self) -> Any:
         """The method's own options."""
         return self.of_methods[self.method]
+
+    @property
+    def steps(self) -> list[Compress]:
+        """All steps, in order: each removes its reduction of what the one before it left."""
+        return [*self.first, replace(self, first=[])]
+
+    @property
+    def methods(self) -> str:
+        """Those of all steps, as a name."""
+        return "+".join(step.method for step in self.steps)
+
+    @property
+    def total(self) -> float:
+        """The reduction of all steps together."""
+        return 1 - math.prod(1 - step.reduction for step in self.steps) if self.first else self.reduction
 
     def by(self, method: str, **options: Any) -> Compress:
         """The section with another method, and that with its own options as in the section, but for `options`."""
@@ -157,6 +177,8 @@ class Distill:
     learning_rate: Annotated[float, Range("(0, 1]")] = 3e-5
     lr_scale: RateScale = field(default_factory=RateScale)
     alpha: Annotated[float, Range("[0, 1]")] = 0.5  # weight of the KL term; 1 - alpha is the weight of cross-entropy
+    # of each position's KL, by the teacher's entropy, by the gap to the student, or by source; none: all count alike
+    weighting: Literal["entropy", "gap", "domain"] | None = None
     temperature: Annotated[float, Range("[0.1, 100]")] = 2.0  # softening of the teacher in the probability domain
     batch_size: Annotated[int, Range(">= 1")] = 4  # blocks in one optimizer step, over all processes
     # blocks in one forward and backward pass of a process; halved when memory runs out

@@ -15,7 +15,7 @@ def as_dict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: as_dict(item) for key, item in value.items()}
     if not dataclasses.is_dataclass(value):
-        return list(value) if isinstance(value, list) else value
+        return list(map(as_dict, value)) if isinstance(value, list) else value
     plain = {one.name: as_dict(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, Compress):
         plain |= plain.pop("of_methods")
@@ -30,12 +30,18 @@ def inputs_of(section: Any) -> dict[str, Any]:
         for one in dataclasses.fields(section)
         if not one.metadata.get("passing") and one.name != "of_methods"
     }
-    return found | inputs_of(section.options) if isinstance(section, Compress) else found
+    if isinstance(section, Compress):
+        if not section.first:
+            del found["first"]  # a single step is what it was before there were several
+        found |= inputs_of(section.options)
+    return found
 
 
 def _inputs(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _inputs(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_inputs, value))
     return inputs_of(value) if dataclasses.is_dataclass(value) else value
 
 

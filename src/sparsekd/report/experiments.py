@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ def all_tables(found: Record) -> list[Titled]:
     table of speed what was measured."""
     if "measured" in found:
         return speed.reproduced(found)
-    tables = [_arms(found), _claims(found), _distributions(found)]
+    tables = [_methods(found), _arms(found), _claims(found), _distributions(found)]
     if found["experiment"] == "II":
         tables.append(_protocols(found))
     if "attribution" in found:
@@ -23,6 +24,39 @@ def all_tables(found: Record) -> list[Titled]:
     if "recovery" in found:
         tables.append(_recovery(found))
     return [table for table in tables if table.rows]
+
+
+def _methods(found: Record) -> Titled:
+    """A row an arm of experiment `methods`: what is left, what it weighs, how fast it reads, and what was lost."""
+    texts = found["texts"]
+    header = ["arm", "of the MLPs", "of the model", "parameters", "MB", "prefill", "opens in", "pruned", "distilled"]
+    rows = []
+    for name, by_seed in found["arms"].items():
+        arm, ratios = next(iter(by_seed.values())), found["ratios"][name]
+        if not arm["facts"]:
+            continue
+        facts, seconds = arm["facts"], (arm["prefill"] or {}).get("seconds")
+        losses = [[ratios[text].get(key) for text in texts] for key in ("before", "after")]
+        rows.append(
+            [
+                name,
+                f"{arm['mlp_reduction']:.1%}",
+                f"{arm['model_reduction']:.1%}",
+                f"{facts['parameters']:,}",
+                f"{facts['bytes'] / 1e6:.0f}",
+                f"{seconds['dense'] / seconds['distilled']:.2f} x" if seconds else "",
+                ", ".join(facts["opens_in"]),
+                *(_mean_ratio(of_texts) for of_texts in losses),
+            ]
+        )
+    title = f"Every method: what is removed and left, and perplexity to dense, mean of {len(texts)} texts"
+    return Titled(title, header, rows)
+
+
+def _mean_ratio(comparisons: list[Record | None]) -> str:
+    """The geometric mean; nothing where nothing was removed."""
+    known = [one["nats"] for one in comparisons if one is not None]
+    return _precise(math.exp(statistics.fmean(known))) if known else ""
 
 
 def _arms(found: Record) -> Titled:

@@ -27,11 +27,17 @@ def render(report: Record) -> str:
     structure = report["compression"]
     left = tables.left(structure)
     if left != "zeros":
-        pictures["structure"] = (plots.widths if left == "neurons" else plots.ranks)(structure)
+        drawn = {"neurons": plots.widths, "ranks": plots.ranks, "layers": plots.layers}[left]
+        pictures["structure"] = drawn(structure)
     return _template("report.html").render(
         report=report,
         masked=left == "zeros",
-        heading={"zeros": "Zeros by matrix", "neurons": "Neurons by layer", "ranks": "Ranks by layer"}[left],
+        heading={
+            "zeros": "Zeros by matrix",
+            "neurons": "Neurons by layer",
+            "ranks": "Ranks by layer",
+            "layers": "Layers",
+        }[left],
         pictures=_drawn(pictures),
         rounds=tables.rounds(report),
         size_header=tables.SIZE_HEADER,

@@ -97,6 +97,20 @@ def widths(plan: Record) -> str:
     return svg(figure)
 
 
+def layers(plan: Record) -> str:
+    """What the method weighed each layer by; those that were removed are open."""
+    gone = {m["name"] for m in plan["matrices"] if not m["parameters_after"]}
+    scores = plan["layer_scores"]
+    figure, (axes,) = figures(1)
+    axes.plot(range(len(scores)), list(scores.values()), "o-", color=BLUE, ms=4)
+    removed = [number for number, layer in enumerate(scores) if any(name.startswith(f"{layer}.") for name in gone)]
+    values = [list(scores.values())[number] for number in removed]
+    axes.plot(removed, values, "o", color=BLUE, ms=4, mfc="white", label="removed")
+    axes.set(xlabel="layer", ylabel="what the layer does, by the method")
+    axes.legend(**LEGEND)
+    return svg(figure)
+
+
 def spectrum(found: Record) -> str:
     """Energy left out against rank kept (median and range over layers), effective ranks, and the predicted loss."""
     figure, (left, middle, right) = figures(3)

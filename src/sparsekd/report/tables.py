@@ -185,7 +185,9 @@ def _estimate(found: Record) -> str:
 
 
 def left(plan: Record) -> str:
-    """What the cut leaves of the matrices: zeros, neurons or ranks."""
+    """What the cut leaves of the matrices: zeros, neurons or ranks; or of the model: layers."""
+    if plan.get("layer_scores"):  # a run of version 0.1 has none
+        return "layers"
     found = (name for name in ("zeros", "neurons") if any(m.get(name) for m in plan["matrices"]))
     return next(found, "ranks")
 
@@ -195,6 +197,8 @@ def _left(matrix: Record) -> str:
     for name in ("zeros", "neurons"):  # a run of version 0.1 has no neurons
         if matrix.get(name):
             return f"{matrix[name]:,} {name}"
+    if not matrix["parameters_after"]:
+        return "removed"
     return f"rank {matrix['rank']:,}" if matrix["rank"] else "dense"
 
 

@@ -22,7 +22,7 @@ from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, Teacher, as_dict, check
 from sparsekd.records import Record
 from sparsekd.report import html
-from sparsekd.reproduce import speed
+from sparsekd.reproduce import methods, speed
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed
 from sparsekd.reproduce.patterns import (
     DISTILLED,
@@ -99,11 +99,13 @@ def _train(
     arms: dict[str, dict[int, Result]] = {}
     first = next(iter(planned))
     for seed, rounds in planned.items():
-        for name, round_ in rounds.items():
+        names = list(rounds)
+        if experiment == methods.NAME and seed != first:
+            names = methods.leading(Seed(work.recipe, seed), {name: by_seed[first] for name, by_seed in arms.items()})
+        for name in names:
             work.run.console.say(f"{name}, seed {seed}:")
             searched = None if seed == first else arms[name][first].rate
-            tasks = experiment == "II"  # the others compare perplexities only
-            arms.setdefault(name, {})[seed] = _run(work, round_, rates, searched, tasks)
+            arms.setdefault(name, {})[seed] = _run(experiment, work, rounds[name], rates, searched)
     return arms
 
 
@@ -150,6 +152,9 @@ def preview(
     planned = plan_arms(experiment, recipe, seeds, rates)
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
+    if experiment == methods.NAME:
+        few = methods.leading(Seed(recipe, seeds[0]))
+        planned = {s: arms if s == seeds[0] else {name: planned[s][name] for name in few} for s in seeds}
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
     silent = replace(recipe, evaluate=replace(recipe.evaluate, prompts=[]))  # arms are asked nothing
     costs = estimate(silent, rounds, num_trials)
@@ -166,20 +171,19 @@ def _settings(recipe: Recipe, planned: dict[int, dict[str, Round]]) -> dict[str,
     return found
 
 
-def _run(work: Work, round_: Round, rates: Sequence[float], searched: Rate | None, tasks: bool) -> Result:
+def _run(experiment: str, work: Work, round_: Round, rates: Sequence[float], searched: Rate | None) -> Result:
     """One arm with one seed: what it did and what was measured. `searched` is the rate that was searched for with
     another seed."""
     made = pipeline.run_round(work, round_, until="compress")
     rate = search_rate(work, round_, rates) if searched is None else searched
     trained = replace(round_, distill=replace(round_.distill, learning_rate=rate.learning_rate))
     places = list(trained.models(work.dense).values())
-    return Result(
-        made["compress"]["mlp_reduction"] if round_.compress else 0.0,
-        rate,
-        history_of(stages.distill.make(work, trained)),
-        work.main_first(lambda: stages.evaluate.measure_texts(work, trained), places)["models"],
-        work.main_first(lambda: stages.evaluate.score_tasks(work, trained), places) if tasks else {},
-    )
+    history = history_of(stages.distill.make(work, trained))
+    texts = work.main_first(lambda: stages.evaluate.measure_texts(work, trained), places)
+    # the other experiments compare perplexities only
+    tasks = work.main_first(lambda: stages.evaluate.score_tasks(work, trained), places) if experiment == "II" else {}
+    facts = methods.facts_of(work, trained) if experiment == methods.NAME else {}
+    return Result(made.get("compress", {}), rate, history, texts, tasks, facts)
 
 
 def gather(experiment: str, recipe: Recipe, arms: Arms) -> Record:

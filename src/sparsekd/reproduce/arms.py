@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsekd.recipe import Compress, Recipe
+from sparsekd.recipe import Compress, RateScale, Recipe, method_named, method_names
 from sparsekd.run import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
@@ -33,6 +33,7 @@ class Seed:
     def __init__(self, recipe: Recipe, seed: int):
         self._recipe, self._seed = recipe, seed
         self.reductions = recipe.rounds or list(REDUCTIONS)
+        self.one_shot = recipe.rounds or list(ONE_SHOT)  # of experiment `methods`
         self.splits_corpus = recipe.split_corpus
         self.epochs = recipe.distill.epochs
         self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
@@ -115,6 +116,28 @@ def svd(seed: Seed) -> dict[str, Round]:
     return {name: seed.pruned(name, r, compress=plain) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
 
 
+def arm(method: str, reduction: float) -> str:
+    """The name of an arm of experiment `methods`."""
+    return f"{method} {percent(reduction)}"
+
+
+def methods(seed: Seed) -> dict[str, Round]:
+    """The dense model distilled, each method at each reduction, and the paper's mild cut.
+
+    `svd` is the paper's truncation; the others have the options of the recipe's sections. `distill.lr_scale` is for low
+    rank, whose factors multiply each other's changes: the other forms train all of their weights alike.
+    """
+    found = {DENSE_KD: seed.dense(DENSE_KD)}
+    for reduction in seed.one_shot:
+        for method in method_names():
+            plain = {"format": "lowrank", "allocation": "uniform", "probe_tokens": 0} if method == "svd" else {}
+            made = seed.pruned(arm(method, reduction), reduction, compress=seed.compress.by(method, **plain))
+            if method_named(method).FORM != "lowrank":
+                made = replace(made, distill=replace(made.distill, lr_scale=RateScale()))
+            found[arm(method, reduction)] = made
+    return found | tiered(seed)
+
+
 def cuts(seed: Seed, reductions: Sequence[float] = TIMED) -> dict[str, Round]:
     """The recipe's cut, of which only the speed is asked for: what is trained is as fast."""
     return {name: seed.pruned(name, r) for r in reductions for name in [f"one shot {percent(r)}"]}
@@ -151,6 +174,7 @@ EXPERIMENTS: dict[str, Callable[[Seed], dict[str, Round]]] = {
     "VII": cuts,
     "VIII": cuts,
     "X": lambda seed: cuts(seed, TIMED[1:]),
+    "methods": methods,
     "controls": controls,
     "recovery": recovery,
     "svd": svd,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, percent, rounds
+from sparsekd.recipe import method_names
+from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, arm, percent, rounds
 from sparsekd.reproduce.spread import Comparison
 
 DENSE, PRUNED, DISTILLED = "dense", "compressed", "distilled"
@@ -71,6 +72,18 @@ _PAPER: dict[str, tuple[float, dict[str, tuple[float | None, float]]]] = {
     "IV": (35.87, {DENSE_KD: (None, 21.80), "round 65%": (None, 35.57), "round 65% better teacher": (None, 32.91)}),
     "V": (26.12, {"WANDA 15%": (1909, 19.46), "WANDA 35%": (538_627, 25.72), "WANDA 65%": (681_606, 36.31)}),
     "VI": (17.53, {DENSE_KD: (None, 12.69), "tiered SVD 10.32%": (48.49, 7.54)}),
+}
+_PAPER["methods"] = 26.12, {name.replace("WANDA", "wanda"): found for name, found in _PAPER["V"][1].items()}
+# of its Table IX: recovery is strong within 5 % of the baseline, moderate within 15 %, and what can exceed it is more
+_RECOVERY: dict[str, tuple[str, Literal["below", "above"], float]] = {
+    "sparsegpt": ("SparseGPT recovers strongly (within 5 % of dense)", "below", 1.05),
+    "wanda": ("Wanda recovers moderately (within 15 %)", "below", 1.15),
+    "magnitude": ("magnitude pruning recovers weakly (not within 15 %)", "above", 1.15),
+    "taylor": ("LLM-Pruner recovers moderately (within 15 %)", "below", 1.15),
+    "shortgpt": ("ShortGPT recovers moderately (within 15 %)", "below", 1.15),
+    "slicegpt": ("SliceGPT recovers moderately (within 15 %)", "below", 1.15),
+    "neurons": ("SparseKD, by neurons, can exceed dense", "below", 1.0),
+    "two-sided": ("SparseKD, by low rank, can exceed dense", "below", 1.0),
 }
 
 
@@ -140,12 +153,27 @@ def _controls(seed: Seed) -> list[Pattern]:
     ]
 
 
+def _methods(seed: Seed) -> list[Pattern]:
+    """The claim itself, of every arm; then the paper's Tables V, VI and IX."""
+    back = "distillation brings quality back, whatever was removed"
+    names = [arm(method, r) for r in seed.one_shot for method in method_names()]
+    classes = [
+        Pattern(claim, distilled(arm(method, r)), dense(), side, bound)
+        for r in seed.one_shot
+        for method, (claim, side, bound) in _RECOVERY.items()
+        if method in method_names()
+    ]
+    masked = [pattern for r in seed.one_shot for pattern in _destroyed_and_restored(arm("wanda", r))]
+    return [*(Pattern(back, distilled(n), pruned(n), "below") for n in names), *classes, *masked, *_tiered(seed)]
+
+
 PATTERNS: dict[str, Callable[[Seed], list[Pattern]]] = {
     "II": _rounds,
     "III": _rounds,
     "IV": _teachers,
     "V": lambda _: [pattern for r in ONE_SHOT for pattern in _destroyed_and_restored(f"WANDA {percent(r)}")],
     "VI": _tiered,
+    "methods": _methods,
     "controls": _controls,
     "recovery": lambda _: [],
     "svd": lambda _: [pattern for r in ONE_SHOT for pattern in _destroyed_and_restored(f"SVD {percent(r)}")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sparsekd.distillation import History
 from sparsekd.evaluate import Perplexity, perplexity_of
@@ -20,11 +21,16 @@ Measured = Mapping[str, Mapping[str, Record]]  # what was measured, by stage and
 class Result:
     """What an arm came to with one seed."""
 
-    mlp_reduction: float
+    cut: Mapping[str, Any]  # the summary of stage `compress`; empty where nothing was removed
     rate: Rate
     history: History
-    models: Measured
+    evaluated: Mapping[str, Any]  # the summary of stage `evaluate`
     tasks: dict[str, Record]  # the scores by stage; none where the experiment needs none
+    facts: Record  # what the trained model weighs and what opens it; none where the experiment needs none
+
+    @property
+    def models(self) -> Measured:
+        return self.evaluated["models"]
 
     @property
     def curve(self) -> Curve:
@@ -36,7 +42,8 @@ class Result:
         """Plain values for JSON."""
         steps = self.history.steps
         return {
-            "mlp_reduction": self.mlp_reduction,
+            "mlp_reduction": self.cut.get("mlp_reduction", 0.0),
+            "model_reduction": self.cut.get("model_reduction", 0.0),
             "learning_rate": self.rate.learning_rate,
             "losses": self.rate.losses,
             "tokens": self.history.num_tokens,
@@ -46,7 +53,9 @@ class Result:
             "steps": [[step.step, step.num_tokens] for step in steps],
             "dense_ce": self.history.dense_ce,
             "models": self.models,
+            "prefill": self.evaluated["prefill"],
             "tasks": self.tasks,
+            "facts": self.facts,
         }
 
 
@@ -60,14 +69,17 @@ class Found:
         self._arms = arms
         self.texts = list(next(iter(next(iter(arms.values())).values()))[DENSE])
 
-    def results(self, model: Model, text: str) -> list[Perplexity]:
-        """The model's perplexities on a text, a seed each."""
+    def results(self, model: Model, text: str) -> dict[int, Perplexity]:
+        """The model's perplexities on a text, by seed."""
         arm = next(iter(self._arms)) if model.arm is None else model.arm
-        return [perplexity_of(measured[model.stage][text]) for measured in self._arms[arm].values()]
+        return {seed: perplexity_of(measured[model.stage][text]) for seed, measured in self._arms[arm].items()}
 
     def has(self, model: Model) -> bool:
         arm = self._arms.get(model.arm) if model.arm is not None else None
         return arm is not None and all(model.stage in measured for measured in arm.values())
 
     def compare(self, model: Model, reference: Model, text: str) -> Comparison:
-        return compare(self.results(model, text), self.results(reference, text))
+        """With the seeds that both have."""
+        found, other = self.results(model, text), self.results(reference, text)
+        seeds = [seed for seed in found if seed in other]
+        return compare([found[seed] for seed in seeds], [other[seed] for seed in seeds])

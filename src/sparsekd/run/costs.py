@@ -99,7 +99,7 @@ def costs_of(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     rounds = planned(recipe) if rounds is None else rounds
-    deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.reduction)
+    deepest = max((one.compress for one in rounds if one.compress), key=lambda options: options.total)
     structure = compression.plan_for(skeleton, deepest)
     sizes = _sizes(skeleton, structure)
     cached = (recipe.corpus.num_blocks + recipe.corpus.num_validation_blocks) * recipe.corpus.seq_len
@@ -109,7 +109,7 @@ def costs_of(recipe: Recipe, rounds: Sequence[Round] | None = None, num_trials: 
         sizes=sizes,
         cache_tokens=cached,
         cache={name: _cache_size(name, recipe, sizes.vocab, cached) for name in CODECS},
-        work=_work(recipe, rounds, num_trials, structure, cached),
+        work=_work(recipe, rounds, num_trials, structure, cached, sizes.layers),
     )
 
 
@@ -189,11 +189,12 @@ def _activations(recipe: Recipe, sizes: Sizes, products: int) -> int:
 
 def _statistics(costs: Costs, visits: bool) -> int | float:
     """Three hidden-size sums a layer, directions and gradients of every matrix, unless layers `visit` the device; of
-    methods of form `width` the hidden states of all tokens, and of `neurons` one layer's second moments."""
+    other methods the hidden states that are kept and one layer's second moments."""
     recipe, sizes = costs.recipe, costs.sizes
     needs = method_named(recipe.compress.method).needs(recipe.compress.options)
     seen = min(recipe.compress.num_tokens, recipe.corpus.num_blocks * recipe.corpus.seq_len)
-    kept = needs.streams * seen * 4 * sizes.hidden + needs.neuron_grams * 8 * sizes.neurons**2
+    streams = needs.streams * seen + sizes.layers * needs.left_out_tokens
+    kept = streams * 4 * sizes.hidden + needs.neuron_grams * 8 * sizes.neurons**2
     if visits:
         return kept
     directions = sum(4 * m.out_features * m.max_rank for m in costs.compression.matrices if m.rank is not None)
@@ -202,7 +203,7 @@ def _statistics(costs: Costs, visits: bool) -> int | float:
 
 
 def _work(
-    recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: compression.Plan, cached: int
+    recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: compression.Plan, cached: int, layers: int
 ) -> Workload:
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
@@ -217,13 +218,16 @@ def _work(
     def calibrated(options: Compress, share: Share) -> tuple[float, float]:
         needs = method_named(options.method).needs(options.options)
         probed = len(structure.matrices) * 0.65 * needs.probe_tokens  # from the model's middle on, on average
+        gone = sum(not m.parameters_after for m in structure.matrices) * layers // len(structure.matrices)
+        # half of the layers that are left, on average, and the output projection
+        left_out = 0.55 * sum(layers - number for number in range(gone)) * needs.left_out_tokens
         seen = min(options.num_tokens, epoch / share.count)
         solver = needs.solver_flops * sum(min(m.in_features, m.out_features) ** 3 for m in structure.matrices)
-        return needs.passes * seen + probed, solver
+        return needs.passes * seen + probed + left_out, solver
 
     is_online = distill.teacher == "online"
-    pruned = {one.compressed: (one.compress, one.share) for one in rounds if one.compress is not None}
-    statistics = [calibrated(options, share) for options, share in pruned.values()]
+    pruned = {one.compressed: (one.compress.steps, one.share) for one in rounds if one.compress is not None}
+    statistics = [calibrated(step, share) for steps, share in pruned.values() for step in steps]
     return Workload(
         cached=0 if is_online else cached * len({one.cache for one in rounds}),
         calibrated=sum(tokens for tokens, _ in statistics),

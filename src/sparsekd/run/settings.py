@@ -17,9 +17,11 @@ def settings_of(recipe: Recipe, rounds: Iterable[Round]) -> dict[str, Record]:
 def settings(recipe: Recipe, round_: Round) -> dict[str, Record]:
     """What the recipe alone decides of the inputs of a round's stages, by their folders; evaluations follow it."""
     drawn = {"seed": round_.seed, "share": str(round_.share)}
-    cached = {"teacher": "online", "top_k": recipe.cache.top_k}
+    cached: Record = {"teacher": "online", "top_k": recipe.cache.top_k}
     if recipe.distill.teacher == "cache":
         cached = {"cache": inputs_of(recipe.cache)}
+    is_mixed = recipe.teacher.mixture != "arithmetic" and len(round_.teachers) > 1
+    cached["mixture"] = recipe.teacher.mixture if is_mixed else None  # None: as runs have it that knew of one only
     of_corpus = inputs_of(recipe.corpus) | {"order": list(recipe.corpus.sources)}
     found = {CORPUS: {"corpus": of_corpus, "seed": recipe.seed}, round_.cache: cached}
     if round_.compress is not None:

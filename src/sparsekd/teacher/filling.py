@@ -37,6 +37,8 @@ def identity(
 ) -> Identity:
     """Everything that decides the content of a cache; two caches with equal identities are interchangeable."""
     optional: Identity = {"weights": model.weights} if isinstance(model, Mixture) else {}
+    if isinstance(model, Mixture) and model.mean != "arithmetic":
+        optional["mixture"] = model.mean
     if torch.is_autocast_enabled(members(model)[0].device.type):  # another number format than that of the weights
         optional["products"] = "bfloat16"
     return optional | {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,14 +23,23 @@ from sparsekd.teacher.selecting import by_chunks, top_k_distribution
 
 
 class Mixture:
-    """Several teachers as one, whose distribution is the weighted mean of theirs: sum_i w_i softmax(z_i).
+    """Several teachers as one, whose distribution is the weighted mean of theirs p_i: the arithmetic one sum_i w_i p_i
+    or the geometric one, prod_i p_i^w_i normalised, which is softmax(sum_i w_i z_i) of their logits z_i.
+
+    Of all distributions p the arithmetic mean has the least sum_i w_i KL(p_i, p), and the geometric one, which gives
+    little to a token that one teacher gives little, the least sum_i w_i KL(p, p_i) (Abbas 2009).
 
     The teachers may differ in size and architecture, but a token id must mean the same to all; where their embeddings
     are padded differently, the tokens that all know count. `weights` are positive and matter by their ratios only.
     Raises `UsageError` for weights that cannot be used, `MismatchError` for vocabularies that do not match.
     """
 
-    def __init__(self, models: Sequence[PreTrainedModel], weights: Sequence[float]):
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        weights: Sequence[float],
+        mean: Literal["arithmetic", "geometric"] = "arithmetic",
+    ):
         if not models or len(models) != len(weights):
             raise UsageError(
                 f"a mixture of {len(models)} teachers with {len(weights)} weights: expected at least one teacher, and "
@@ -42,7 +51,7 @@ class Mixture:
         configs = [model.config.get_text_config() for model in models]
         sizes = {f"teacher {number}": int(config.vocab_size) for number, config in enumerate(configs, start=1)}
         contexts = [context for context in map(context_of, models) if context is not None]
-        self.models = list(models)
+        self.models, self.mean = list(models), mean
         self.weights = [weight / math.fsum(weights) for weight in weights]
         shared: dict[str, Any] = {
             "vocab_size": shared_vocab_size(sizes),
@@ -84,15 +93,15 @@ def distributions(
 def teacher_logits(
     model: TeacherModel, tokens: Int[Tensor, "B L"], vocab_size: int | None, separator: int | None
 ) -> Float[Tensor, "B N V"]:
-    """Of the first `vocab_size` tokens; of a mixture, the log-probabilities of these."""
+    """Of the first `vocab_size` tokens; of a mixture, its log-probabilities up to a constant of each position."""
     if isinstance(model, Mixture):
         known = model.config.vocab_size
         cut = min(vocab_size or known, known)  # before the softmax: padding takes part in no teacher's distribution
-        mixed = (
-            teacher_logits(teacher, tokens, cut, separator).float().log_softmax(-1) + math.log(weight)
-            for teacher, weight in zip(model.models, model.weights, strict=True)
-        )
-        return functools.reduce(torch.logaddexp, mixed)
+        each = (teacher_logits(teacher, tokens, cut, separator).float() for teacher in model.models)
+        weighted = zip(each, model.weights, strict=True)
+        if model.mean == "geometric":
+            return functools.reduce(torch.add, (weight * logits for logits, weight in weighted))
+        return functools.reduce(torch.logaddexp, (logits.log_softmax(-1) + math.log(w) for logits, w in weighted))
     inputs = document_inputs(tokens.to(model.device), separator)
     return logits_of(model, **inputs)[:, :-1, :vocab_size]
 

@@ -24,6 +24,7 @@ class Needs:
 
     passes: float = 0.0  # over the tokens of the statistics, in plain forward passes
     probe_tokens: int = 0  # on which each matrix's true damage is measured
+    left_out_tokens: int = 0  # on which the damage of each layer that is left is measured, once for each that goes
     solver_flops: float = 0.0  # for each matrix, times its smaller side to the third power
     streams: int = 0  # hidden states of all tokens that are kept at once
     neuron_grams: int = 0  # matrices of an MLP's neurons by its neurons, in float64, at once

@@ -1,7 +1,7 @@
-"""`magnitude`: a weight counts by its size alone, `|W_ij|`, against its own output row. No text is needed.
+"""`magnitude`: a weight counts by its size alone, `|W_ij|`, against all others of its matrix. No text is needed.
 
-The oldest baseline (Han et al., arXiv 1506.02626); the comparison within a row is that of Wanda (Sun et al., arXiv
-2306.11695), so that the two differ in the score only.
+The oldest baseline (Han et al., arXiv 1506.02626), compared as the paper of Wanda compares it (Sun et al., arXiv
+2306.11695, table 1): over the whole matrix, so that an output may lose more of its inputs than another.
 """
 
 from __future__ import annotations
@@ -21,4 +21,4 @@ def scores(weight: Tensor, name: str, calibration: Calibration) -> Tensor:
     return weight.float().abs()
 
 
-METHOD = Mask("magnitude", scores)
+METHOD = Mask("magnitude", scores, by_row=False)

@@ -20,4 +20,4 @@ def scores(weight: Tensor, name: str, calibration: Calibration) -> Tensor:
     return weight.float().abs() * calibration.input_norms[name].float().to(weight.device)
 
 
-METHOD = Mask("wanda", scores, passes=1.0)
+METHOD = Mask("wanda", scores, by_row=True, passes=1.0)

@@ -7,6 +7,7 @@ asks the form; nobody asks the method.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -19,11 +20,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekd.errors import DataError
-from sparsekd.models.anatomy import find_mlps, num_parameters, replace_module
+from sparsekd.models.anatomy import mlp_parameters, num_parameters, replace_module
 from sparsekd.models.copying import twin
 from sparsekd.models.forms._classes import PREFIX as PREFIX
 from sparsekd.models.forms._classes import base_class as base_class
 from sparsekd.models.forms._classes import rebuilt_class
+from sparsekd.models.forms._composed import Composed
 from sparsekd.models.forms._description import VERSION, Dense, Description, Layers, description_of, read
 
 Linear = tuple[Float[Tensor, "O I"], Float[Tensor, " O"] | None]  # matrix and bias of an ordinary layer
@@ -54,7 +56,8 @@ class Form(Protocol):
         ...
 
     def ordinary(self, model: PreTrainedModel) -> tuple[Mapping[str, Any], Mapping[str, Linear]]:
-        """What the base's config has to say, and the layers by name, for the base's class to compute the same."""
+        """What the base's config has to say, and the layers by name, for the base's class to compute the same. Raises
+        `UsageError` where it cannot."""
         ...
 
     def is_described(self, layer: Mapping[str, Any]) -> bool:
@@ -86,9 +89,20 @@ def names() -> list[str]:
 
 
 def form_named(name: str) -> Form:
-    """The form of that name, one of `names`."""
+    """The form of that name, one of `names`, or several with a plus between them."""
+    if "+" in name:
+        return _composed(name)
     module: Any = importlib.import_module(f"{__name__}.{name}")
     return module
+
+
+@functools.cache
+def _composed(name: str) -> Form:
+    return Composed([form_named(part) for part in name.split("+")])
+
+
+def _is_known(name: str) -> bool:
+    return all(part in names() for part in name.split("+"))
 
 
 def form_of(model: PreTrainedModel) -> Form | None:
@@ -130,8 +144,7 @@ def dense_sizes(model: PreTrainedModel) -> Dense:
     description = description_of(model)
     if description is not None:
         return description.dense
-    mlps = sum(num_parameters(model.get_submodule(name)) for mlp in find_mlps(model) for name in mlp.matrices)
-    return Dense(mlps, num_parameters(model))
+    return Dense(mlp_parameters(model), num_parameters(model))
 
 
 def mark(model: PreTrainedModel, form_name: str, method: str, reduction: float, dense: Dense) -> None:
@@ -187,7 +200,7 @@ def require_described(found: Any, source: str) -> None:
             "install a newer one"
         )
     description = read(found)
-    form = form_named(description.form) if description is not None and description.form in names() else None
+    form = form_named(description.form) if description is not None and _is_known(description.form) else None
     if description is None or form is None or not all(map(form.is_described, description.layers.values())):
         raise DataError(
             f"model {source}: `sparsekd` in config.json is damaged: expected version, form ({' or '.join(names())}), "

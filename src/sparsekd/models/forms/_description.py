@@ -25,7 +25,7 @@ class Description:
     """What was left, how it was chosen, and what each layer needs to be made again before its weights are read."""
 
     version: int = VERSION
-    form: str
+    form: str  # of several steps those of all, as `depth+width`
     method: str
     reduction: float  # fraction of the dense model's MLP parameters that is gone
     dense: Dense

@@ -7,11 +7,16 @@ of W itself and the others as combinations of them, which saves R^2 numbers, so 
 (PIFA, Zhao et al., arXiv 2502.18139). Their pivots are the first R rows or columns: the neurons of an MLP can be put in
 any order, so one that suits all its matrices is written into the weights and costs nothing when the model runs.
 
-Shape letters: I input features, O output features, R rank.
+Form `sliced` has a narrower residual stream in another basis before each norm, as SliceGPT (arXiv 2401.15024). The add
+is in the forward pass of the base's layer, which stays as it is: a norm hands on, beside what it is asked for, what the
+change of basis moves the stream by, and the attention or MLP that reads it adds that to what it writes.
+
+Shape letters: I input features, O output features, R rank, B blocks, L positions, H width of the stream.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,6 +130,47 @@ KINDS: dict[str, type[CompressedLinear]] = {
 }
 
 
+class SlicedNorm(nn.Module):
+    """RMS norm without weight; the mean is that of the `dense` model's features, those that are gone being zero."""
+
+    def __init__(self, dense: int, eps: float):
+        super().__init__()
+        self.dense, self.eps = dense, eps
+
+    def forward(self, x: Tensor) -> Any:
+        exact = x.float()
+        return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) / self.dense + self.eps)).to(x.dtype)
+
+
+class ShortcutNorm(SlicedNorm):
+    """The norm before attention or an MLP, of a stream (B x L x H) whose basis changes there: `(norm(x), xS - x)` with
+    the matrix S of the published method's shortcut."""
+
+    def __init__(self, width: int, dense: int, eps: float):
+        super().__init__(dense, eps)
+        self.shortcut = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.shortcut(x) - x
+
+
+class AfterShortcut:
+    """Mixed into the class of attention or an MLP: reads what a `ShortcutNorm` gives. Added to `x`, what it returns is
+    the shortcut's `xS` and what the base computes."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        normed, moved = hidden_states
+        base: Any = super()
+        found = base.forward(normed, *args, **kwargs)
+        return (found[0] + moved, *found[1:]) if isinstance(found, tuple) else found + moved
+
+
+@functools.cache
+def after_shortcut(base: Any) -> Any:
+    """The class of `base` modules that read what a `ShortcutNorm` gives."""
+    return type(f"Sliced{base.__name__}", (AfterShortcut, base), {})
+
+
 class Rebuilt:
     """Mixed into the class of a base model: after the base's own `__init__`, puts in the layers that `config.sparsekd`
     describes."""
@@ -136,18 +182,56 @@ class Rebuilt:
 
 
 def rebuild(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces what is named in `layers`, linear layers by ones of their kind and rank, MLPs by ones of their width.
-    The weights are not set yet."""
+    """Replaces what is named in `layers`, linear layers by ones of their kind and rank, MLPs by ones of their width,
+    what writes and reads the residual stream by what does so in a sliced one. The weights are not set yet."""
     for name, described in layers.items():
         if "neurons" in described:
             _narrow(model.get_submodule(name), described)
             continue
-        parent, _, child = name.rpartition(".")
+        if "hidden" in described:
+            _slice(model, name, described)
+            continue
+        if "kind" not in described:  # zeros, or fewer layers, which need no modules of ours
+            continue
         dense = model.get_submodule(name)
         inputs, outputs = _sizes(dense)
         layer: Any = KINDS[described["kind"]]
         replaced = layer(inputs, outputs, described["rank"], dense.bias is not None)
-        setattr(model.get_submodule(parent), child, replaced)
+        _put(model, name, replaced)
+
+
+def _slice(model: Any, name: str, described: Mapping[str, Any]) -> None:
+    """Makes an embedding, the last norm, the output projection, or attention or an MLP with the norm before it, fit a
+    residual stream of so many features."""
+    hidden, module = described["hidden"], model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        module.weight = nn.Parameter(torch.empty(len(module.weight), hidden))
+        module.embedding_dim = hidden
+    elif "reads" in described:
+        for read in described["reads"]:
+            _put(model, read, _reading(model.get_submodule(read), hidden, described["bias"]))
+        writes = model.get_submodule(described["writes"])
+        _put(model, described["writes"], resized(writes, _sizes(writes)[0], hidden))
+        _put(model, described["norm"], ShortcutNorm(hidden, described["dense"], described["eps"]))
+        module.__class__ = after_shortcut(type(module))
+    elif "eps" in described:
+        _put(model, name, SlicedNorm(described["dense"], described["eps"]))
+    else:
+        _put(model, name, _reading(module, hidden, described["bias"]))
+    model.get_submodule(name).sliced = described
+
+
+def _reading(layer: Any, in_features: int, has_bias: bool) -> Any:
+    """A linear layer like this one that reads so many features, and has a bias where the norm before it had one."""
+    made = resized(layer, in_features, _sizes(layer)[1])
+    if has_bias and made.bias is None:
+        made.bias = nn.Parameter(torch.zeros(_sizes(layer)[1]))
+    return made
+
+
+def _put(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _narrow(mlp: Any, described: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def trained(model: PreTrainedModel) -> set[str]:
     """The matrices that `distill.train: compressed` means."""
     description = description_of(model)
     assert description is not None
-    return set(description.layers)
+    return {name for name, layer in description.layers.items() if is_described(layer)}
 
 
 def guard(model: PreTrainedModel) -> Zeros:

@@ -212,6 +212,13 @@ def keep(
         module.dense_neurons = count  # `find_mlps` knows an MLP by it that is not as wide as the config says
 
 
+def take_shape(model: PreTrainedModel, planned: Any) -> None:
+    """Gives the MLPs of a model without weights the numbers of neurons of a `Plan`."""
+    neurons = {line.name: line.neurons for line in planned.matrices}
+    kept = {mlp: torch.arange(neurons[mlp.output]) for mlp in find_mlps(model)}
+    keep(model, kept, {m: linear_weight(model.get_submodule(m.output))[:, : len(k)] for m, k in kept.items()}, {})
+
+
 def _bias(layer: nn.Module) -> Tensor | None:
     return getattr(layer, "bias", None)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from sparsekd import models, teacher
 from sparsekd.corpus import ALL, Corpus, Share
-from sparsekd.errors import MismatchError
 from sparsekd.run.reading import Summary, read_summary
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
@@ -77,17 +76,15 @@ def summary_of(cache: Cache, blocks: Corpus) -> Summary:
 def open_teacher(work: Work, round_: Round) -> tuple[TeacherModel, str, int]:
     """The teacher as one model, mixed where there are several; the hash of its tokenizer; the tokens all know."""
     opened = {where: work.open(where) for where in round_.teachers}
-    hashes = {where: models.tokenizer_hash(tokenizer) for where, (_, tokenizer) in opened.items()}
-    for where, found in hashes.items():  # the run's own models have the dense one's
-        if isinstance(where, str) and found != models.tokenizer_hash(work.open(work.dense)[1]):
-            raise MismatchError(
-                f"teacher {where}: its tokenizer is not that of {work.dense}, whose tokens it is to predict"
-            )
-    tokenizer_hash = next(iter(hashes.values()))
+    for where, (_, tokenizer) in opened.items():
+        if isinstance(where, str):  # the run's own models have the dense one's
+            models.require_same_tokenizer(tokenizer, work.open(work.dense)[1], where, work.dense)
+    tokenizer_hash = models.tokenizer_hash(next(iter(opened.values()))[1])
     vocab_size = min(models.real_vocab_size(model, tokenizer) for model, tokenizer in opened.values())
     if len(opened) == 1:
         return next(iter(opened.values()))[0], tokenizer_hash, vocab_size
-    mixed = teacher.Mixture([model for model, _ in opened.values()], list(round_.teachers.values()))
+    weights, mean = list(round_.teachers.values()), work.recipe.teacher.mixture
+    mixed = teacher.Mixture([model for model, _ in opened.values()], weights, mean)
     return mixed, tokenizer_hash, vocab_size
 
 

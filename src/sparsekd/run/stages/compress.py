@@ -23,12 +23,14 @@ def make(work: Work, round_: Round) -> Summary:
     """Stage `compress`: the round's start made smaller, in `compressed/model`."""
     options = round_.compress
     assert options is not None
-    needs = method_named(options.method).needs(options.options)
+    needs = [method_named(step.method).needs(step.options) for step in options.steps]
+    is_probed = any(one.probe_tokens for one in needs)
+    reads = next((one.reads for one in needs if one.reads), None)
     inputs = settings(work.recipe, round_)[str(round_.compressed)] | {
         "model": work.identity(round_.start),
         "corpus": work.blocks.fingerprint,
-        "ranks": files.file_sha256(Path(needs.reads)) if needs.reads else None,
-        "probed": read_inputs(work.run.folder / round_.cache) if needs.probe_tokens else None,
+        "ranks": files.file_sha256(Path(reads)) if reads else None,
+        "probed": read_inputs(work.run.folder / round_.cache) if is_probed else None,
     }
     stage = work.run.stage(str(round_.compressed), inputs)
     if stage.summary is not None:
@@ -36,20 +38,24 @@ def make(work: Work, round_: Round) -> Summary:
     student, tokenizer = work.take(round_.start, torch.float32)  # what is solved from rounded weights is rounded twice
     # the probe asks what a cut does to the model as it is: its own distributions, cached if it is its own teacher
     has_top_k = work.recipe.distill.teacher == "cache" and work.recipe.cache.codec != "sampled"
-    is_cached = has_top_k and list(round_.teachers) == [round_.start]
+    is_cached = has_top_k and list(round_.teachers) == [round_.start] and not options.first
     if options.offload:
         torch.nn.Module.to(student, "cpu")
-    calibration = compression.Calibration(
-        student,
-        calibration_batches(work.blocks, options, round_.seed, round_.share),
-        seed=round_.seed,
-        device=work.placement.device,
-        separator=work.blocks.separator,
-        teacher=open_cache(work, round_, work.blocks.train_ids.tolist()) if needs.probe_tokens and is_cached else None,
-        warn=work.run.console.warn,
-    )
+    teacher = open_cache(work, round_, work.blocks.train_ids.tolist()) if is_probed and is_cached else None
+
+    def calibration_for(step: Compress) -> compression.Calibration:
+        return compression.Calibration(
+            student,
+            calibration_batches(work.blocks, step, round_.seed, round_.share),
+            seed=round_.seed,
+            device=work.placement.device,
+            separator=work.blocks.separator,
+            teacher=teacher,
+            warn=work.run.console.warn,
+        )
+
     with exact_products(work.recipe.model.dtype == "float32"):
-        plan = compression.apply(student, calibration, options)
+        plan = compression.apply(student, calibration_for, options)
     work.save(student, tokenizer, stage)
     share = f"{plan.mlp_reduction:.1%} of the MLP parameters"
     removed = f"removed {share}, {plan.model_reduction:.1%} of the whole model"
