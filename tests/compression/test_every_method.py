@@ -26,7 +26,7 @@ ARCHITECTURES = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
 METHODS = {method_named(name).FORM: name for name in names()}  # one for each form that has any
 # of tiny models
 OPTIONS: dict[str, dict[str, Any]] = {
-    "neurons": {"multiple": 2},
+    **{name: {"multiple": 2} for name in ("activation", "neurons", "taylor")},
     "slicegpt": {"multiple": 2},
     "leave-out": {"probe_tokens": 256},
 }

@@ -1,5 +1,6 @@
 """Several rounds, and teachers other than the dense model, on tiny real models."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 
 import sparsekd
 from sparsekd import corpus, errors, models, pipeline
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe import Distill, inputs_of, load_recipe
 from sparsekd.run import inspection
+from sparsekd.run.reading import as_now, difference_of
 
 
 def run(recipe: Path, folder: Path, *overrides: str, **options: Any) -> dict[str, Any]:
@@ -115,6 +117,30 @@ def test_a_cascade_teaches_with_the_distilled_dense_model(tiny_recipe: Path, tmp
     assert list(report["rounds"][1]["teachers"]) == ["generation-01/distilled"]
     dense, distilled = weights(out / "generation-01/distilled"), weights(out / "generation-02/distilled")
     assert dense.keys() == distilled.keys() and not all(torch.equal(dense[name], distilled[name]) for name in dense)
+
+
+def test_generations_and_rounds_start_from_fresh_weights_of_their_own(tiny_recipe: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing a student stays what it started as."""
+    out, settings = tmp_path / "run", ("teacher.cascade=2", "distill.learning_rate=1e-12", "rounds=[0.3]")
+    run(tiny_recipe, out, *settings, "distill.start=fresh")
+    dense = sparsekd.load(str(tiny_recipe.parent / "llama"))[0].state_dict()
+    found = [weights(out / name / "distilled") for name in ("generation-01", "generation-02", "round-01")]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for one, other in itertools.combinations([dense, *found], 2):
+        assert not torch.allclose(one[name], other[name], atol=0.01)
+    compressed = weights(out / "round-01/compressed")
+    assert {key: value.shape for key, value in compressed.items()} == {k: value.shape for k, value in found[2].items()}
+    assert torch.equal(compressed[name], dense[name])
+    with pytest.raises(errors.MismatchError, match=r"distill.start is fresh there and weights now"):
+        run(tiny_recipe, out, *settings)
+
+
+def test_inputs_from_before_students_could_start_afresh_are_read() -> None:
+    now = inputs_of(Distill())
+    assert now["start"] == "weights"
+    earlier = {"distill": {key: value for key, value in now.items() if key != "start"}}
+    assert difference_of(as_now(earlier), {"distill": now}) is None
+    assert difference_of(as_now(earlier), {"distill": now | {"start": "fresh"}}) is not None
 
 
 @pytest.mark.parametrize("teacher", ["cache", "online"])

@@ -76,7 +76,8 @@ def test_the_probe_finds_no_damage_in_a_whole_model(low: PreTrainedModel, blocks
 def test_statistics_draw_labels_and_take_gradients_of_float32_logits(
     low: PreTrainedModel, blocks: torch.Tensor, monkeypatch: Any
 ) -> None:
-    layers, inputs, draws = Layers(low), {"input_ids": blocks[:1]}, torch.Generator().manual_seed(3)
+    layers, inputs = Layers(low), {"input_ids": blocks[:1]}
+    labels = statistics._drawn_with(3)(0, torch.device("cpu"))
     seen: list[torch.Tensor] = []
     top = layers.record(lambda: low.get_decoder()(**inputs, use_cache=False))[-1]
     drawn = statistics._drawn
@@ -86,7 +87,7 @@ def test_statistics_draw_labels_and_take_gradients_of_float32_logits(
         return seen[-1]
 
     monkeypatch.setattr(statistics, "_drawn", watched)
-    found = statistics._output_gradient(low, layers, inputs, top.clone(), 2, draws)[0].float()
+    found = statistics._output_gradient(low, layers, inputs, top.clone(), 2, labels)[0].float()
     monkeypatch.undo()
     torch.testing.assert_close(seen[0], exact(low, blocks[:1])[0].softmax(-1), **CLOSE)
     leaf = top[0].float().requires_grad_()

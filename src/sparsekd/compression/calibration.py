@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekd.compression import statistics
+from sparsekd.compression import gradients, statistics
 from sparsekd.compression.probe import Probe, Teacher
 from sparsekd.compression.walk import Walk
 from sparsekd.errors import UsageError
@@ -103,6 +103,11 @@ class Calibration:
         return statistics.output_curvature(
             self.model, few, seed=self.seed, device=self.device, separator=self.separator
         )
+
+    def weight_gradients(self) -> dict[str, Float[Tensor, "_ _"]]:
+        """The gradient of each MLP weight, output x input, by the matrix's name, of the cross-entropy of the text. Too
+        large to be kept: the caller takes it over."""
+        return gradients.weight_gradients(self.model, self._tokens, device=self.device, separator=self.separator)
 
     def walk(self) -> Walk:
         """The text, before the first layer."""

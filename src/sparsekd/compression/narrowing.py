@@ -1,4 +1,5 @@
-"""MLPs with fewer neurons, chosen and compensated in the metric of the KL: what the method `neurons` does.
+"""MLPs with fewer neurons: those of the highest scores as they are, or, what the method `neurons` does, chosen and
+compensated in the metric of the KL.
 
 1. The curvature G of the KL at every MLP's output, by one backward pass.
 2. The dense model layer by layer: the second moment of a layer's neurons says in which order they go and what each
@@ -96,6 +97,19 @@ def narrow(model: PreTrainedModel, planned: Plan, calibration: Calibration, opti
     return chosen
 
 
+def keep_highest(model: PreTrainedModel, planned: Plan, scores: Mapping[MLP, Float[Tensor, " I"]]) -> None:
+    """Leaves every MLP the planned number of neurons, those of the highest scores, as they are, in place, all or
+    nothing; of equal scores the first. Errors as in `narrow`."""
+    neurons = {line.name: line.neurons or 0 for line in planned.matrices}
+    kept, outputs = {}, {}
+    for mlp, importance in scores.items():
+        _check(importance, mlp)
+        order = importance.sort(descending=True, stable=True).indices.cpu()
+        kept[mlp] = order[: neurons[mlp.output]].sort().values
+        outputs[mlp] = linear_weight(model.get_submodule(mlp.output)).detach()[:, kept[mlp]]
+    width.keep(model, kept, outputs, {})
+
+
 def removals_of(model: PreTrainedModel, calibration: Calibration) -> dict[MLP, Removal]:
     """In which order the neurons of each MLP go and what that costs, in the model as it is; errors as in `narrow`."""
     metrics = calibration.output_curvature(_CURVATURE_TOKENS * model.config.get_text_config().hidden_size)
@@ -126,16 +140,15 @@ def _removal_of(model: PreTrainedModel, mlp: MLP, metric: Gram, walk: Walk, laye
         moments.add(values)
     moments.add_processes()
     gram, _ = moments.solved(centred=_has_bias(model, mlp))
-    _check(gram, mlp)
+    _check(gram.diagonal(), mlp)
     weight = in_float64(linear_weight(module).detach()).to(device)
     return removal(weight, gram, regularised(metric.mean(walk.device)))
 
 
-def _check(gram: Float[Tensor, "I I"], mlp: MLP) -> None:
-    diagonal = gram.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
+def _check(importance: Float[Tensor, " I"], mlp: MLP) -> None:
+    if not bool(torch.isfinite(importance).all()):
         raise DataError(f"the neurons that {mlp.output} reads are not finite: the model's weights are damaged")
-    if not bool((diagonal > 0).any()):
+    if not bool((importance > 0).any()):
         raise DataError(
             f"the neurons that {mlp.output} reads are zero on all of the text: expected a trained model, or other text"
         )

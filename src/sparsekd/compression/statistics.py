@@ -20,9 +20,10 @@ Shape letters: N tokens, H hidden size, F features of a layer's output, B blocks
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,18 @@ def weights_of(x: Float[Tensor, "N F"], cap: float = NORM_CAP) -> Float[Tensor, 
     """What a token counts times: 1, and less where its norm is more than `cap` times the median."""
     norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return (cap * norm.median() / norm).clamp_max(1.0)
+
+
+Labels = Callable[[Float[Tensor, "L V"], Int[Tensor, " L"]], Int[Tensor, " L"]]  # of a block's logits and tokens
+
+
+@runtime_checkable
+class Sum(Protocol):
+    """What is summed over the text around an MLP."""
+
+    def is_finite(self) -> Tensor: ...
+
+    def add_processes(self) -> None: ...
 
 
 class Gram:
@@ -75,6 +88,9 @@ class Gram:
         """Where it was summed, or where what is on that `device` is solved."""
         mean = self.sum / max(1, self.num_tokens)
         return mean if device is None else mean.to(solver_device(device))
+
+    def is_finite(self) -> Tensor:
+        return torch.isfinite(self.sum if self.diagonal else self.sum.diagonal()).all()
 
     def add_processes(self) -> None:
         """Makes the sum that of all processes."""
@@ -112,7 +128,7 @@ def collect(
     than the model's the weights stay where they are and each layer visits the device for its turn. Raises `DataError`
     naming the MLP when a number is not finite.
     """
-    hidden, make = model.config.get_text_config().hidden_size, functools.partial(Gram, device=_place(model, device))
+    hidden, make = model.config.get_text_config().hidden_size, functools.partial(Gram, device=place(model, device))
     moments, handles = {}, []
     for mlp in find_mlps(model):
         seen = moments[mlp] = Moments(make(hidden), make(hidden), make(hidden, cap=None))
@@ -128,7 +144,7 @@ def collect(
                 handles.append(module.register_forward_hook(_reads_gradient(seen.input_curvature[name])))
     grams = {mlp: seen.grams() for mlp, seen in moments.items()}
     try:
-        _run_all(model, batches, grams, device, separator, seed if curvature else None)
+        run_all(model, batches, grams, device, separator, _drawn_with(seed) if curvature else None)
     finally:
         for handle in handles:
             handle.remove()
@@ -145,10 +161,10 @@ def output_curvature(
 ) -> dict[MLP, Gram]:
     """The curvature at the output of each MLP alone; all else as in `collect`."""
     hidden = model.config.get_text_config().hidden_size
-    found = {mlp: Gram(hidden, cap=None, device=_place(model, device)) for mlp in find_mlps(model)}
+    found = {mlp: Gram(hidden, cap=None, device=place(model, device)) for mlp in find_mlps(model)}
     handles = [model.get_submodule(mlp.output).register_forward_hook(_reads_gradient(g)) for mlp, g in found.items()]
     try:
-        _run_all(model, batches, {mlp: [gram] for mlp, gram in found.items()}, device, separator, seed)
+        run_all(model, batches, {mlp: [gram] for mlp, gram in found.items()}, device, separator, _drawn_with(seed))
     finally:
         for handle in handles:
             handle.remove()
@@ -174,29 +190,29 @@ def input_norms(
         for module, gram in zip(modules, grams[mlp], strict=True):
             handles.append(module.register_forward_pre_hook(reads_input(gram, False)))
     try:
-        _run_all(model, batches, grams, device, separator, None)
+        run_all(model, batches, grams, device, separator, None)
     finally:
         for handle in handles:
             handle.remove()
     return {name: gram.sum.sqrt() for name, gram in norms.items()}
 
 
-def _place(model: PreTrainedModel, device: torch.device | None) -> torch.device:
+def place(model: PreTrainedModel, device: torch.device | None) -> torch.device:
     """Where sums are kept."""
     is_whole = device is None or device == model.device  # else there may not be room for them
     return solver_device(model.device) if is_whole else torch.device("cpu")
 
 
-def _run_all(
+def run_all(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "_ _"]],
-    grams: dict[MLP, list[Gram]],
+    sums: Mapping[MLP, Sequence[Sum]],
     device: torch.device | None,
     separator: int | None,
-    label_seed: int | None,
+    labels: Callable[[int, torch.device], Labels] | None,
 ) -> None:
-    """This process's share of the batches through the model, whose hooks fill `grams`, forward, and backward too with
-    a `label_seed`; then the sums of all processes."""
+    """This process's share of the batches through the model, whose hooks fill `sums`: forward, and backward too where a
+    batch of that number has `labels`; then the sums of all processes."""
     layers, home = Layers(model), model.device
     device = device or home
     rank, world = rank_and_count()
@@ -205,25 +221,20 @@ def _run_all(
             if number % world != rank:
                 continue
             inputs = document_inputs(batch.to(device), separator)
-            if label_seed is not None:  # labels depend on the batch alone, not on which process takes it
-                labels = torch.Generator(device if device.type == "cuda" else "cpu")
-                labels.manual_seed((label_seed * 1_000_003 + number) % 2**64)
-                _backward(model, layers, inputs, number, home, device, labels)
+            if labels is not None:
+                _backward(model, layers, inputs, number, home, device, labels(number, device))
             else:
                 with torch.inference_mode(), _in_turn(layers, home, device):
                     model.get_decoder()(**inputs, use_cache=False)
-            _check_finite(grams, number, len(batch))
-    for gram in (gram for of_mlp in grams.values() for gram in of_mlp if world > 1):
-        gram.add_processes()
+            _check_finite(sums, number, len(batch))
+    for one in (one for of_mlp in sums.values() for one in of_mlp if world > 1):
+        one.add_processes()
 
 
-def _check_finite(grams: dict[MLP, list[Gram]], number: int, size: int) -> None:
+def _check_finite(sums: Mapping[MLP, Sequence[Sum]], number: int, size: int) -> None:
     """Raises `DataError` naming the first MLP around which something was not finite, and the batch it came with."""
-    found = [
-        torch.stack([torch.isfinite(gram.sum if gram.diagonal else gram.sum.diagonal()).all() for gram in of_mlp]).all()
-        for of_mlp in grams.values()
-    ]
-    for mlp, is_finite in zip(grams, torch.stack(found).tolist(), strict=True):  # one wait for the device
+    found = [torch.stack([one.is_finite() for one in of_mlp]).all() for of_mlp in sums.values()]
+    for mlp, is_finite in zip(sums, torch.stack(found).tolist(), strict=True):  # one wait for the device
         if not is_finite:
             raise _not_finite(f"activations around {mlp.output}", number, size)
 
@@ -240,9 +251,9 @@ def _backward(
     number: int,
     home: torch.device,
     device: torch.device,
-    generator: torch.Generator,
+    labels: Labels,
 ) -> None:
-    """One forward pass and one backward pass of cross-entropy against labels that the model itself would draw."""
+    """One forward pass and one backward pass of cross-entropy against these labels."""
 
     def decoder() -> None:
         model.get_decoder()(**inputs, use_cache=False)
@@ -256,7 +267,7 @@ def _backward(
     top = hidden.pop()
     gradient = torch.cat(
         [
-            _output_gradient(model, layers, _row(inputs, row), last[None], len(hidden), generator)
+            _output_gradient(model, layers, _row(inputs, row), last[None], len(hidden), labels)
             for row, last in enumerate(top)
         ]
     )
@@ -281,14 +292,25 @@ def _output_gradient(
     inputs: dict[str, Int[Tensor, "1 L"]],
     top: Float[Tensor, "1 L H"],
     depth: int,
-    generator: torch.Generator,
+    labels: Labels,
 ) -> Float[Tensor, "1 L H"]:
     """Gradient at the last layer's output; one block at a time, because logits are large."""
     top.requires_grad_()
     logits, _ = layers.run(lambda: logits_of(model, **inputs)[0].float(), top, depth)
-    F.cross_entropy(logits, _drawn(logits, generator), reduction="sum").backward()
+    F.cross_entropy(logits, labels(logits, inputs["input_ids"][0]), reduction="sum").backward()
     assert top.grad is not None
     return top.grad
+
+
+def _drawn_with(seed: int) -> Callable[[int, torch.device], Labels]:
+    """Labels that the model draws; they depend on the batch's number alone, not on which process takes it."""
+
+    def labels(number: int, device: torch.device) -> Labels:
+        generator = torch.Generator(device if device.type == "cuda" else "cpu")
+        generator.manual_seed((seed * 1_000_003 + number) % 2**64)
+        return lambda logits, _: _drawn(logits, generator)
+
+    return labels
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from sparsekd.distillation.optimizer import allocate, prepared, schedule
 from sparsekd.distillation.weighting import by_source
 from sparsekd.distillation.worker import Worker, accelerated, compiled, device_of, distribute, is_worth_compiling
 from sparsekd.errors import DataError, Diverged, Stopped, UsageError
-from sparsekd.models import forms, in_float32, is_split, split
+from sparsekd.models import forms, in_float32, initialise, is_split, split
 from sparsekd.recipe import Distill, distill_section
 from sparsekd.teacher import Cache
 
@@ -63,6 +63,8 @@ def distill(
     training = np.arange(len(blocks) - held)
     order = functools.partial(shuffled, training, seed)
     data = Data(list(blocks.numpy()), order, range(len(blocks) - held, len(blocks)), cache)
+    if section.start == "fresh":
+        initialise(student, seed)
     train(student, data, section)
     return student
 
@@ -79,7 +81,8 @@ def train(
     say: Callable[[str], None] = lambda text: None,
     stop_signal: Callable[[], int | None] = lambda: None,
 ) -> History:
-    """The training loop. With a `folder` it writes metrics and checkpoints there and continues from what it finds.
+    """The training loop, from the student as it is, whatever `options.start`. With a `folder` it writes metrics and
+    checkpoints there and continues from what it finds.
 
     `dense_ce`, the dense model's cross-entropy on the validation blocks, is what parity is measured against.
     `stop_signal` is asked after every step, never inside one: when it names a signal, the state is saved and `Stopped`

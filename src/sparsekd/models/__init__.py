@@ -22,6 +22,7 @@ from sparsekd.models.identity import config_hash as config_hash
 from sparsekd.models.identity import source_hash as source_hash
 from sparsekd.models.identity import tokenizer_hash as tokenizer_hash
 from sparsekd.models.identity import weights_hash as weights_hash
+from sparsekd.models.initialising import initialise as initialise
 from sparsekd.models.layerwise import Layers as Layers
 from sparsekd.models.loading import load as load
 from sparsekd.models.loading import load_tokenizer as load_tokenizer

@@ -105,8 +105,15 @@ def check_distill(section: Distill) -> None:
     """Raises `UsageError` for a value of this section outside its range, or for options that do not go together."""
     check_fields(section, "distill")
     batch, micro = section.batch_size, section.micro_batch_size
+    trains_all = section.train == "all" and all(dataclasses.astuple(section.lr_scale))
     ranges: list[tuple[str, Any, str, bool]] = [
-        ("micro_batch_size", micro, f"a divisor of distill.batch_size ({batch})", batch % micro == 0)
+        ("micro_batch_size", micro, f"a divisor of distill.batch_size ({batch})", batch % micro == 0),
+        (
+            "start",
+            section.start,
+            "weights where a part does not train: fresh needs distill.train all and no distill.lr_scale of 0",
+            section.start == "weights" or trains_all,
+        ),
     ]
     temperature = {
         "sampled": ("1 for loss sampled", section.temperature == 1),

@@ -162,6 +162,8 @@ class Distill:
 
     teacher: Literal["cache", "online"] = "cache"  # online: the dense model answers at every step, nothing is cached
     loss: Literal["bucket", "paper", "exact_t", "sampled", "renorm_full"] = "bucket"  # docs/distill.md compares them
+    # weights: the student goes on from its own; fresh: from new ones, as if it had never been trained (Born-Again)
+    start: Literal["weights", "fresh"] = "weights"
     # every weight, the low-rank layers or masked matrices, or adapters that are merged at the end
     train: Literal["all", "compressed", "lora"] = "all"
     lora_rank: Annotated[int, Range(">= 1")] = 16

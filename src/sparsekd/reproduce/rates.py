@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from sparsekd import distillation
 from sparsekd.errors import Diverged
 from sparsekd.run import Round, Work
@@ -59,7 +57,7 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> Rate:
 
 def _loss_at(work: Work, round_: Round, data: distillation.Data, rate: float) -> float | None:
     """The validation loss of a trial with that learning rate; None where its numbers do not stay finite."""
-    student, _ = work.take(round_.student, torch.float32)
+    student, _ = distill.student_of(work, round_)
     options = replace(round_.distill, learning_rate=rate, epochs=1, validations=1, trackers=[])
     try:
         return distillation.train(student, data, options).validations[-1].loss

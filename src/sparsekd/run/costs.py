@@ -188,8 +188,8 @@ def _activations(recipe: Recipe, sizes: Sizes, products: int) -> int:
 
 
 def _statistics(costs: Costs, visits: bool) -> int | float:
-    """Three hidden-size sums a layer and the directions of every matrix, unless layers `visit` the device; of other
-    methods the hidden states that are kept and one layer's second moments."""
+    """Three hidden-size sums a layer, directions and gradients of every matrix, unless layers `visit` the device; of
+    other methods the hidden states that are kept and one layer's second moments."""
     recipe, sizes = costs.recipe, costs.sizes
     needs = method_named(recipe.compress.method).needs(recipe.compress.options)
     seen = min(recipe.compress.num_tokens, recipe.corpus.num_blocks * recipe.corpus.seq_len)
@@ -198,7 +198,8 @@ def _statistics(costs: Costs, visits: bool) -> int | float:
     if visits:
         return kept
     directions = sum(4 * m.out_features * m.max_rank for m in costs.compression.matrices if m.rank is not None)
-    return sizes.layers * 3 * 8 * sizes.hidden**2 + directions + kept
+    gradients = 4 * costs.compression.mlp_parameters_before if needs.weight_gradients else 0
+    return sizes.layers * 3 * 8 * sizes.hidden**2 + directions + gradients + kept
 
 
 def _work(

@@ -28,6 +28,7 @@ class Needs:
     solver_flops: float = 0.0  # for each matrix, times its smaller side to the third power
     streams: int = 0  # hidden states of all tokens that are kept at once
     neuron_grams: int = 0  # matrices of an MLP's neurons by its neurons, in float64, at once
+    weight_gradients: bool = False  # whether one of each MLP weight is kept, in float32, all at once
     reads: str | None = None  # a file that decides the result, known to a run by its content
 
 

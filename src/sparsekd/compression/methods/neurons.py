@@ -9,10 +9,9 @@ others are fitted again on the inputs that they get in the narrowed model. What 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from sparsekd.compression.methods import Needs
-from sparsekd.recipe import Range
+from sparsekd.compression.methods import Needs, _width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,12 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Widths."""
+class Options(_width.Options):
+    """Widths, and how they are found."""
 
     # global: a width a layer, by one budget, the best quality; uniform: one width, an ordinary checkpoint of the base
     allocation: Literal["global", "uniform"] = "global"
-    multiple: Annotated[int, Range(">= 1")] = 32  # widths are multiples of it: int8, GGUF and GPU kernels need 32
 
 
 @dataclass(frozen=True)

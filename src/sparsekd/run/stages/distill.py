@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from sparsekd import distillation, files, teacher
+from sparsekd import distillation, files, models, teacher
 from sparsekd.distillation import Teacher
 from sparsekd.run.reading import Inputs, Summary, read_inputs
 from sparsekd.run.rounds import Round
 from sparsekd.run.settings import settings
 from sparsekd.run.signals import stop_signals
 from sparsekd.run.stages.cache import open_cache, open_teacher
-from sparsekd.run.work import Work
+from sparsekd.run.work import Loaded, Work
 
 
 def make(work: Work, round_: Round) -> Summary:
@@ -27,7 +28,7 @@ def make(work: Work, round_: Round) -> Summary:
     data = data_of(work, round_, functools.partial(blocks.order, round_.seed, share=round_.share))
     dense_ce = distillation.measure(work.open(work.dense)[0], data, round_.distill).ce
     work.release()  # room for the student; the evaluation reads it again
-    student, tokenizer = work.take(round_.student, torch.float32)
+    student, tokenizer = student_of(work, round_)
     num_tokens = sum(len(tokens) for tokens in blocks.tokens(data.order(0).tolist())) * round_.distill.epochs
     with run.console.bar("training", num_tokens) as bar, stop_signals() as received:
         trained = 0
@@ -66,6 +67,14 @@ def inputs_of(work: Work, round_: Round) -> Inputs:
         "start": work.identity(round_.student),
         "teacher": read_inputs(work.run.folder / round_.cache),
     }
+
+
+def student_of(work: Work, round_: Round) -> Loaded:
+    """The round's student before its training; fresh weights are others in each generation and round."""
+    student, tokenizer = work.take(round_.student, torch.float32)
+    if round_.distill.start == "fresh":
+        models.initialise(student, zlib.crc32(f"{round_.seed} {round_.name}".encode()))
+    return student, tokenizer
 
 
 def data_of(work: Work, round_: Round, order: Callable[[int], np.ndarray]) -> distillation.Data:
