@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sparsekd import errors
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe import load_recipe, method_names
 from sparsekd.report import experiments
-from sparsekd.reproduce import reproduce
+from sparsekd.reproduce import methods, reproduce
 from sparsekd.run import inspection
 
 ROOT = Path(__file__).parents[2]
@@ -189,3 +189,27 @@ def test_the_recipes_for_gpus_on_tiny_models_of_their_architectures(
     assert all(arm["1"]["tokens"] > 0 and arm["1"]["stop_reason"] for arm in found["arms"].values())
     ranks = json.loads(next((tmp_path / "run/arms").glob("*/seed-1/compressed/stage.json")).read_text())["matrices"]
     assert all(matrix["rank"] is None or matrix["rank"] % 2 == 0 for matrix in ranks)
+
+
+def test_every_method_in_one_table(tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:
+    make_model("llama", num_hidden_layers=4).save_pretrained(tmp_path / "llama")
+    widths = [f"compress.{name}.multiple=2" for name in ("neurons", "taylor", "activation", "slicegpt")]
+    options = ("rounds=[0.5]", "compress.leave-out.probe_tokens=64", "compress.num_tokens=256", *widths)
+    found = run("methods", tiny_recipe, tmp_path / "run", *options, rates=[1e-3])
+    several = {name for name, by_seed in found["arms"].items() if len(by_seed) == 2}
+    assert len(several) == 1 + methods.LEADING and "Dense+KD" in several
+    table = next(rows for title, rows in cells(found).items() if title.startswith("Every method"))
+    by_arm = {row[0]: row for row in table}
+    assert by_arm.keys() == found["arms"].keys() >= {f"{name} 50%" for name in method_names()} | {"Born-Again"}
+    assert "transformers" in by_arm["shortgpt 50%"][6] and "transformers" not in by_arm["slicegpt 50%"][6]
+    assert by_arm["Dense+KD"][1] == "0.0%" and by_arm["wanda 50%"][1] == "50.0%"
+    parameters = {name: int(row[3].replace(",", "")) for name, row in by_arm.items()}
+    assert parameters["shortgpt 50%"] < parameters["taylor 50%"] < parameters["wanda 50%"] == parameters["Dense+KD"]
+    losses = {
+        name: sum(math.log(text["perplexity"]) for text in by_seed["1"]["models"]["distilled"].values())
+        for name, by_seed in found["arms"].items()
+        if name.endswith(" 50%")
+    }
+    assert several - {"Dense+KD"} == set(sorted(losses, key=lambda name: losses[name])[: methods.LEADING])
+    claims = {pattern["claim"] for pattern in found["patterns"]}
+    assert "SparseGPT recovers strongly (within 5 % of dense)" in claims

@@ -15,6 +15,7 @@ from sparsekd.recipe import Compress, RateScale, Recipe, method_named, method_na
 from sparsekd.run import ARMS, SHARED_CACHE, Place, Round, split
 
 DENSE_KD = "Dense+KD"
+BORN_AGAIN = "Born-Again"  # the dense model's architecture, with fresh weights
 EQUAL_TOKENS = "Dense+KD equal tokens"  # as many as all rounds together
 REDUCTIONS = (0.15, 0.35, 0.51, 0.65)  # of the paper's rounds 1, 4, 6 and 8
 ONE_SHOT = (0.15, 0.35, 0.65)  # of the plain truncation and of the paper's Table V
@@ -122,7 +123,7 @@ def arm(method: str, reduction: float) -> str:
 
 
 def methods(seed: Seed) -> dict[str, Round]:
-    """The dense model distilled, each method at each reduction, and the paper's mild cut.
+    """The dense model distilled, each method at each reduction, a Born-Again student and the paper's mild cut.
 
     `svd` is the paper's truncation; the others have the options of the recipe's sections. `distill.lr_scale` is for low
     rank, whose factors multiply each other's changes: the other forms train all of their weights alike.
@@ -135,6 +136,7 @@ def methods(seed: Seed) -> dict[str, Round]:
             if method_named(method).FORM != "lowrank":
                 made = replace(made, distill=replace(made.distill, lr_scale=RateScale()))
             found[arm(method, reduction)] = made
+    found[BORN_AGAIN] = seed.dense(BORN_AGAIN, start="fresh", lr_scale=RateScale())
     return found | tiered(seed)
 
 

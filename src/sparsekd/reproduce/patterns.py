@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from sparsekd.recipe import method_names
-from sparsekd.reproduce.arms import DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, arm, percent, rounds
+from sparsekd.reproduce.arms import BORN_AGAIN, DENSE_KD, EQUAL_TOKENS, ONE_SHOT, Seed, arm, percent, rounds
 from sparsekd.reproduce.spread import Comparison
 
 DENSE, PRUNED, DISTILLED = "dense", "compressed", "distilled"
@@ -163,6 +163,8 @@ def _methods(seed: Seed) -> list[Pattern]:
         for method, (claim, side, bound) in _RECOVERY.items()
         if method in method_names()
     ]
+    born_again = "Born-Again recovers moderately (within 15 %)"
+    classes.append(Pattern(born_again, distilled(BORN_AGAIN), dense(), "below", 1.15))
     masked = [pattern for r in seed.one_shot for pattern in _destroyed_and_restored(arm("wanda", r))]
     return [*(Pattern(back, distilled(n), pruned(n), "below") for n in names), *classes, *masked, *_tiered(seed)]
 
