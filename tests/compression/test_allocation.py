@@ -53,6 +53,6 @@ def test_equals_exhaustive_search_on_convex_curves_of_equal_cost(
     budget = lowest + share * (highest - lowest)
     spent, lost = total(curves, allocate(curves, budget))
     options = itertools.product(*(c.ranks.tolist() for c in curves))
-    best = min(loss for cost_, loss in (total(curves, list(option)) for option in options) if cost_ <= budget + 1e-9)
+    best = min(loss for cost_, loss in (total(curves, list(option)) for option in options) if cost_ <= budget)
     assert spent <= budget + 1e-9
     assert lost == pytest.approx(best, abs=1e-9)

@@ -138,5 +138,6 @@ def test_the_layers_that_an_export_hands_out_know_torch_alone() -> None:
     source = Path(forms._layers.__file__).read_text()
     imported = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert all(
-        line.split()[1].partition(".")[0] in {"__future__", "collections", "typing", "torch"} for line in imported
+        line.split()[1].partition(".")[0] in {"__future__", "collections", "functools", "typing", "torch"}
+        for line in imported
     )

@@ -144,7 +144,12 @@ def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("experiment", "overrides", "options", "message"),
     [
-        ("IX", (), {}, "experiment IX: expected one of II, III, IV, V, VI, VII, VIII, X, controls, recovery, svd"),
+        (
+            "IX",
+            (),
+            {},
+            "experiment IX: expected one of II, III, IV, V, VI, VII, VIII, X, methods, controls, recovery, svd",
+        ),
         ("VII", (), {}, "experiment VII measures speed and trains nothing: leave --seeds and --rates out"),
         ("X", (), {"seeds": None}, "experiment X measures speed and trains nothing"),
         ("III", (), {"seeds": []}, r"seeds are \[\]"),

@@ -33,7 +33,7 @@ def _methods(found: Record) -> Titled:
     rows = []
     for name, by_seed in found["arms"].items():
         arm, ratios = next(iter(by_seed.values())), found["ratios"][name]
-        if not arm["facts"]:
+        if not arm.get("facts"):
             continue
         facts, seconds = arm["facts"], (arm["prefill"] or {}).get("seconds")
         losses = [[ratios[text].get(key) for text in texts] for key in ("before", "after")]
