@@ -117,8 +117,8 @@ def cut(model: PreTrainedModel, stream: sliced.Stream, width: int, calibration: 
 def bases_of(
     model: PreTrainedModel, stream: sliced.Stream, norms: Sequence[sliced.Norm], width: int, calibration: Calibration
 ) -> list[Float[Tensor, "D H"]]:
-    """Orthonormal columns before each norm in float64, those of the largest components first."""
-    walk, bases = calibration.walk(), []
+    """Orthonormal columns before each norm in float64 on the host, those of the largest components first."""
+    walk, bases = calibration.walk(), list[Tensor]()
 
     def found(name: str, norm: sliced.Norm, layer: int | None) -> Float[Tensor, "D H"]:
         """The basis before a norm; `layer` is the one that runs to get there, None where the stream is there."""
@@ -137,16 +137,16 @@ def bases_of(
             handle.remove()
         return _principal(gram, width, name)
 
-    with ExitStack() as hooks:
-        for number, (branch, norm) in enumerate(zip(stream.branches, norms, strict=False)):
-            layer, is_second = divmod(number, 2)
-            bases.append(found(branch.norm, norm, layer if is_second else None))
-            _project(model, branch.norm, branch.name, norm, bases[-1], hooks)
-            if is_second:
-                for _ in walk.step(layer):
-                    pass
-        bases.append(found(stream.norm, norms[-1], None))
-    return bases
+    for layer, pair in enumerate(zip(stream.branches[::2], stream.branches[1::2], strict=True)):
+        with ExitStack() as hooks:
+            for is_second, branch in enumerate(pair):
+                norm = norms[len(bases)]
+                basis = found(branch.norm, norm, layer if is_second else None)
+                _project(model, branch.norm, branch.name, norm, basis, hooks)
+                bases.append(basis.cpu())  # those of all layers may be too much for the device
+            for _ in walk.step(layer):
+                pass
+    return [*bases, found(stream.norm, norms[-1], None).cpu()]
 
 
 def _principal(gram: Gram, width: int, name: str) -> Float[Tensor, "D H"]:

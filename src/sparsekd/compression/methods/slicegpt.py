@@ -40,7 +40,7 @@ class SliceGPT:
         pass
 
     def needs(self, options: Options) -> Needs:
-        return Needs(passes=3.0, solver_flops=20.0, streams=1)
+        return Needs(passes=2.5, solver_flops=5.0, streams=1)
 
     def plan(self, model: PreTrainedModel, reduction: float, options: Options) -> Plan:
         """The largest width that removes enough."""
