@@ -206,7 +206,8 @@ def test_every_method_in_one_table(tiny_recipe: Path, make_model: Any, tmp_path:
     table = next(rows for title, rows in cells(found).items() if title.startswith("Every method"))
     by_arm = {row[0]: row for row in table}
     assert by_arm.keys() == found["arms"].keys() >= {f"{name} 50%" for name in method_names()} | {"Born-Again"}
-    assert "transformers" in by_arm["shortgpt 50%"][6] and "transformers" not in by_arm["slicegpt 50%"][6]
+    assert by_arm["shortgpt 50%"][-1] == "transformers, gguf, onnx, openvino"
+    assert by_arm["neurons 50%"][-1] == "gguf, hf, onnx, openvino" and by_arm["slicegpt 50%"][-1] == "onnx, openvino"
     assert by_arm["Dense+KD"][1] == "0.0%" and by_arm["wanda 50%"][1] == "50.0%"
     parameters = {name: int(row[3].replace(",", "")) for name, row in by_arm.items()}
     assert parameters["shortgpt 50%"] < parameters["taylor 50%"] < parameters["wanda 50%"] == parameters["Dense+KD"]

@@ -20,7 +20,8 @@ WEIGHTS = hf.WEIGHTS
 
 
 def require(model: PreTrainedModel) -> None:
-    """A form that cannot be merged says so when it is written."""
+    """Raises `UsageError` for a form that cannot be merged."""
+    models.forms.require_mergeable(model)
 
 
 def write(

@@ -54,6 +54,7 @@ _TOOL = "llama-quantize"
 
 def require(model: PreTrainedModel) -> None:
     """Raises `UsageError` for an architecture, or a variant of one, that llama.cpp does not compute so."""
+    forms.require_mergeable(model)
     config: Any = model.config
     name = _model_type(model)
     if name not in _ARCHITECTURES:

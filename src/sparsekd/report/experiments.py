@@ -29,7 +29,7 @@ def all_tables(found: Record) -> list[Titled]:
 def _methods(found: Record) -> Titled:
     """A row an arm of experiment `methods`: what is left, what it weighs, how fast it reads, and what was lost."""
     texts = found["texts"]
-    header = ["arm", "of the MLPs", "of the model", "parameters", "MB", "prefill", "opens in", "pruned", "distilled"]
+    header = ["arm", "of the MLPs", "of the model", "parameters", "MB", "prefill", "pruned", "distilled", "opens in"]
     rows = []
     for name, by_seed in found["arms"].items():
         arm, ratios = next(iter(by_seed.values())), found["ratios"][name]
@@ -45,8 +45,8 @@ def _methods(found: Record) -> Titled:
                 f"{facts['parameters']:,}",
                 f"{facts['bytes'] / 1e6:.0f}",
                 f"{seconds['dense'] / seconds['distilled']:.2f} x" if seconds else "",
-                ", ".join(facts["opens_in"]),
                 *(_mean_ratio(of_texts) for of_texts in losses),
+                ", ".join(facts["opens_in"]),
             ]
         )
     title = f"Every method: what is removed and left, and perplexity to dense, mean of {len(texts)} texts"

@@ -10,6 +10,8 @@ import math
 import statistics
 from collections.abc import Mapping
 
+from transformers import PreTrainedModel
+
 from sparsekd import export, models
 from sparsekd.errors import ResourceError, UsageError
 from sparsekd.recipe import method_names
@@ -36,8 +38,8 @@ def leading(seed: Seed, results: Mapping[str, Result] | None = None) -> list[str
 
 
 def facts_of(work: Work, round_: Round) -> Record:
-    """Stage `facts`: what an arm's trained model weighs, and what opens it as it is: plain transformers, and formats of
-    `sparsekd export`."""
+    """Stage `facts`: what an arm's trained model weighs, and what opens it as it is: plain transformers, or else the
+    folder with code of format `hf`, and the runtimes of the other formats."""
     stage = work.run.stage(f"{round_.name}/facts", {"model": work.identity(round_.distilled)})
     if stage.summary is not None:
         return stage.summary
@@ -46,13 +48,19 @@ def facts_of(work: Work, round_: Round) -> Record:
     is_plain = not model.config.model_type.startswith(models.forms.PREFIX)
     opens_in = ["transformers"] if is_plain else []
     for name in export.names():
-        try:
-            export.format_named(name).require(model)
-        except UsageError:
-            continue
-        except ResourceError:  # only a package is missing
-            pass
-        opens_in.append(name)
+        if name != "dense" and not (is_plain and name == "hf") and _takes(name, model):
+            opens_in.append(name)
     return stage.finish(
         {"parameters": models.num_parameters(model), "bytes": models.stored_bytes(folder), "opens_in": opens_in}
     )
+
+
+def _takes(name: str, model: PreTrainedModel) -> bool:
+    """Whether a format of `sparsekd export` takes the model, were its packages installed."""
+    try:
+        export.format_named(name).require(model)
+    except UsageError:
+        return False
+    except ResourceError:
+        return True
+    return True

@@ -169,6 +169,13 @@ def _make_fitting(model: PreTrainedModel, fitting: Any, settings: Mapping[str, A
         setattr(config.get_text_config(), key, value)
 
 
+def require_mergeable(model: PreTrainedModel) -> None:
+    """Raises `UsageError` for a form of which no model of the base's class computes the same."""
+    form = form_of(model)
+    if form is not None and form is form_named("sliced"):
+        form.ordinary(model)  # raises at once, and says why; the others multiply matrices there
+
+
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the base's own class that computes the same with ordinary matrices; low rank is multiplied out, MLPs
     of several widths are filled up with zeros to the widest. It shares with `model` what is not made new, and does not
