@@ -1,8 +1,8 @@
 """`activation`: a neuron counts by how large its values are on the text: the mean of `|z|` over the positions of a
 block, and the L2 norm of that over the blocks.
 
-Minitron (Muralidharan et al., arXiv 2407.14679), with the aggregation that was best there (L2 over the batch, mean over
-the sequence). Of a gated MLP the value is that of gate and up together, which the output matrix reads, as in NVIDIA's
+Minitron (Muralidharan et al., arXiv 2407.14679), aggregated by L2 over the batch and the mean over
+the sequence. Of a gated MLP the value is that of gate and up together, which the output matrix reads, as in NVIDIA's
 ModelOpt. One forward pass over the text, layer by layer.
 """
 
