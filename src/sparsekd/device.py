@@ -106,7 +106,9 @@ def lost_process(error: BaseException) -> bool:
 
 
 def add_over_processes(value: torch.Tensor) -> None:
-    """Makes a tensor, wherever it is, the sum of all processes' own, in place."""
+    """Makes a tensor, wherever it is, the sum of all processes' own, in place; alone it stays what it is."""
+    if rank_and_count()[1] == 1:
+        return
     shared = value.to("cuda") if torch.distributed.get_backend() == "nccl" else value.cpu()
     torch.distributed.all_reduce(shared)
     value.copy_(shared)

@@ -154,11 +154,12 @@ def check_before_starting(recipe: Recipe) -> None:
     skeleton = models.skeleton(model.name, revision=model.revision, trust_remote_code=trusts)
     first = next(one.compress for one in planned(recipe) if one.compress is not None)
     compression.plan_for(skeleton, first)
-    for name in recipe.teacher.models:
-        models.skeleton(name, trust_remote_code=trusts)
+    if recipe.teacher.models:
         own = models.load_tokenizer(model.name, revision=model.revision, trust_remote_code=trusts)
-        tokenizer = models.load_tokenizer(name, trust_remote_code=trusts)
-        models.require_same_tokenizer(tokenizer, own, name, model.name)
+        for name in recipe.teacher.models:
+            models.skeleton(name, trust_remote_code=trusts)
+            tokenizer = models.load_tokenizer(name, trust_remote_code=trusts)
+            models.require_same_tokenizer(tokenizer, own, name, model.name)
     harness.check(options.tasks, recipe.corpus.root, skip_missing=options.skip_missing_tasks)
     if recipe.bench and not options.texts:
         raise UsageError("bench: true needs a text: give evaluate.texts one")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cutting import cut, section
-from tiny import compute_in_float32
+from elsewhere import in_two_processes
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sparsekd
@@ -579,28 +579,19 @@ def test_packed_documents_count_as_if_each_were_alone(make_model: MakeModel, mon
 # ---- several processes, other devices
 
 
-def _gather(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _gathered() -> tuple[list[torch.Tensor], list[int]]:
     model = _model_of_a_process()
     moments = statistics.collect(model, tokens(model, 10, 32).split(2), curvature=True, seed=3)
-    if rank == 0:
-        sums = [gram.sum for seen in moments.values() for gram in seen.grams()]
-        counts = [gram.num_tokens for seen in moments.values() for gram in seen.grams()]
-        torch.save((sums, counts), f"{folder}/sums.pt")
-    torch.distributed.destroy_process_group()
+    grams = [gram for seen in moments.values() for gram in seen.grams()]
+    return [gram.sum for gram in grams], [gram.num_tokens for gram in grams]
 
 
 def test_two_processes_take_the_statistics_that_one_takes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_gather, (str(tmp_path),), nprocs=2)
-    sums, counts = torch.load(tmp_path / "sums.pt")
-    model = _model_of_a_process()
-    moments = statistics.collect(model, tokens(model, 10, 32).split(2), curvature=True, seed=3)
-    alone = [gram for seen in moments.values() for gram in seen.grams()]
-    assert [gram.num_tokens for gram in alone] == counts
-    for gram, both in zip(alone, sums, strict=True):
-        assert torch.allclose(gram.sum, both, rtol=1e-10, atol=1e-10 * both.abs().max().item())
+    (sums, counts), _ = in_two_processes(_gathered, tmp_path)
+    alone, expected = _gathered()
+    assert expected == counts
+    for one, both in zip(alone, sums, strict=True):
+        assert torch.allclose(one, both, rtol=1e-10, atol=1e-10 * both.abs().max().item())
 
 
 @pytest.mark.parametrize("curvature", [False, True])

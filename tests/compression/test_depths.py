@@ -12,7 +12,8 @@ import pytest
 import torch
 from architectures import made
 from cutting import cut, section
-from tiny import compute_in_float32, sharpened
+from elsewhere import in_two_processes, layers_away
+from tiny import sharpened
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 from transformers import PreTrainedModel
@@ -181,23 +182,17 @@ def test_bad_input_is_named_and_changes_nothing(method: str) -> None:
 def test_a_layer_at_a_time_on_another_device(method: str) -> None:
     """The same choice, and every layer at home afterwards: `cpu:0` stands for a GPU."""
     model: Any = built("llama")
-    there: set[int] = set()
-
-    def moved(self: torch.nn.Module, place: torch.device) -> torch.nn.Module:
-        (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
-        return self
-
     plans = []
     for device in (None, torch.device("cpu", 0)):
         one = copy.deepcopy(model)
-        for layer in one.model.layers:
-            layer.to = moved.__get__(layer)
+        away = layers_away(one)
         plans.append(cut(one, tokens(), section(method=method, reduction=0.5, **METHODS[method]), device=device))
-        assert not there
+        assert not away
     assert plans[0] == plans[1]
 
 
-def _scores(model: PreTrainedModel) -> list[float]:
+def _scores() -> list[float]:
+    model = built("llama")
     text = calibration(model)
     start = text.walk()
     whole = start.copy()
@@ -209,16 +204,7 @@ def _scores(model: PreTrainedModel) -> list[float]:
     ]
 
 
-def _score(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(_scores(built("llama")), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_score, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == pytest.approx(_scores(built("llama")), rel=1e-5, abs=1e-7)
+    first, second = in_two_processes(_scores, tmp_path)
+    assert first == second == pytest.approx(_scores(), rel=1e-5, abs=1e-7)
     assert all(map(math.isfinite, first))

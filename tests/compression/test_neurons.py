@@ -12,7 +12,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from tiny import compute_in_float32
+from elsewhere import in_two_processes, layers_away
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -202,21 +202,15 @@ def test_the_global_budget_is_predicted_to_cost_no_more_than_one_width(make_mode
 
 def test_a_layer_at_a_time_on_another_device(make_model: Any) -> None:
     """The same choice and fit, and every layer at home afterwards: `cpu:0` stands for a GPU."""
-    model, there = make_model("llama"), set()
-
-    def moved(self: torch.nn.Module, place: torch.device) -> torch.nn.Module:
-        (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
-        return self
-
-    for layer in model.model.layers:
-        layer.to = moved.__get__(layer)
+    model = make_model("llama")
+    away = layers_away(model)
     made = []
     for device in (None, torch.device("cpu", 0)):
         calibration = Calibration(model, batches_of(tokens(), 4), device=device)
         removals = narrowing.removals_of(model, calibration)
         kept = {one: found.kept(20) for one, found in removals.items()}
         made.append(list(narrowing.compensated(model, kept, calibration.walk())[0].values()))
-        assert not there
+        assert not away
     assert all(torch.equal(here, away) for here, away in zip(*made, strict=True))
 
 
@@ -244,19 +238,13 @@ def _model_of_a_process() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)).eval()
 
 
-def _make(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    made = _made(_model_of_a_process())
-    torch.save(made, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def _made_in_a_process() -> list[Tensor]:
+    return _made(_model_of_a_process())
 
 
 def test_two_processes_choose_and_fit_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_make, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for alone, one, other in zip(_made(_model_of_a_process()), first, second, strict=True):
+    first, second = in_two_processes(_made_in_a_process, tmp_path)
+    for alone, one, other in zip(_made_in_a_process(), first, second, strict=True):
         assert torch.equal(one, other)
         assert torch.allclose(alone, one, rtol=1e-10, atol=1e-10 * float(one.abs().max()))
 

@@ -11,7 +11,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from tiny import compute_in_float32
+from elsewhere import in_two_processes
 from torch import Tensor
 from training import OPTIONS, data
 from transformers import PreTrainedModel
@@ -156,18 +156,13 @@ def _bases(model: PreTrainedModel) -> list[Tensor]:
     return slicing.bases_of(model, stream, norms, 16, Calibration(model, batches_of(tokens(), 2)))
 
 
-def _work(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(_bases(made("llama")), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def _bases_in_a_process() -> list[Tensor]:
+    return _bases(made("llama"))
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_work, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for alone, one, other in zip(_bases(made("llama")), first, second, strict=True):
+    first, second = in_two_processes(_bases_in_a_process, tmp_path)
+    for alone, one, other in zip(_bases_in_a_process(), first, second, strict=True):
         assert torch.equal(one, other)
         assert torch.allclose(alone @ alone.T, one @ one.T, atol=1e-4)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from cutting import cut, section
-from tiny import compute_in_float32, sharpened
+from elsewhere import in_two_processes, layers_away
+from tiny import sharpened
 from torch import Tensor
 from training import equal, state
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -157,16 +158,10 @@ def test_a_layer_at_a_time_on_another_device(make_model: Any) -> None:
     """The same weights, and every layer at home afterwards: `cpu:0` stands for a GPU."""
     made = []
     for device in (None, torch.device("cpu", 0)):
-        model, there = make_model("llama"), set()
-
-        def moved(self: torch.nn.Module, place: torch.device, there: set[int] = there) -> torch.nn.Module:
-            (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
-            return self
-
-        for layer in model.model.layers:
-            layer.to = moved.__get__(layer)
+        model = make_model("llama")
+        away = layers_away(model)
         cut(model, tokens(), section(method="sparsegpt", reduction=0.5), device=device)
-        assert not there
+        assert not away
         made.append(state(model))
     assert equal(*made)
 
@@ -178,17 +173,8 @@ def _pruned() -> dict[str, Tensor]:
     return state(sparsekd.compress(model, tokens().split(3), method="sparsegpt", reduction=0.5, pattern="2:4"))
 
 
-def _prune(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save(_pruned(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_prune_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_prune, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_two_processes(_pruned, tmp_path)
     assert equal(first, second)
     for name, value in _pruned().items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-7)

@@ -10,7 +10,8 @@ import architectures
 import pytest
 import torch
 from cutting import cut, section
-from tiny import compute_in_float32, sharpened
+from elsewhere import in_two_processes, layers_away
+from tiny import sharpened
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -182,17 +183,11 @@ def test_the_highest_scores_stay_as_they_are(method: str, architecture: str, mak
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_at_a_time_on_another_device(method: str, make_model: Any) -> None:
     """The same scores, and every layer at home afterwards: `cpu:0` stands for a GPU."""
-    model, there = make_model("llama"), set()
-
-    def moved(self: torch.nn.Module, place: torch.device) -> torch.nn.Module:
-        (there.add if place == torch.device("cpu", 0) else there.discard)(id(self))
-        return self
-
-    for layer in model.model.layers:
-        layer.to = moved.__get__(layer)
-    here, away = (list(scores(method, model, device=device).values()) for device in (None, torch.device("cpu", 0)))
-    assert not there
-    assert all(torch.equal(one, other) for one, other in zip(here, away, strict=True))
+    model = make_model("llama")
+    away = layers_away(model)
+    at_home, there = (list(scores(method, model, device=device).values()) for device in (None, torch.device("cpu", 0)))
+    assert not away
+    assert all(torch.equal(one, other) for one, other in zip(at_home, there, strict=True))
 
 
 def _model_of_a_process() -> PreTrainedModel:
@@ -201,20 +196,15 @@ def _model_of_a_process() -> PreTrainedModel:
     return sharpened(LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)).eval())
 
 
-def _scores_of_a_process(rank: int, folder: str) -> None:
-    compute_in_float32()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _scores_in_a_process() -> list[list[Tensor]]:
     model = _model_of_a_process()
-    torch.save([list(scores(method, model).values()) for method in METHODS], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return [list(scores(method, model).values()) for method in METHODS]
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_scores_of_a_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for method, *both in zip(METHODS, first, second, strict=True):
-        for alone, one, other in zip(scores(method, _model_of_a_process()).values(), *both, strict=True):
+    found = in_two_processes(_scores_in_a_process, tmp_path)
+    for of_method in zip(_scores_in_a_process(), *found, strict=True):
+        for alone, one, other in zip(*of_method, strict=True):
             assert torch.equal(one, other)
             torch.testing.assert_close(alone, one, rtol=1e-4, atol=0)
             assert torch.equal(alone.topk(20).indices, one.topk(20).indices)

@@ -16,13 +16,19 @@ from narrowing import chosen, narrow
 from tiny import sharpened
 from transformers import PreTrainedModel
 
+_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "depth+width": ({"method": "shortgpt"}, {"method": "activation"}),
+    "depth+lowrank": ({"method": "shortgpt"}, {"method": "svd"}),
+    "widths+lowrank": ({"method": "neurons", "multiple": 2}, {"method": "svd"}),
+    "widths+mask": ({"method": "neurons", "multiple": 2}, {"method": "magnitude"}),
+}
 TOKENS = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., PreTrainedModel]:
-    """A model of an architecture in a form: dense, width (one), widths, depth, lowrank, pivot or mask; with biases that
-    are not zero where there are any, and the same weights every time."""
+    """A model of an architecture in a form: dense, width (one), widths, depth, lowrank, pivot, mask, or two of them as
+    in `_STEPS`; with biases that are not zero where there are any, and the same weights every time."""
     import sparsekd
 
     dense: dict[str, Any] = {}
@@ -44,6 +50,10 @@ def make() -> Callable[..., PreTrainedModel]:
             sparsekd.compress(model, TOKENS, reduction=0.5, method="shortgpt")
         elif form == "mask":
             sparsekd.compress(model, reduction=0.5, method="magnitude")
+        elif form in _STEPS:
+            first, last = ({"reduction": 0.25, **step} for step in _STEPS[form])
+            tokens = torch.randint(0, 400, (40, 32), generator=torch.Generator().manual_seed(1))
+            sparsekd.compress(model, tokens, first=[first], **last)
         elif form != "dense":
             sparsekd.compress(model, reduction=0.3, method="svd", format=form)
         return model

@@ -11,7 +11,7 @@ from sparsekd.export import dense
 from sparsekd.models import forms
 from sparsekd.models.forms import width
 
-FORMS = ["dense", "width", "widths", "depth", "mask", "lowrank", "pivot"]
+FORMS = ["dense", "width", "widths", "depth", "mask", "lowrank", "pivot", "depth+lowrank", "widths+lowrank"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -40,7 +40,8 @@ def test_what_is_merged_computes_the_same(architecture: str, form: str, make: An
         ("width", None),
         ("depth", None),
         ("lowrank", "merged back: neither smaller nor faster than the dense model"),
-        ("widths", "filled up to the widest MLP: "),
+        ("widths", "ordinary matrices of one width: "),
+        ("depth+width", None),
     ],
 )
 def test_it_says_what_merging_costs(form: str, said: str | None, make: Any, tokenizer: Any, tmp_path: Path) -> None:

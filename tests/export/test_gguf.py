@@ -134,6 +134,27 @@ def test_other_forms_become_dense(method: str, architecture: str, make_model: Ma
 
 
 @pytest.mark.usefixtures("without_llama_cpp")
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        ({"method": "shortgpt", "reduction": 0.5}, {"method": "activation"}, None),
+        ({"method": "shortgpt", "reduction": 0.5}, {"method": "svd"}, "more parameters than in the exported model"),
+        ({"method": "neurons", "reduction": 0.25, "multiple": 2}, {"method": "magnitude"}, None),
+    ],
+)
+def test_what_several_steps_left(
+    first: dict[str, Any], last: dict[str, Any], said: str | None, make_model: Make, write: Write, tmp_path: Path
+) -> None:
+    model = make_model("llama", num_hidden_layers=4)
+    tokens = torch.randint(0, 300, (40, 32), generator=torch.Generator().manual_seed(1))
+    sparsekd.compress(model, tokens, first=[first], reduction=0.25, **last)
+    record = write(model)
+    assert record["comparison"]["largest_logit_difference"] < 1e-5
+    notes = [note for note in record["notes"] if "parameters" in note or "dense" in note]
+    assert len(notes) == (said is not None) and all(str(said) in note for note in notes)
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
 def test_number_formats(make_model: Make, write: Write, tmp_path: Path) -> None:
     model, sizes = make_model("llama", hidden_size=64), {}
     narrow(model, chosen(model, 48))

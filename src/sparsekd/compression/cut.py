@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,7 +53,7 @@ def plan_for(model: PreTrainedModel, section: Compress) -> Plan:
         form: Any = forms.form_named(method_named(step.method).FORM)
         form.take_shape(shaped, plans[-1])
     plans.append(_planned(shaped, last))
-    return functools.reduce(lambda one, other: combined(one, other, section.total), plans)
+    return combined(plans, section.total)
 
 
 def apply(model: PreTrainedModel, calibration_for: Callable[[Compress], Calibration], section: Compress) -> Plan:
@@ -72,7 +71,7 @@ def apply(model: PreTrainedModel, calibration_for: Callable[[Compress], Calibrat
             plans.append(method.apply(model, planned, calibration_for(step), step.options))
         form = "+".join(method_named(step.method).FORM for step in steps)
         forms.mark(model, form, section.methods, section.total, dense)
-    return functools.reduce(lambda one, other: combined(one, other, section.total), plans)
+    return combined(plans, section.total)
 
 
 def _planned(model: PreTrainedModel, step: Compress) -> Plan:

@@ -30,7 +30,7 @@ from sparsekd.compression.plan import Plan
 from sparsekd.compression.removal import Removal, refitted, removal
 from sparsekd.compression.statistics import Gram, weights_of
 from sparsekd.compression.walk import Walk
-from sparsekd.device import add_over_processes, in_float64, rank_and_count, rounded_factors, solver_device
+from sparsekd.device import add_over_processes, in_float64, rounded_factors, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, find_mlps, linear_weight, num_parameters, shape
 from sparsekd.models.forms import width
@@ -66,9 +66,8 @@ class _Moments:
 
     def add_processes(self) -> None:
         """Makes the sums those of all processes."""
-        if rank_and_count()[1] > 1:
-            for value in (self.gram, self.cross):
-                add_over_processes(value)
+        for value in (self.gram, self.cross):
+            add_over_processes(value)
 
     def solved(self, centred: bool) -> tuple[Float[Tensor, "I I"], Float[Tensor, "H I"]]:
         """`E[z z^T]` and `E[e z^T]`; `centred` around the means, which a bias takes care of."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from transformers import PreTrainedModel
@@ -86,9 +88,14 @@ class Plan:
         return totals | found | {"matrices": [asdict(matrix) for matrix in self.matrices]}
 
 
-def combined(first: Plan, second: Plan, reduction: float) -> Plan:
-    """The plan of a step and of one after it, whose matrices are those that the first has left, in the same order. What
-    the steps were predicted to lose is not known of both together."""
+def combined(plans: Sequence[Plan], reduction: float) -> Plan:
+    """The plans of steps, one after the other, as one; `reduction` is that of all. What the steps were predicted to
+    lose is not known of several together."""
+    return functools.reduce(lambda one, other: _both(one, other, reduction), plans)
+
+
+def _both(first: Plan, second: Plan, reduction: float) -> Plan:
+    """The matrices of the second are those that the first has left, in the same order."""
     left = iter(second.matrices)
     lines = []
     for before in first.matrices:

@@ -21,7 +21,7 @@ from sparsekd.compression.plan import Plan
 from sparsekd.compression.statistics import Gram, reads_input
 from sparsekd.compression.walk import Walk
 from sparsekd.compression.zeros import counted, least_important, zeros_and_group
-from sparsekd.device import in_float64, rank_and_count, solver_device
+from sparsekd.device import in_float64, solver_device
 from sparsekd.errors import DataError
 from sparsekd.models import MLP, find_mlps, forms, linear_weight, shape
 
@@ -48,8 +48,7 @@ def prune(model: PreTrainedModel, planned: Plan, walk: Walk, pattern: str) -> Pl
                     exact = in_float64(weight).to(root.device)
                     stay = exact == 0 if is_masked else torch.zeros_like(exact, dtype=torch.bool)
                     weight.copy_(reconstructed(exact, stay, root, dead, share[name], pattern))
-            for _ in walk.step(layer):  # with the matrices as they are now
-                pass
+            walk.pass_through(layer)  # with the matrices as they are now
     except BaseException:
         for weight, before in old.items():
             weight.copy_(before)
@@ -69,9 +68,8 @@ def _grams(model: PreTrainedModel, mlp: MLP, walk: Walk, layer: int) -> list[Flo
     finally:
         for handle in handles:
             handle.remove()
-    if rank_and_count()[1] > 1:
-        for gram in grams:
-            gram.add_processes()
+    for gram in grams:
+        gram.add_processes()
     return [gram.mean() for gram in grams]
 
 

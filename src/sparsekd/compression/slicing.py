@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sparsekd.compression.calibration import Calibration
 from sparsekd.compression.plan import MatrixPlan, Plan, require_form
 from sparsekd.compression.statistics import Gram
-from sparsekd.device import rank_and_count, solver_device
+from sparsekd.device import solver_device
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import find_mlps, hidden_size, num_parameters, shape, twin
 from sparsekd.models.forms import sliced
@@ -144,14 +144,12 @@ def bases_of(
                 basis = found(branch.norm, norm, layer if is_second else None)
                 _project(model, branch.norm, branch.name, norm, basis, hooks)
                 bases.append(basis.cpu())  # those of all layers may be too much for the device
-            for _ in walk.step(layer):
-                pass
+            walk.pass_through(layer)
     return [*bases, found(stream.norm, norms[-1], None).cpu()]
 
 
 def _principal(gram: Gram, width: int, name: str) -> Float[Tensor, "D H"]:
-    if rank_and_count()[1] > 1:
-        gram.add_processes()
+    gram.add_processes()
     mean = gram.mean()
     if not bool(torch.isfinite(mean).all()):
         raise DataError(f"what {name} reads is not finite: the model's weights are damaged")

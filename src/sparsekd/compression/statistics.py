@@ -227,7 +227,7 @@ def run_all(
                 with torch.inference_mode(), _in_turn(layers, home, device):
                     model.get_decoder()(**inputs, use_cache=False)
             _check_finite(sums, number, len(batch))
-    for one in (one for of_mlp in sums.values() for one in of_mlp if world > 1):
+    for one in (one for of_mlp in sums.values() for one in of_mlp):
         one.add_processes()
 
 

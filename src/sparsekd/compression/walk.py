@@ -77,12 +77,11 @@ class Walk:
             for batch, hidden in enumerate(self.hidden):
                 for row in range(len(hidden)):  # logits are large
                     log_p = self._log_probabilities(batch, row)
-                    sums[-1] += len(log_p)
+                    p = log_p.exp()
+                    sums[-1] += len(p)
                     for number, other in enumerate(others):
-                        gap = log_p - other._log_probabilities(batch, row)
-                        sums[number] += (log_p.exp() * gap).sum().cpu()
-        if rank_and_count()[1] > 1:
-            add_over_processes(sums)
+                        sums[number] += (p * (log_p - other._log_probabilities(batch, row))).sum().cpu()
+        add_over_processes(sums)
         return (sums[:-1] / sums[-1]).tolist()
 
     def _log_probabilities(self, batch: int, row: int) -> Float[Tensor, "L V"]:

@@ -64,11 +64,15 @@ def require(model: PreTrainedModel) -> None:
 def add(model: PreTrainedModel, folder: Path) -> None:
     """Writes the file, and says in the config of `model` which of its classes open the folder."""
     base = Base(*(one.__name__ for one in _bases(model)))
-    kinds = sorted({layer["kind"] for layer in _layers(model).values() if "kind" in layer}, reverse=True)
+    layers = _layers(model).values()
+    kinds = sorted({layer["kind"] for layer in layers if "kind" in layer}, reverse=True)
+    narrow = any("neurons" in layer for layer in layers)
+    contents = ["narrower MLPs"] * narrow + ["low-rank matrices in its MLPs"] * bool(kinds)
     stock = getattr(_bases(model)[0], "base_model_tp_plan", None)
     text = _TEMPLATES.get_template(f"{FILE}.jinja").render(
         base=base,
-        form="lowrank" if kinds else "width",
+        contents=" and ".join(contents),
+        narrow=narrow,
         version=sparsekd.__version__,
         kinds=kinds,
         names=_CLASSES,
@@ -87,9 +91,10 @@ def _tensor_parallel(model: PreTrainedModel, stock: Mapping[str, str]) -> dict[s
     """The base's plan, in which what was a matrix is two: the one that writes the hidden layer of an MLP is cut by
     columns in its second factor, the one that reads it by rows in its first. What is not listed is not cut, as the MLPs
     where not all is two factors: the parts of a pivot layer need the whole of each other."""
-    layers, prefix = _layers(model), f"{model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
+    low_rank = {name: layer for name, layer in _layers(model).items() if "kind" in layer}
     matrices = {name for mlp in models.find_mlps(model) for name in mlp.matrices}
-    is_cut = matrices == layers.keys() and all(layer["kind"] == "two-factors" for layer in layers.values())
+    is_cut = matrices == low_rank.keys() and all(layer["kind"] == "two-factors" for layer in low_rank.values())
     patterns = {re.sub(r"\.\d+\.", ".*.", name.removeprefix(prefix)) for name in matrices}
     plan = {}
     for name, how in stock.items():

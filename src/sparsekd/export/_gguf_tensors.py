@@ -41,8 +41,15 @@ class Layout:
         return self.widths != self.written
 
 
+def multiplied(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with ordinary matrices. Where some are of low rank, all MLPs are of one width, too; where none is, the
+    model is what it was."""
+    has_factors = any(hasattr(module, "factors") for module in model.modules())
+    return forms.merged(model) if has_factors else model
+
+
 def layout(model: PreTrainedModel, architecture: str) -> Layout:
-    """What the file has to look like for a model of one of llama.cpp's architectures."""
+    """What the file has to look like for a model of ordinary matrices, in one of llama.cpp's architectures."""
     widths = [models.shape(model.get_submodule(mlp.output))[0] for mlp in models.find_mlps(model)]
     if len(set(widths)) == 1:
         return Layout(architecture, widths, widths)
@@ -53,7 +60,7 @@ def layout(model: PreTrainedModel, architecture: str) -> Layout:
 
 @torch.no_grad()
 def tensors(model: PreTrainedModel, chosen: Layout) -> Iterator[tuple[str, Float[np.ndarray, ...]]]:
-    """Every weight in float32 by its name in the file; low-rank matrices are multiplied."""
+    """Every weight of a model of ordinary matrices in float32, by its name in the file."""
     import gguf
 
     config: Any = model.config
@@ -63,9 +70,7 @@ def tensors(model: PreTrainedModel, chosen: Layout) -> Iterator[tuple[str, Float
         for mlp, *widths in zip(models.find_mlps(model), chosen.widths, chosen.written, strict=True)
         for matrix in mlp.matrices
     }
-    # a width for each layer stays as it is, which `merged` fills up
-    plain = model if forms.form_of(model) is forms.form_named("width") else forms.merged(model)
-    for name, weight in plain.named_parameters():
+    for name, weight in model.named_parameters():
         module, _, suffix = name.rpartition(".")
         weight = weight.detach().float().cpu()
         if module in width_of:

@@ -36,7 +36,7 @@ def write(
     if here >= dense.model:
         return ["merged back: neither smaller nor faster than the dense model"]
     return [
-        f"filled up to the widest MLP: {here / before - 1:.0%} larger than the model that was exported, and slower; "
+        f"ordinary matrices of one width: {here / before - 1:.0%} larger than the model that was exported, and slower; "
         f"{1 - here / dense.model:.0%} smaller than the dense one"
     ]
 

@@ -27,7 +27,7 @@ from sparsekd.export import _gguf_tokenizer as _tokenizer
 from sparsekd.export import llama_cpp
 from sparsekd.export.checking import Runtime, Tolerance
 from sparsekd.export.source import Source
-from sparsekd.models import forms, locate
+from sparsekd.models import forms, locate, num_parameters
 from sparsekd.records import Record
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def write(
 ) -> list[str]:
     """One file, with the tokenizer in it; returns what is not as one would expect."""
     make = _quantize if weights in _MADE_BY_TOOL else _write
-    make(model, tokenizer, folder, weights, source)
-    return list(_notes(model, folder, weights))
+    ordinary = _tensors.multiplied(model)
+    make(ordinary, tokenizer, folder, weights, source)
+    return list(_notes(model, ordinary, folder, weights))
 
 
 def _write(
@@ -199,13 +200,16 @@ def check_further(
     return {"notes": notes, "llama.cpp": llama_cpp.as_record(version, found)}
 
 
-def _notes(model: PreTrainedModel, folder: Path, weights: str) -> Iterator[str]:
+def _notes(model: PreTrainedModel, ordinary: PreTrainedModel, folder: Path, weights: str) -> Iterator[str]:
     """What is not as one would expect."""
-    chosen = _tensors.layout(model, _ARCHITECTURES[_model_type(model)])
+    chosen = _tensors.layout(ordinary, _ARCHITECTURES[_model_type(ordinary)])
     if chosen.is_padded:
         yield f"llama.cpp's {chosen.architecture} has one width: layers are filled up with zeros to {chosen.written[0]}"
-    if forms.form_of(model) not in (None, forms.form_named("width"), forms.form_named("depth")):
+    before, written = num_parameters(model), num_parameters(ordinary)
+    if forms.form_of(model) is not None and written >= forms.dense_sizes(model).model:
         yield "llama.cpp has dense matrices only: the file is neither smaller nor faster than that of the dense model"
+    elif written > before:
+        yield f"low rank is multiplied out: {written / before - 1:.0%} more parameters than in the exported model"
     if weights == "q8_0":
         kinds = [tensor.tensor_type.name for tensor in _tensors.reader(folder / FILE).tensors]
         if kinds.count("F16"):

@@ -26,10 +26,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from sparsekd.errors import DataError, SparseKDError
+from sparsekd.errors import DataError
 from sparsekd.models import admission, forms
 from sparsekd.models.anatomy import num_parameters
-from sparsekd.models.locating import Location, explained, locate, raw_config, weight_files
+from sparsekd.models.locating import Location, explaining, locate, raw_config, weight_files
 from sparsekd.models.saving import require_whole
 from sparsekd.models.vocabulary import check_tokenizer
 from sparsekd.recipe import EMBEDDED_MODEL
@@ -52,10 +52,8 @@ def load(
     place = locate(name)
     if not place.gguf:
         require_whole(Path(place.source))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
-    if revision is not None:
-        options["revision"] = revision
-    try:
+    options = _options(place, revision, trust_remote_code)
+    with explaining(name):
         config, model_class = _config_and_class(name, place, options)
         weights = weight_files(name, place, revision)
         if not place.gguf and not hasattr(config, "quantization_config"):  # which packs several weights in a number
@@ -71,10 +69,6 @@ def load(
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(place.source, config=config, **options)
-    except SparseKDError:
-        raise
-    except Exception as error:  # transformers, safetensors and gguf raise almost any class for a damaged folder
-        raise explained(name, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
         raise DataError(f"model {name}: {len(wrong)} weights are missing or of the wrong shape, first: {wrong[0]}")
@@ -93,15 +87,9 @@ def load(
 def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules on the meta device: all shapes, no weights read. For plans and estimates."""
     place = locate(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
-    if revision is not None:
-        options["revision"] = revision
-    try:
+    options = _options(place, revision, trust_remote_code)
+    with explaining(name):
         return _modules(*_config_and_class(name, place, options), trust_remote_code)
-    except SparseKDError:
-        raise
-    except Exception as error:  # as in `load`
-        raise explained(name, error) from error
 
 
 def load_tokenizer(
@@ -109,15 +97,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer without its weights. Raises as `load`."""
     place = locate(name)
-    options = {"trust_remote_code": trust_remote_code, **place.options}
-    options |= {} if revision is None else {"revision": revision}
-    try:
+    options = _options(place, revision, trust_remote_code)
+    with explaining(name):
         config, _ = _config_and_class(name, place, options)
         return AutoTokenizer.from_pretrained(place.source, config=config, **options)
-    except SparseKDError:
-        raise
-    except Exception as error:  # as in `load`
-        raise explained(name, error) from error
+
+
+def _options(place: Location, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What `from_pretrained` is given."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.options}
+    return options if revision is None else options | {"revision": revision}
 
 
 def _modules(config: PreTrainedConfig, model_class: Any, trust_remote_code: bool) -> PreTrainedModel:

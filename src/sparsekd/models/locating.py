@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,8 @@ def stored_bytes(name: str, revision: str | None = None) -> int:
     place = locate(name)
     if place.gguf:
         return (Path(place.source) / place.options["gguf_file"]).stat().st_size
-    try:
+    with explaining(name):
         return sum(path.stat().st_size for path in weight_files(name, place, revision))
-    except SparseKDError:
-        raise
-    except Exception as error:  # as in `load`
-        raise explained(name, error) from error
 
 
 def raw_config(place: Location, revision: str | None) -> dict[str, Any]:
@@ -100,9 +98,19 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     place = locate(name)
     if place.gguf or Path(place.source).is_dir():
         return None
-    try:
+    with explaining(name):
         return extract_commit_hash(cached_file(place.source, "config.json", revision=revision), None)
-    except Exception as error:  # as in `load`
+
+
+@contextmanager
+def explaining(name: str) -> Iterator[None]:
+    """What transformers, safetensors and gguf raise of a damaged model, which is almost any class, is an error of ours
+    that names the model."""
+    try:
+        yield
+    except SparseKDError:
+        raise
+    except Exception as error:
         raise explained(name, error) from error
 
 

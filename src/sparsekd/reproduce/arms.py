@@ -46,6 +46,11 @@ class Seed:
         return Round(self._folder(name), self._seed, model, None, None, options, teachers, SHARED_CACHE)
 
     @property
+    def svd(self) -> Compress:
+        """The paper's truncation, each weight by itself, at the same budget."""
+        return self.compress.by("svd", format="lowrank", allocation="uniform", probe_tokens=0)
+
+    @property
     def compress(self) -> Compress:
         """The recipe's structural step."""
         return self._recipe.compress
@@ -113,8 +118,7 @@ def tiered(seed: Seed) -> dict[str, Round]:
 
 def svd(seed: Seed) -> dict[str, Round]:
     """The paper's truncation, each weight by itself, at the same budget."""
-    plain = seed.compress.by("svd", format="lowrank", allocation="uniform", probe_tokens=0)
-    return {name: seed.pruned(name, r, compress=plain) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
+    return {name: seed.pruned(name, r, compress=seed.svd) for r in ONE_SHOT for name in [f"SVD {percent(r)}"]}
 
 
 def arm(method: str, reduction: float) -> str:
@@ -131,8 +135,8 @@ def methods(seed: Seed) -> dict[str, Round]:
     found = {DENSE_KD: seed.dense(DENSE_KD)}
     for reduction in seed.one_shot:
         for method in method_names():
-            plain = {"format": "lowrank", "allocation": "uniform", "probe_tokens": 0} if method == "svd" else {}
-            made = seed.pruned(arm(method, reduction), reduction, compress=seed.compress.by(method, **plain))
+            chosen = seed.svd if method == "svd" else seed.compress.by(method)
+            made = seed.pruned(arm(method, reduction), reduction, compress=chosen)
             if method_named(method).FORM != "lowrank":
                 made = replace(made, distill=replace(made.distill, lr_scale=RateScale()))
             found[arm(method, reduction)] = made

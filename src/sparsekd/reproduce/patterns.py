@@ -161,7 +161,6 @@ def _methods(seed: Seed) -> list[Pattern]:
         Pattern(claim, distilled(arm(method, r)), dense(), side, bound)
         for r in seed.one_shot
         for method, (claim, side, bound) in _RECOVERY.items()
-        if method in method_names()
     ]
     born_again = "Born-Again recovers moderately (within 15 %)"
     classes.append(Pattern(born_again, distilled(BORN_AGAIN), dense(), "below", 1.15))

@@ -58,7 +58,7 @@ class LeaveOut:
             whole.pass_through(layer)
         gone: list[int] = []
         found: list[Mapping[int, float]] = []
-        while len(gone) < depths.num_removed(plan, model):
+        for _ in range(depths.num_removed(plan, model)):
             losses = kl_without(start, whole, [layer for layer in whole.layers if layer not in gone])
             depths.require_finite(model, losses)
             found.append(losses)

@@ -57,7 +57,7 @@ def influences(calibration: Calibration) -> dict[int, float]:
     import torch
     from torch.nn.functional import cosine_similarity
 
-    from sparsekd.device import add_over_processes, rank_and_count
+    from sparsekd.device import add_over_processes
 
     walk = calibration.walk()
     sums = torch.zeros(len(walk.layers), dtype=torch.float64)
@@ -65,8 +65,7 @@ def influences(calibration: Calibration) -> dict[int, float]:
         # a batch is read here before the step puts the layer's output in its place
         for before, (_, after) in zip(walk.hidden, walk.step(layer), strict=True):
             sums[layer] += cosine_similarity(before.flatten(0, -2).float(), after, dim=-1).sum().cpu()
-    if rank_and_count()[1] > 1:
-        add_over_processes(sums)
+    add_over_processes(sums)
     return dict(enumerate((1 - sums / calibration.num_tokens).tolist()))
 
 

@@ -1,11 +1,11 @@
 """`taylor`: a neuron counts by what the loss would change, to first order, without its weights: the sum of
 `|w dL/dw|` over its rows of the matrices that write it and its column of the one that reads it.
 
-LLM-Pruner (Ma et al., arXiv 2305.11627), of whose variants this is importance by element, of first order, summed
-over the coupled weights; biases are left out, as in the authors' code. L is the cross-entropy of the next tokens,
+LLM-Pruner (Ma et al., arXiv 2305.11627), of whose variants this is importance by element, of first order, summed over
+the coupled weights; biases are left out, as in the authors' code. L is the cross-entropy of the text's own next tokens,
 and `dL/dw` its gradient over all of the text. The authors leave a few of the first and last layers whole; here every
-layer loses the same share, so that the result is an ordinary checkpoint. Two forward passes
-and a backward pass over the text; a gradient of every MLP weight is in memory.
+layer loses the same share, so that the result is an ordinary checkpoint. Two forward passes and a backward pass over
+the text; a gradient of every MLP weight is in memory.
 """
 
 from __future__ import annotations
