@@ -12,7 +12,7 @@ import pytest
 from sparsekd import errors
 from sparsekd.recipe import load_recipe, method_names
 from sparsekd.report import experiments
-from sparsekd.reproduce import methods, reproduce
+from sparsekd.reproduce import methods, plan_arms, reproduce
 from sparsekd.run import inspection
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +194,12 @@ def test_the_recipes_for_gpus_on_tiny_models_of_their_architectures(
     assert all(arm["1"]["tokens"] > 0 and arm["1"]["stop_reason"] for arm in found["arms"].values())
     ranks = json.loads(next((tmp_path / "run/arms").glob("*/seed-1/compressed/stage.json")).read_text())["matrices"]
     assert all(matrix["rank"] is None or matrix["rank"] % 2 == 0 for matrix in ranks)
+
+
+def test_methods_are_compared_at_several_reductions(tiny_recipe: Path) -> None:
+    (arms,) = plan_arms("methods", load_recipe(str(tiny_recipe), (ROUNDS,)), [1], [1e-3]).values()
+    assert {f"{name} {reduction}%" for name in method_names() for reduction in (30, 50)} < arms.keys()
+    assert all(arm.start == arms["Dense+KD"].start for arm in arms.values())  # each is a cut of the dense model
 
 
 def test_every_method_in_one_table(tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:

@@ -123,9 +123,10 @@ def plan_arms(
         raise UsageError("teacher: the experiments choose their teachers: leave the section out")
     pipeline.check_before_starting(recipe)
     planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed)) for seed in seeds}
+    rounds_of_model = [] if experiment == methods.NAME else recipe.rounds  # there each reduction is a cut of its own
     for round_ in (round_ for rounds in planned.values() for round_ in rounds.values()):
         for rate in rates:
-            options = {"compress": round_.compress or recipe.compress, "seed": round_.seed}
+            options = {"compress": round_.compress or recipe.compress, "seed": round_.seed, "rounds": rounds_of_model}
             check(replace(recipe, distill=replace(round_.distill, learning_rate=rate), **options))
     return planned
 
