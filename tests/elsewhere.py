@@ -1,7 +1,11 @@
 """The same computation in two processes, and on another device."""
 
+import functools
+import multiprocessing
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,18 +13,40 @@ from tiny import compute_in_float32
 from transformers import PreTrainedModel
 
 
-def in_two_processes(function: Callable[[], Any], folder: Path) -> list[Any]:
-    """What a function of a module returns in each of two gloo processes, which meet in an empty folder."""
-    torch.multiprocessing.spawn(_run, (function, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def in_two_processes(function: Callable[[], Any]) -> list[Any]:
+    """What a function of a module returns in each of two gloo processes, which wait for the next one."""
+    folder, pair = _pair()
+    for process in pair:
+        process.send(sys.path)
+        process.send(function)
+    for process in pair:
+        assert process.poll(300), "a process hangs"
+        problem = process.recv()
+        assert problem is None, problem
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
-def _run(rank: int, function: Callable[[], Any], folder: str) -> None:
-    compute_in_float32()
+@functools.cache
+def _pair() -> tuple[str, list[Any]]:
+    context, folder, pair = multiprocessing.get_context("spawn"), tempfile.mkdtemp(), []
+    for rank in range(2):
+        here, there = context.Pipe()
+        context.Process(target=_serve, args=(rank, folder, there), daemon=True).start()
+        pair.append(here)
+    return folder, pair
+
+
+def _serve(rank: int, folder: str, asked: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save(function(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    compute_in_float32()
+    while True:
+        sys.path[:] = asked.recv()
+        try:
+            torch.save(asked.recv()(), f"{folder}/{rank}.pt")
+            asked.send(None)
+        except Exception:
+            asked.send(traceback.format_exc())
 
 
 def layers_away(model: PreTrainedModel) -> set[int]:

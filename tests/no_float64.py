@@ -1,11 +1,13 @@
-"""A device without float64, as Apple's GPUs are, whose tensors are really on the host; and sparsekd's command on it.
+"""A device without float64, as Apple's GPUs are, whose tensors are really on the host; and sparsekd's command on it,
+several of them with a plus between.
 
-    python tests/no_float64.py run RECIPE --set device=single
+    python tests/no_float64.py run RECIPE --set device=single + inspect RECIPE
 
 Its tensors refuse float64, and tensors of the host beside them. It takes a process of its own: torch cannot forget a
 device. It has no autocast, and weights cannot be moved to it through `.data`, as `compress.offload` does.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -98,5 +100,12 @@ if __name__ == "__main__":
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda operation, *args, **kwargs: computed(operation, args, kwargs), "PrivateUse1")
     device.WITHOUT_FLOAT64.add(DEVICE)
+    commands = "\0".join(sys.argv[1:]).split("\0+\0")
     with FromNumbers():
-        cli.main()
+        for command in commands:
+            sys.argv[1:] = command.split("\0")
+            try:
+                cli.main()
+            except SystemExit as ended:
+                if ended.code:
+                    raise

@@ -1,5 +1,5 @@
 """What each process of `test_several_processes_train_the_same_weights_as_one` runs: FOLDER, then what to call each
-training; one that is called stopped is stopped and resumed, of NAME-COUNT the first is the weighting."""
+training; one that is called stopped is stopped and resumed."""
 
 import contextlib
 import json
@@ -16,21 +16,18 @@ from sparsekd.errors import Stopped
 from sparsekd.recipe import Distill
 from sparsekd.teacher.cache import Cache
 
-folder, names = Path(sys.argv[1]), sys.argv[2:]
-blocks = np.load(folder / "blocks.npy")
-data = distillation.Data(
-    list(blocks), lambda epoch: np.arange(11), [11, 12, 13], Cache(folder / "cache"), ["a", "b"] * 7
-)
-options = Distill(batch_size=4, micro_batch_size=1, learning_rate=3e-3, epochs=2, validations=2)
+OPTIONS = Distill(batch_size=4, micro_batch_size=1, learning_rate=3e-3, epochs=2, validations=2, precision="float32")
 
 
-def train(name: str, stop_at: int | None = None) -> None:
+def train(folder: Path, name: str, stop_at: int | None = None) -> None:
+    """Of NAME-COUNT the first is the weighting."""
     student, _ = sparsekd.load(str(folder / "student"))
+    cache, blocks = Cache(folder / "cache"), list(np.load(folder / "blocks.npy"))
     done = []
     history = distillation.train(
         student,
-        data,
-        replace(options, weighting=name.partition("-")[0]) if "-" in name else options,
+        distillation.Data(blocks, lambda epoch: np.arange(11), [11, 12, 13], cache, ["a", "b"] * 7),
+        replace(OPTIONS, weighting=name.partition("-")[0]) if "-" in name else OPTIONS,
         folder=folder / f"training-{name}",
         on_step=lambda step, _: done.append(step.step),
         stop_signal=lambda: 15 if done[-1] == stop_at else None,
@@ -43,8 +40,9 @@ def train(name: str, stop_at: int | None = None) -> None:
     (folder / f"{name}.json").write_text(json.dumps(curves))
 
 
-for name in names:
-    if name == "stopped":
-        with contextlib.suppress(Stopped):
-            train(name, stop_at=2)
-    train(name)
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        if name == "stopped":
+            with contextlib.suppress(Stopped):
+                train(Path(sys.argv[1]), name, stop_at=2)
+        train(Path(sys.argv[1]), name)

@@ -586,8 +586,8 @@ def _gathered() -> tuple[list[torch.Tensor], list[int]]:
     return [gram.sum for gram in grams], [gram.num_tokens for gram in grams]
 
 
-def test_two_processes_take_the_statistics_that_one_takes(tmp_path: Path) -> None:
-    (sums, counts), _ = in_two_processes(_gathered, tmp_path)
+def test_two_processes_take_the_statistics_that_one_takes() -> None:
+    (sums, counts), _ = in_two_processes(_gathered)
     alone, expected = _gathered()
     assert expected == counts
     for one, both in zip(alone, sums, strict=True):

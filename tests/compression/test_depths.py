@@ -204,7 +204,7 @@ def _scores() -> list[float]:
     ]
 
 
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    first, second = in_two_processes(_scores, tmp_path)
+def test_two_processes_find_what_one_does() -> None:
+    first, second = in_two_processes(_scores)
     assert first == second == pytest.approx(_scores(), rel=1e-5, abs=1e-7)
     assert all(map(math.isfinite, first))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training_processes
 from cutting import section
 from hypothesis import given
 from hypothesis import strategies as st
@@ -358,7 +359,7 @@ def test_two_processes_keep_the_zeros(
     student = sparsekd.compress(new_masked(), blocks, reduction=0.9, **MASK)
     sparsekd.save(student, tokenizer, tmp_path / "student")
     np.save(tmp_path / "blocks.npy", blocks.numpy())
-    run_processes("training_processes.py", str(tmp_path), "one", count=1)
+    training_processes.train(tmp_path, "one")
     if is_split:
         split_models(monkeypatch)
     run_processes("training_processes.py", str(tmp_path), "two", "stopped", count=2)

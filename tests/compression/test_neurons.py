@@ -242,8 +242,8 @@ def _made_in_a_process() -> list[Tensor]:
     return _made(_model_of_a_process())
 
 
-def test_two_processes_choose_and_fit_what_one_does(tmp_path: Path) -> None:
-    first, second = in_two_processes(_made_in_a_process, tmp_path)
+def test_two_processes_choose_and_fit_what_one_does() -> None:
+    first, second = in_two_processes(_made_in_a_process)
     for alone, one, other in zip(_made_in_a_process(), first, second, strict=True):
         assert torch.equal(one, other)
         assert torch.allclose(alone, one, rtol=1e-10, atol=1e-10 * float(one.abs().max()))

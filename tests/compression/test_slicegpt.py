@@ -160,8 +160,8 @@ def _bases_in_a_process() -> list[Tensor]:
     return _bases(made("llama"))
 
 
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    first, second = in_two_processes(_bases_in_a_process, tmp_path)
+def test_two_processes_find_what_one_does() -> None:
+    first, second = in_two_processes(_bases_in_a_process)
     for alone, one, other in zip(_bases_in_a_process(), first, second, strict=True):
         assert torch.equal(one, other)
         assert torch.allclose(alone @ alone.T, one @ one.T, atol=1e-4)

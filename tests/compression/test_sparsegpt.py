@@ -1,7 +1,6 @@
 """`sparsegpt`: against the paper's formula with an explicit inverse for every input, in the model as it is by then."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,8 +172,8 @@ def _pruned() -> dict[str, Tensor]:
     return state(sparsekd.compress(model, tokens().split(3), method="sparsegpt", reduction=0.5, pattern="2:4"))
 
 
-def test_two_processes_prune_what_one_does(tmp_path: Path) -> None:
-    first, second = in_two_processes(_pruned, tmp_path)
+def test_two_processes_prune_what_one_does() -> None:
+    first, second = in_two_processes(_pruned)
     assert equal(first, second)
     for name, value in _pruned().items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-7)

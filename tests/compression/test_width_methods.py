@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import architectures
@@ -201,8 +200,8 @@ def _scores_in_a_process() -> list[list[Tensor]]:
     return [list(scores(method, model).values()) for method in METHODS]
 
 
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    found = in_two_processes(_scores_in_a_process, tmp_path)
+def test_two_processes_find_what_one_does() -> None:
+    found = in_two_processes(_scores_in_a_process)
     for of_method in zip(_scores_in_a_process(), *found, strict=True):
         for alone, one, other in zip(*of_method, strict=True):
             assert torch.equal(one, other)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training_processes
 from launching import run_processes, split_models
 from safetensors.torch import load_file
 from tiny import sharpened
@@ -316,7 +317,8 @@ def test_several_processes_train_the_same_weights_as_one(
     less, of four processes none at all. Weights of KD by position or source are the same in all."""
     sparsekd.save(new_student(), tokenizer, tmp_path / "student")
     np.save(tmp_path / "blocks.npy", blocks.numpy())
-    run_processes("training_processes.py", str(tmp_path), "one", "gap-one", "domain-one", count=1)
+    for name in ("one", "gap-one", "domain-one"):
+        training_processes.train(tmp_path, name)
     if is_split:
         split_models(monkeypatch)
     names = ("several", "stopped", "gap-several", "domain-several")

@@ -12,6 +12,11 @@ import torch
 from launching import split_models
 from safetensors.torch import load_file
 
+from sparsekd.distillation.worker import require_splittable
+from sparsekd.errors import UsageError
+from sparsekd.models import splitting
+from sparsekd.recipe import Distill
+
 
 def launched(*arguments: object, count: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
@@ -24,7 +29,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     options = ("--set", "cache.blocks_per_shard=2")
     together = launched("run", tiny_recipe, "--out", tmp_path / "two", *options, count=2)
     assert together.returncode == 0, together.stderr
@@ -44,6 +49,24 @@ def test_two_processes_make_what_one_makes(tiny_recipe: Path, tmp_path: Path) ->
     assert abs(found["perplexity"] / expected["perplexity"] - 1) < 1e-3
     again = launched("run", tiny_recipe, "--out", tmp_path / "two", *options, count=1)
     assert again.returncode == 0 and again.stderr.count("up to date") == 8  # any number of processes may go on
+    split_models(monkeypatch)
+    split = launched("run", tiny_recipe, "--out", tmp_path / "split", *options, count=2)
+    assert split.returncode == 0, split.stderr
+    require_alike(tmp_path / "one", tmp_path / "split")
+
+
+def require_alike(one: Path, split: Path) -> None:
+    """FSDP2: of teacher and student each of two processes had half, in every stage but compress."""
+    weights = "round-01/distilled/model/model.safetensors"
+    expected, found = (load_file(folder / weights) for folder in (one, split))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+    said, also = (read(folder / "dense/continuations/stage.json")["continuations"] for folder in (one, split))
+    assert said == also
+    measured, too = (read(folder / "round-01/eval/stage.json")["models"] for folder in (one, split))
+    for name, texts in measured.items():
+        for text, figures in texts.items():
+            assert too[name][text]["perplexity"] == pytest.approx(figures["perplexity"], rel=1e-5)
 
 
 def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -54,34 +77,15 @@ def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> No
     assert found == read(tmp_path / "two/reproduce-III.json") and list(found["arms"]) == ["Dense+KD", "round 40%"]
 
 
-def test_split_models_make_what_whole_ones_make(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """FSDP2: of teacher and student each of two processes has half, in every stage but compress."""
-    alone = launched("run", tiny_recipe, "--out", tmp_path / "one", count=1)
-    assert alone.returncode == 0, alone.stderr
-    split_models(monkeypatch)
-    together = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
-    assert together.returncode == 0, together.stderr
-    one, two = (tmp_path / name / "round-01" for name in ("one", "two"))
-    expected, found = (load_file(folder / "distilled/model/model.safetensors") for folder in (one, two))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
-    for path in ("dense/continuations", "round-01/eval"):
-        expected, found = (read(tmp_path / name / path / "stage.json") for name in ("one", "two"))
-        if "models" in expected:
-            for name, texts in expected["models"].items():
-                for text, measured in texts.items():
-                    other = found["models"][name][text]["perplexity"]
-                    assert other == pytest.approx(measured["perplexity"], rel=1e-5)
-        else:
-            assert expected["continuations"] == found["continuations"]
-
-
 def test_what_fsdp_cannot_split_is_refused(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     split_models(monkeypatch)
-    for setting in ("train=lora", "teacher=online"):
-        outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", f"distill.{setting}", count=2)
-        refused = f"sparsekd: distill.{setting.replace('=', ' is ')}, which FSDP cannot split"
-        assert outcome.returncode != 0 and outcome.stderr.count("sparsekd: ") == outcome.stderr.count(refused) == 1
+    refused = "distill.train is lora, which FSDP cannot split"
+    outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", "distill.train=lora", count=2)
+    said = outcome.stderr
+    assert outcome.returncode != 0 and said.count("sparsekd: ") == said.count(f"sparsekd: {refused}") == 1
+    with pytest.raises(UsageError, match="teacher is online, which FSDP cannot split"):
+        require_splittable(Distill(teacher="online"))
+    monkeypatch.setattr(splitting, "rank_and_count", lambda: (0, 2))
     monkeypatch.setenv("FSDP_VERSION", "1")
-    outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", count=2)
-    assert outcome.returncode != 0 and "sparsekd: FSDP version 1 is not supported" in outcome.stderr
+    with pytest.raises(UsageError, match="FSDP version 1 is not supported"):
+        splitting.is_split()

@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
 LINE = "sparsekd: another process of this run has ended or hangs: run the same command again to go on from"
+MODEL = "round-01/distilled/model/model.safetensors"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(recipe: Path, out: Path) -> list[str]:
@@ -29,12 +30,19 @@ def kill(launcher: subprocess.Popen[str], rank: int) -> None:
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_all_and_the_run_goes_on(rank: int, tiny_recipe: Path, tmp_path: Path) -> None:
-    run = command(tiny_recipe, tmp_path / "run")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
-        while not list((tmp_path / "run/round-01/distilled/checkpoints").glob("step-0000000[5-9]")):
+def test_a_killed_process_ends_all_and_the_run_goes_on(tiny_recipe: Path, tmp_path: Path) -> None:
+    straight = subprocess.run(command(tiny_recipe, tmp_path / "whole"), env=ENVIRONMENT, check=False)
+    assert straight.returncode == 0
+    whole = load_file(tmp_path / "whole" / MODEL)
+    for rank in (0, 1):
+        goes_on(rank, command(tiny_recipe, tmp_path / f"run-{rank}"), tmp_path / f"run-{rank}")
+        found = load_file(tmp_path / f"run-{rank}" / MODEL)
+        assert all(found[name].equal(value) for name, value in whole.items())
+
+
+def goes_on(rank: int, run: list[str], folder: Path) -> None:
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as launcher:
+        while not list((folder / "round-01/distilled/checkpoints").glob("step-0000000[5-9]")):
             assert launcher.poll() is None
             time.sleep(0.02)
         kill(launcher, rank)
@@ -45,11 +53,6 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(rank: int, tiny_recipe: P
         assert time.monotonic() - start < 10
     assert said.count(LINE) == said.count("sparsekd: ") == 1
     assert "[rank" not in said  # no traceback but the launcher's own
-    resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=environment, check=False)
+    resumed = subprocess.run([*run, "--resume"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "validation after step 0" not in resumed.stderr  # it did not begin anew
-    straight = subprocess.run(command(tiny_recipe, tmp_path / "whole"), env=environment, check=False)
-    assert straight.returncode == 0
-    model = "round-01/distilled/model/model.safetensors"
-    one, two = (load_file(tmp_path / name / model) for name in ("run", "whole"))
-    assert all(one[name].equal(value) for name, value in two.items())

@@ -23,9 +23,11 @@ CHANGES = {
 SAMPLED = ("cache.codec=sampled", "distill.loss=sampled", "distill.temperature=1", "corpus.document_mask=true")
 
 
-def on_device(command: str, recipe: Path, *arguments: str) -> str:
+def on_device(*commands: list[str]) -> str:
+    """What commands print, all run by one process."""
+    arguments = [word for command in commands for word in ("+", *command, "--set", "device=single", "--json")]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), command, str(recipe), *arguments, "--set", "device=single", "--json"],
+        [sys.executable, str(SCRIPT), *arguments[1:]],
         capture_output=True,
         text=True,
         timeout=300,
@@ -36,24 +38,33 @@ def on_device(command: str, recipe: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-def test_a_run_finds_what_it_finds_on_a_cpu(kind: str, tiny_recipe: Path, tmp_path: Path) -> None:
-    changes = (*(f"compress.{change}" for change in CHANGES[kind]), *(SAMPLED if kind == "svd" else ()))
-    settings = [part for change in changes for part in ("--set", change)]
-    found = json.loads(on_device("run", tiny_recipe, "--out", str(tmp_path / "there"), *settings))
-    with sdpa_kernel(SDPBackend.MATH):  # the one that the device has
-        pipeline.run(load_recipe(str(tiny_recipe), changes), tmp_path / "here", until="evaluate")
-    for name in ("dense", "compressed", "distilled"):
-        here = json.loads((tmp_path / f"here/round-01/eval/{name}-text-held.json").read_text())
-        there = found["evaluation"]["models"][name]["held"]
-        # the probe finds KLs of 1e-8 in so small a model: rounding may give one matrix the rank of another
-        rel = 1e-3 if kind == "curvature and probe" else 1e-4
-        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=rel)
+def test_runs_find_what_they_find_on_a_cpu(tiny_recipe: Path, tmp_path: Path) -> None:
+    changes = {
+        kind: (*(f"compress.{change}" for change in of_kind), *(SAMPLED if kind == "svd" else ()))
+        for kind, of_kind in CHANGES.items()
+    }
+    on_device(
+        *(
+            ["run", str(tiny_recipe), "--out", str(tmp_path / kind), *(part for one in of for part in ("--set", one))]
+            for kind, of in changes.items()
+        )
+    )
+    for kind, overrides in changes.items():
+        with sdpa_kernel(SDPBackend.MATH):  # the one that the device has
+            pipeline.run(load_recipe(str(tiny_recipe), overrides), tmp_path / f"{kind} here", until="evaluate")
+        for name in ("dense", "compressed", "distilled"):
+            here, there = (
+                json.loads((tmp_path / folder / f"round-01/eval/{name}-text-held.json").read_text())
+                for folder in (f"{kind} here", kind)
+            )
+            # the probe finds KLs of 1e-8 in so small a model: rounding may give one matrix the rank of another
+            rel = 1e-3 if kind == "curvature and probe" else 1e-4
+            assert there["perplexity"] == pytest.approx(here["perplexity"], rel=rel), (kind, name)
 
 
 def test_spectra_are_those_of_a_cpu(tiny_recipe: Path) -> None:
     settings = ("--set", "compress.method=two-sided")
-    found = json.loads(on_device("spectrum", tiny_recipe, *settings))["matrices"]
+    found = json.loads(on_device(["spectrum", str(tiny_recipe), *settings]))["matrices"]
     expected = pipeline.spectrum(load_recipe(str(tiny_recipe), settings[1::2]))["matrices"]
     for matrix, other in zip(found, expected, strict=True):
         for key in ("singular_values", "effective_rank", "weight_effective_rank"):
