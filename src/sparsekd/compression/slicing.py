@@ -1,7 +1,7 @@
 """A narrower residual stream by principal components: the width, the bases, and the cut of the method `slicegpt`.
 
-From the first norm to the last: the second moment of what the norm gives, without its scale, in the model that is
-sliced up to there; its first eigenvectors are the basis. While this is worked out the model stays dense, and the stream
+From the first norm to the last: the second moment of what the norm reads, in the model that is sliced up to there; its
+first eigenvectors are the basis. While this is worked out the model stays dense, and the stream
 is projected on the bases found so far.
 
 Shape letters: D hidden size, H width that is left.
@@ -125,7 +125,7 @@ def bases_of(
         gram = Gram(hidden_size(model), cap=None, device=solver_device(walk.device))
 
         def add(x: Tensor) -> None:
-            gram.add(norm.normed(x.float()).flatten(0, -2))
+            gram.add(norm.centred(x.float()).flatten(0, -2))
 
         if layer is None:
             for hidden in walk.hidden:
