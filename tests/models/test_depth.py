@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sparsekd
 from sparsekd import models
+from sparsekd.compression import depths
 from sparsekd.errors import DataError, UsageError
 from sparsekd.models import Layers, find_layers, forms
 from sparsekd.models.forms import depth
@@ -176,6 +177,12 @@ def test_layers_that_depend_on_their_place_are_refused(
     with pytest.raises(UsageError, match=f"cannot be opened with these layers alone: .*{says}"):
         depth.keep(model, numbers)
     assert len(find_layers(model)) == 4 and model.config.to_dict() == before
+
+
+def test_a_plan_refuses_what_the_base_cannot_open() -> None:
+    model = built("gemma3n_text")
+    with pytest.raises(UsageError, match=r"cannot be opened with these layers alone: .*per_layer depends on them"):
+        depths.nearest(model, 0.5, "shortgpt")
 
 
 def test_what_config_says_must_hold(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

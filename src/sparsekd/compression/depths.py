@@ -24,7 +24,8 @@ def nearest(model: PreTrainedModel, reduction: float, method: str) -> Plan:
     larger. Which layers go, the text decides: here the last ones stand for them.
 
     Works on a model without weights too, and on one that layers were removed from before. Raises `UsageError` for a
-    model of another form, and for a reduction nearest to which is the model as it is, or one without layers.
+    model of another form, for one that the base cannot open with so few layers, and for a reduction nearest to which is
+    the model as it is, or one without layers.
     """
     require_form(model, ("depth",), method)
     now = without(model, reduction, ())
@@ -40,6 +41,8 @@ def nearest(model: PreTrainedModel, reduction: float, method: str) -> Plan:
             f"reduction is {reduction:g}, but whole decoder layers are removed, of which the model has {count} and one "
             f"has to stay: {possible} can be removed"
         )
+    left = count - chosen
+    depth.tried(model, [round(one * (count - 1) / max(1, left - 1)) for one in range(left)])  # evenly, with both ends
     return plans[chosen - 1]
 
 

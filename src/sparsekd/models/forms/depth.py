@@ -104,14 +104,8 @@ def keep(model: PreTrainedModel, numbers: Sequence[int]) -> None:
 
     Raises `UsageError` where the base makes other layers than these from a config that has no more than them.
     """
-    name = list_of_layers(model)
-    modules: Any = model.get_submodule(name)
-    settings = _settings(model, numbers)
-    try:
-        short = _made(model, settings)
-    except Exception as error:  # what checks a config raises almost any class
-        raise _refused(model, " ".join(str(error).split()).rstrip(".")) from error
-    changes = list(_changes(_made(model, {}), short, name, numbers))
+    modules: Any = model.get_submodule(list_of_layers(model))
+    settings, changes = tried(model, numbers)
     kept, count = left(model)
     for number in reversed(range(len(modules))):
         if number not in numbers:
@@ -121,6 +115,16 @@ def keep(model: PreTrainedModel, numbers: Sequence[int]) -> None:
         setattr(model.config.get_text_config(), key, value)
     for path, key, value in changes:
         setattr(model.get_submodule(path), key, value)
+
+
+def tried(model: PreTrainedModel, numbers: Sequence[int]) -> tuple[dict[str, Any], list[_Fact]]:
+    """What `keep` writes in the config and in the modules; the model may be without weights. Raises as `keep`."""
+    settings = _settings(model, numbers)
+    try:
+        short = _made(model, settings)
+    except Exception as error:  # what checks a config raises almost any class
+        raise _refused(model, " ".join(str(error).split()).rstrip(".")) from error
+    return settings, list(_changes(_made(model, {}), short, list_of_layers(model), numbers))
 
 
 def take_shape(model: PreTrainedModel, planned: Any) -> None:
