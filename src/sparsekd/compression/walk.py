@@ -80,7 +80,8 @@ class Walk:
                     p = log_p.exp()
                     sums[-1] += len(p)
                     for number, other in enumerate(others):
-                        sums[number] += (p * (log_p - other._log_probabilities(batch, row))).sum().cpu()
+                        log_q = other._log_probabilities(batch, row)
+                        sums[number] += log_q.sub_(log_p).mul_(p).sum().neg().cpu()  # in place: they are large
         add_over_processes(sums)
         return (sums[:-1] / sums[-1]).tolist()
 
