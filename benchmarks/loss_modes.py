@@ -1,15 +1,17 @@
-"""Which distillation loss ends nearer to the dense model: modes and temperatures after equal training.
+"""Which distillation loss ends nearer to the dense model: modes, temperatures and weightings after equal training.
 
     python benchmarks/loss_modes.py DATA [--seeds 42 123 456] [--temperatures 1 2 3] [--modes bucket ...] [--rate 1e-4]
+    python benchmarks/loss_modes.py DATA --blocks 64 --temperatures 2 --modes bucket entropy gap domain
     python benchmarks/loss_modes.py --summary     what is recorded, over seeds, each mode in pairs with `bucket`
 
 Every arm starts from the same truncated model (35 %, `two-sided, no probe` of truncation_ablation.py), and sees the
-same 60,160 tokens once, in the order of the seed, with alpha 0.5 and one learning rate. Measured are, on 4,096 tokens
-of WikiText-2 test and of held-out C4, the strict perplexity as a ratio to the dense model's, and the KL of the dense
-model's distributions to the arm's, over the whole vocabulary, in nats a token.
+same 60,160 tokens (or --blocks of 256) once, in the order of the seed, with alpha 0.5 and one learning rate. Measured
+are, on 4,096 tokens of WikiText-2 test and of held-out C4, the strict perplexity as a ratio to the dense model's, and
+the KL of the dense model's distributions to the arm's, over the whole vocabulary, in nats a token.
 
 `tempered tail` is a bucket that is tempered along with the kept tokens, r^(1/T) for the tail's mass r: common
 elsewhere, not in the product. At temperature 1 it is `bucket`, so it is not run there.
+`entropy`, `gap` and `domain` are `bucket` with that `distill.weighting`.
 
 An arm that benchmarks/results/loss_modes.json holds already is not run again: kill it and go on at any time. Two of
 these with other seeds or temperatures may run side by side, with OMP_NUM_THREADS=1 faster than one with two threads.
@@ -38,6 +40,7 @@ from sparsekd.evaluate import measure, ratio
 NAME, REDUCTION, BLOCKS = "loss_modes", 0.35, 235
 TEMPERED_TAIL = "tempered tail"
 MODES = ("bucket", "paper", "renorm_full", TEMPERED_TAIL)
+WEIGHTINGS = ("entropy", "gap", "domain")
 
 
 def main() -> None:
@@ -46,15 +49,16 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 123, 456])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 3.0])
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES + WEIGHTINGS)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     given = parser.parse_args()
     if given.summary:
-        print("\n".join(summary_lines(recorded(), given.rate)))
+        print("\n".join(summary_lines(recorded(), trained_by(given.rate, given.blocks))))
         return
     if given.data is None:
         parser.error("DATA is needed, unless --summary is given")
-    setup = prepare(given.data, train=True, training_blocks=BLOCKS)
+    setup = prepare(given.data, train=True, training_blocks=given.blocks)
     start, _ = truncated(setup, "two-sided, no probe", REDUCTION)
     dense = Remembered(setup.model)
 
@@ -68,19 +72,27 @@ def main() -> None:
     if "start" not in recorded():
         save("start", "before", start)
     for seed, temperature, mode in itertools.product(given.seeds, given.temperatures, given.modes):
-        arm, part = f"{mode}, T {temperature:g}", f"seed {seed}, rate {given.rate:g}"
+        arm, part = f"{mode}, T {temperature:g}", f"seed {seed}, {trained_by(given.rate, given.blocks)}"
         if part in recorded().get(arm, {}) or (mode == TEMPERED_TAIL and temperature == 1):
             continue
         distill = dataclasses.replace(
-            setup.recipe.distill, loss="bucket" if mode == TEMPERED_TAIL else mode, temperature=temperature
+            setup.recipe.distill,
+            loss=mode if mode in ("paper", "renorm_full") else "bucket",
+            temperature=temperature,
+            weighting=mode if mode in WEIGHTINGS else None,
         )
         chosen = dataclasses.replace(setup, recipe=dataclasses.replace(setup.recipe, distill=distill))
         changed = patch.dict(losses._KD, {"bucket": tempered_tail})
         with changed if mode == TEMPERED_TAIL else contextlib.nullcontext():
-            save(arm, part, train(chosen, start, given.rate, seed, BLOCKS))
+            save(arm, part, train(chosen, start, given.rate, seed, given.blocks))
 
 
-def summary_lines(arms: dict[str, Any], rate: float) -> Iterator[str]:
+def trained_by(rate: float, blocks: int) -> str:
+    """What an arm's seed is recorded under beside it."""
+    return f"rate {rate:g}" if blocks == BLOCKS else f"rate {rate:g}, {blocks} blocks"
+
+
+def summary_lines(arms: dict[str, Any], training: str) -> Iterator[str]:
     """A table over seeds. `bucket`: mean and sample standard deviation of what was measured. Others: those of the
     difference to `bucket` at the same temperature and seed; above zero, the arm is further from the dense model."""
     figures = list(itertools.product(("perplexity", "kl"), ("wikitext2", "c4")))
@@ -88,7 +100,9 @@ def summary_lines(arms: dict[str, Any], rate: float) -> Iterator[str]:
     yield "|---|---|" + "---|" * len(figures)
     for arm in sorted(arms.keys() - {"start"}, key=lambda arm: (arm[-1], arm)):
         reference = f"bucket, {arm.partition(', ')[2]}"
-        seeds = [part for part in arms[arm] if part.endswith(f"rate {rate:g}") and part in arms[reference]]
+        seeds = [part for part in arms[arm] if part.endswith(training) and part in arms[reference]]
+        if not seeds:
+            continue
         cells = []
         for figure, text in figures:
             found, base = (np.array([arms[a][seed][figure][text][0] for seed in seeds]) for a in (arm, reference))

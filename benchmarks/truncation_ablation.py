@@ -278,7 +278,8 @@ def _training_data(model: Any, built: corpus.Corpus, ids: np.ndarray, folder: Pa
     made_from: dict[str, Any] = {"tokenizer_hash": "benchmark", "corpus_fingerprint": built.fingerprint}
     cache = teacher.fill(model, folder, used, **made_from)
     assert cache is not None
-    return distillation.Data(blocks, functools.partial(corpus.shuffled, ids, 42), built.validation_ids.tolist(), cache)
+    order, sources = functools.partial(corpus.shuffled, ids, 42), [block.source for block in built.blocks]
+    return distillation.Data(blocks, order, built.validation_ids.tolist(), cache, sources)
 
 
 if __name__ == "__main__":
