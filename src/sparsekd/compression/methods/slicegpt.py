@@ -3,9 +3,9 @@
 SliceGPT (Ashkboos et al., arXiv 2401.15024). Norms become RMSNorms without weights, which a rotation passes through;
 before each norm the stream is in the basis of its principal components there, in the model that is sliced up to there,
 and two shortcuts a layer carry it from basis to basis. The paper takes the components of what a norm gives, its
-authors' code (microsoft/TransformerCompression) those of what it reads, as here: they lose less. All matrices get
-narrower, those of attention and the embeddings too: the reduction is of the MLPs as everywhere, and one width serves
-all layers. Two forward passes over the text.
+authors' code (microsoft/TransformerCompression) those of what it reads, as here. All matrices get narrower, those of
+attention and the embeddings too: the reduction is of the MLPs as everywhere, and one width serves all layers. Two
+forward passes over the text.
 """
 
 from __future__ import annotations
