@@ -59,8 +59,8 @@ def print_export(folder: Path, record: Record, as_json: bool) -> None:
     print_facts(facts | ({"notes": "; ".join(record["notes"])} if record["notes"] else {}), as_json=False)
 
 
-def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
-    """Titles, headers and rows; where nobody watches, wide enough for the widest of them."""
+def print_tables(titled: Iterable[tuple[Any, ...]]) -> None:
+    """Each begins with its title, header and rows; where nobody watches, wide enough for the widest of them."""
     from rich.console import Console
 
     from sparsekd.report import tables
@@ -68,7 +68,7 @@ def print_tables(titled: Iterable[tuple[str, list[str], list[list[str]]]]) -> No
     plain = Console()
     if not plain.is_terminal:
         plain = Console(width=140)
-    for title, header, rows in titled:
+    for title, header, rows, *_ in titled:
         plain.print(tables.console_table(title, header, rows))
 
 

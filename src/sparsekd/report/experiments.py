@@ -50,7 +50,7 @@ def _methods(found: Record) -> Titled:
             ]
         )
     title = f"Every method: what is removed and left, and perplexity to dense, mean of {len(texts)} texts"
-    return Titled(title, header, rows)
+    return Titled(title, header, rows, "words")
 
 
 def _mean_ratio(comparisons: list[Record | None]) -> str:

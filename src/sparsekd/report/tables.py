@@ -20,6 +20,7 @@ class Titled(NamedTuple):
     title: str
     header: list[str]
     rows: Rows
+    style: str = "two"  # columns of names on the left; "words": one, and the last column is wrapped
 
 
 PERPLEXITY_HEADER = ["text", "model", "perplexity", "to dense", "bits per byte", "paper's protocol", "tokens"]
