@@ -62,7 +62,7 @@ def test_the_table_of_neurons_reads_the_curves() -> None:
         "neurons_by_allocation": {"global": 500, "uniform": 640},
     }
     found = {"reduction": 0.5, "mlps": [mlp], "predicted_kl_by_allocation": {"global": 1.0, "uniform": 0.72}}
-    _, header, rows = tables.damage(found)
+    _, header, rows, _ = tables.damage(found)
     assert header == ["reads the neurons", "neurons", "95%", "85%", "65%", "50%", "35%", "20%", "global", "uniform"]
     assert rows[0] == ["mlp.down", "1,000", "0.1", "0.3", "0.7", "1", "1.6", "2.2", "500", "640"]
     assert rows[1] == ["predicted KL of all", *[""] * 7, "1", "0.72"]

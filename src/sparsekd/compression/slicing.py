@@ -1,8 +1,8 @@
 """A narrower residual stream by principal components: the width, the bases, and the cut of the method `slicegpt`.
 
 From the first norm to the last: the second moment of what the norm reads, in the model that is sliced up to there; its
-first eigenvectors are the basis. While this is worked out the model stays dense, and the stream
-is projected on the bases found so far.
+first eigenvectors are the basis. While this is worked out the model stays dense, and the stream is projected on the
+bases found so far.
 
 Shape letters: D hidden size, H width that is left.
 """
