@@ -60,10 +60,9 @@ def main() -> None:
         parser.error("DATA is needed, unless --summary is given")
     setup = prepare(given.data, train=True, training_blocks=given.blocks)
     start, _ = truncated(setup, "two-sided, no probe", REDUCTION)
-    dense = Remembered(setup.model)
 
     def save(arm: str, part: str, model: Any) -> None:
-        values = beside_dense(setup, dense, model)
+        values = beside_dense(setup, model)
         found = recorded()  # again: the one beside may have added to it
         found.setdefault(arm, {})[part] = values
         record(NAME, {"arms": found}, show=False)
@@ -119,25 +118,11 @@ def recorded() -> dict[str, Any]:
     return json.loads(path.read_text())["arms"] if path.exists() else {}
 
 
-class Remembered:
-    """A model whose answers are kept (3.2 GB here): every arm is compared with it on the same windows."""
-
-    def __init__(self, model: Any):
-        self.config, self.device, self._model = model.config, model.device, model
-        self._answers: dict[bytes, Any] = {}
-
-    def __call__(self, *, input_ids: Tensor, use_cache: bool) -> Any:
-        key = input_ids.numpy().tobytes()
-        if key not in self._answers:
-            self._answers[key] = self._model(input_ids=input_ids, use_cache=use_cache)
-        return self._answers[key]
-
-
-def beside_dense(setup: Setup, dense: Any, model: Any) -> dict[str, dict[str, tuple[float, float | None]]]:
+def beside_dense(setup: Setup, model: Any) -> dict[str, dict[str, tuple[float, float | None]]]:
     """Ratio of perplexities and KL by text, each with its standard error."""
     found: dict[str, dict[str, tuple[float, float | None]]] = {"perplexity": {}, "kl": {}}
     for name, text in setup.texts.items():
-        both = {"dense": dense, "model": model}
+        both = {"dense": setup.model, "model": model}
         measured = measure(both, setup.tokenizer, text, teacher="dense", max_tokens=TEST_TOKENS)
         agreement = measured["model"].agreement
         assert agreement is not None
