@@ -23,15 +23,15 @@ def in_two_processes(function: Callable[[], Any]) -> list[Any]:
         assert process.poll(300), "a process hangs"
         problem = process.recv()
         assert problem is None, problem
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+    return [torch.load(f"{folder.name}/{rank}.pt") for rank in range(2)]
 
 
 @functools.cache
-def _pair() -> tuple[str, list[Any]]:
-    context, folder, pair = multiprocessing.get_context("spawn"), tempfile.mkdtemp(), []
+def _pair() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
+    context, folder, pair = multiprocessing.get_context("spawn"), tempfile.TemporaryDirectory(), []
     for rank in range(2):
         here, there = context.Pipe()
-        context.Process(target=_serve, args=(rank, folder, there), daemon=True).start()
+        context.Process(target=_serve, args=(rank, folder.name, there), daemon=True).start()
         pair.append(here)
     return folder, pair
 

@@ -50,9 +50,11 @@ def test_equals_exhaustive_search_on_convex_curves_of_equal_cost(
 ) -> None:
     curves = [curve(values, cost) for values in losses]
     lowest, highest = (sum(float(c.costs[i]) for c in curves) for i in (0, -1))
-    budget = lowest + round(share * (highest - lowest))  # of parameters
+    budget = lowest + share * (highest - lowest)
     spent, lost = total(curves, allocate(curves, budget))
     options = itertools.product(*(c.ranks.tolist() for c in curves))
-    best = min(loss for cost_, loss in (total(curves, list(option)) for option in options) if cost_ <= budget)
-    assert spent <= budget
-    assert lost == pytest.approx(best, abs=1e-9)
+    found = [total(curves, list(option)) for option in options]
+    # a budget that is a hair below a whole number may be rounded to it
+    best, other = (min(loss for cost_, loss in found if cost_ <= budget + hair) for hair in (0, 1e-9))
+    assert spent <= budget + 1e-9
+    assert lost in (pytest.approx(best, abs=1e-9), pytest.approx(other, abs=1e-9))

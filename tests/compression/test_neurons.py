@@ -211,7 +211,7 @@ def test_a_layer_at_a_time_on_another_device(make_model: Any) -> None:
         kept = {one: found.kept(20) for one, found in removals.items()}
         made.append(list(narrowing.compensated(model, kept, calibration.walk())[0].values()))
         assert not away
-    assert all(torch.equal(here, away) for here, away in zip(*made, strict=True))
+    assert all(torch.equal(here, there) for here, there in zip(*made, strict=True))
 
 
 def test_two_walks_of_a_layer_keep_each_its_own_neurons(make_model: Any) -> None:

@@ -77,7 +77,7 @@ def test_an_experiment_in_two_processes(tiny_recipe: Path, tmp_path: Path) -> No
     assert found == read(tmp_path / "two/reproduce-III.json") and list(found["arms"]) == ["Dense+KD", "round 40%"]
 
 
-def test_what_fsdp_cannot_split_is_refused(tiny_recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_fsdp_cannot_split_is_refused(tiny_recipe: Path, tmp_path: Path, sparsekd: Any, monkeypatch: Any) -> None:
     split_models(monkeypatch)
     refused = "distill.train is lora, which FSDP cannot split"
     outcome = launched("run", tiny_recipe, "--out", tmp_path / "two", "--set", "distill.train=lora", count=2)
@@ -87,5 +87,5 @@ def test_what_fsdp_cannot_split_is_refused(tiny_recipe: Path, tmp_path: Path, mo
         require_splittable(Distill(teacher="online"))
     monkeypatch.setattr(splitting, "rank_and_count", lambda: (0, 2))
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(UsageError, match="FSDP version 1 is not supported"):
-        splitting.is_split()
+    found = sparsekd("run", tiny_recipe, "--out", tmp_path / "one")
+    assert found.code != 0 and "sparsekd: FSDP version 1 is not supported" in found.err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsekd.records import Record
+    from sparsekd.report.tables import Titled
     from sparsekd.run import DevicePlan, Estimate
 
 
@@ -59,8 +60,8 @@ def print_export(folder: Path, record: Record, as_json: bool) -> None:
     print_facts(facts | ({"notes": "; ".join(record["notes"])} if record["notes"] else {}), as_json=False)
 
 
-def print_tables(titled: Iterable[tuple[Any, ...]]) -> None:
-    """Each begins with its title, header and rows; where nobody watches, wide enough for the widest of them."""
+def print_tables(titled: Iterable[Titled]) -> None:
+    """Where nobody watches, wide enough for the widest of them."""
     from rich.console import Console
 
     from sparsekd.report import tables
@@ -68,8 +69,8 @@ def print_tables(titled: Iterable[tuple[Any, ...]]) -> None:
     plain = Console()
     if not plain.is_terminal:
         plain = Console(width=140)
-    for title, header, rows, *_ in titled:
-        plain.print(tables.console_table(title, header, rows))
+    for table in titled:
+        plain.print(tables.console_table(table.title, table.header, table.rows))
 
 
 def print_evaluation(found: Record, as_json: bool) -> None:
@@ -89,7 +90,7 @@ def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(gathered)
         return
-    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(gathered["compression"]))])
+    print_tables([tables.Titled("Parameters", tables.SIZE_HEADER, tables.sizes(gathered["compression"]))])
     for line in (tables.prefill(gathered["evaluation"]), tables.allocations(gathered)):
         if line is not None:
             print(line)
@@ -97,11 +98,11 @@ def print_report(gathered: Record, folder: Path, as_json: bool) -> None:
         print("perplexity: not measured, for the recipe names no text in evaluate.texts")
     print_evaluation(gathered["evaluation"], as_json=False)
     if len(gathered["rounds"]) > 1:
-        print_tables([("Rounds", *tables.rounds(gathered))])
+        print_tables([tables.Titled("Rounds", *tables.rounds(gathered))])
     if gathered["bench"]:
         print_tables(frontier.tables(gathered["bench"]))
     total = ["total", tables.duration(sum(gathered["seconds"].values()))]
-    print_tables([("Time", ["stage", ""], [*tables.seconds(gathered["seconds"]), total])])
+    print_tables([tables.Titled("Time", ["stage", ""], [*tables.seconds(gathered["seconds"]), total])])
     print(f"peak memory {tables.memory(gathered)}")
     print(f"model:  {folder / gathered['model_folder']}   (open it with sparsekd.load)")
     print(f"report: {folder / 'report.html'}")
@@ -116,8 +117,8 @@ def print_plan(planned: Estimate, as_json: bool) -> None:
         return
     structure = planned.compression.as_dict()
     rows = [row[:5] for row in tables.matrices(structure)]
-    print_tables([("Matrices", tables.MATRIX_HEADER[:5], rows)])
-    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(structure))])
+    print_tables([tables.Titled("Matrices", tables.MATRIX_HEADER[:5], rows)])
+    print_tables([tables.Titled("Parameters", tables.SIZE_HEADER, tables.sizes(structure))])
     print_costs(planned)
 
 
@@ -157,8 +158,10 @@ def print_device_plan(planned: DevicePlan, as_json: bool) -> None:
         print_json(planned.as_dict())
         return
     estimate = planned.estimate
-    print_tables([("Parameters", tables.SIZE_HEADER, tables.sizes(estimate.compression.as_dict()))])
-    print_tables([("Memory of each device, and time", tables.DEVICE_HEADER, tables.devices(planned.as_dict()))])
+    print_tables([tables.Titled("Parameters", tables.SIZE_HEADER, tables.sizes(estimate.compression.as_dict()))])
+    print_tables(
+        [tables.Titled("Memory of each device, and time", tables.DEVICE_HEADER, tables.devices(planned.as_dict()))]
+    )
     print(f"devices       {estimate.device}, {estimate.dtype}")
     print(f"speed         {planned.assumption}")
     if planned.note is not None:
