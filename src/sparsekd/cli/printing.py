@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsekd.records import Record
-    from sparsekd.report.tables import Titled
+    from sparsekd.report import tables
     from sparsekd.run import DevicePlan, Estimate
 
 
@@ -60,7 +60,7 @@ def print_export(folder: Path, record: Record, as_json: bool) -> None:
     print_facts(facts | ({"notes": "; ".join(record["notes"])} if record["notes"] else {}), as_json=False)
 
 
-def print_tables(titled: Iterable[Titled]) -> None:
+def print_tables(titled: Iterable[tables.Titled]) -> None:
     """Where nobody watches, wide enough for the widest of them."""
     from rich.console import Console
 
