@@ -4,9 +4,10 @@
     python benchmarks/rows.py EVAL.json NAME
 
 RUN is a directory of `sparsekd reproduce` or `sparsekd run`, finished or not: rows of the same run NAME, arm and seed
-are replaced, all others stay. EVAL.json is what `sparsekd eval RUN/arms/.../model --tasks ... --json` printed. Without
---command that of an experiment is worked out from what `reproduce` wrote; RECIPE in it is the row's in
-experiments.jsonl. Without --commit it is the one that is checked out.
+are replaced, all others stay. An arm that is still being trained has a row of the validations so far. EVAL.json is what
+`sparsekd eval RUN/arms/.../model --tasks ... --json` printed. Without --command that of an experiment is worked out
+from what `reproduce` wrote; RECIPE in it is the row's in experiments.jsonl. Without --commit it is the one that is
+checked out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import _tables
 from _record import head, joined
 from _tables import DENSE, Row, Windows
+
+from sparsekd.distillation.history import METRICS
 
 STAGES = (DENSE, "compressed", "distilled")
 PARTS = ("compressed", "search", "distilled", "eval")  # an arm's folders
@@ -35,18 +38,24 @@ def main() -> None:
     parser.add_argument("--command")
     parser.add_argument("--commit", default=head())
     given = parser.parse_args()
-    if given.source.is_file():
-        tables = {"tasks": list(_evaluated(_json(given.source), given.name))}
-    elif (given.source / "arms").is_dir():
-        tables = _reproduced(given.source, given.name)
+    for table, count in add(given.source, given.name, given.command, given.commit).items():
+        print(f"{table}: {count} rows")
+
+
+def add(source: Path, name: str, command: str | None, commit: str) -> dict[str, int]:
+    """Writes what there is; returns the number of rows by table."""
+    if source.is_file():
+        tables = {"tasks": list(_evaluated(_json(source), name))}
+    elif (source / "arms").is_dir():
+        tables = _reproduced(source, name)
     else:
-        tables = _run(_json(given.source / "report.json"), given.name)
+        tables = _run(_json(source / "report.json"), name)
     for table, rows in tables.items():
         for row in rows if table != "comparisons" else ():
-            row["command"] = given.command or row.get("command") or _command(row, tables.get("experiments", []))
-            row["commit"] = given.commit
+            row["command"] = command or row.get("command") or _command(row, tables.get("experiments", []))
+            row["commit"] = commit
         _tables.add(table, rows)
-        print(f"{table}: {len(rows)} rows")
+    return {table: len(rows) for table, rows in tables.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -68,7 +77,8 @@ def _reproduced(folder: Path, run: str) -> dict[str, list[Row]]:
         if "measured" not in found:  # a table of speed has no trained arms
             _experiment(found, run, tables)
     for arm in sorted(folder.glob("arms/*/seed-*")):
-        if not (arm / "eval" / "stage.json").exists():
+        is_finished = (arm / "eval" / "stage.json").exists()
+        if not is_finished and not (arm / "distilled" / METRICS).exists():
             continue
         name, seed = arm.parent.name, int(arm.name.removeprefix("seed-"))
         parts = {part: _json(arm / part / "stage.json") for part in PARTS if (arm / part / "stage.json").exists()}
@@ -78,11 +88,13 @@ def _reproduced(folder: Path, run: str) -> dict[str, list[Row]]:
         rate = inputs["distill"]["learning_rate"]
         losses = parts.get("search", {}).get("losses", {})
         costs = {"seconds": {part: summary["seconds"] for part, summary in parts.items()}}
-        costs |= {"peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in parts.values())}
+        costs |= {"peak_memory_bytes": max((one["peak_memory_bytes"] for one in parts.values()), default=None)}
         start = folder / inputs["start"].get("folder", "") / "stage.json"  # it may be another arm's pruned model
-        row = key | _trained(parts["distilled"], _json(start) if start.parent.name == "compressed" else None)
+        curves = parts["distilled"] if "distilled" in parts else _so_far(arm / "distilled" / METRICS)
+        row = key | _trained(curves, _json(start) if start.parent.name == "compressed" else None)
         tables["trained"].append(row | {"learning_rate": rate, "losses": losses} | costs | made_by)
-        tables["measured"] += _measured(key, parts["eval"]["models"], windows, made_by)
+        if is_finished:
+            tables["measured"] += _measured(key, parts["eval"]["models"], windows, made_by)
     windows.save()
     return tables
 
@@ -111,6 +123,16 @@ def _measured(key: Row, models: dict[str, Any], windows: Windows, made_by: Row) 
             yield place | {"text": text} | _tables.as_row(result, models[DENSE][text]) | made_by
 
 
+def _so_far(metrics: Path) -> dict[str, Any]:
+    """The curves of a training that is not at its end, in the shape that a finished one's stage.json has."""
+    whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
+    lines = [json.loads(line) for line in whole.splitlines()]
+    steps, validations = ([line for line in lines if line["kind"] == kind] for kind in ("step", "validation"))
+    best = min(validations, key=lambda one: one["loss"])
+    known = {"best_step": best["step"], "stop_reason": "still training", "dense_ce": None}
+    return known | {"steps": steps, "validations": validations}
+
+
 def _trained(distilled: dict[str, Any], compressed: dict[str, Any] | None) -> Row:
     """`steps` gives the tokens that each validation came after."""
     cut = {name: compressed[name] for name in CUT} if compressed else {"mlp_reduction": 0.0}
@@ -119,9 +141,10 @@ def _trained(distilled: dict[str, Any], compressed: dict[str, Any] | None) -> Ro
         {"step": one["step"], "tokens": tokens[one["step"]]} | {name: one[name] for name in VALIDATED}
         for one in distilled["validations"]
     ]
+    first, last = (distilled["steps"][0], distilled["steps"][-1]) if distilled["steps"] else ({}, {})
     return (
         cut
-        | {"tokens": distilled["steps"][-1]["num_tokens"], "first_grad_norm": distilled["steps"][0]["grad_norm"]}
+        | {"tokens": last.get("num_tokens", 0), "first_grad_norm": first.get("grad_norm")}
         | {name: distilled[name] for name in TRAINED}
         | {"validations": validations}
     )

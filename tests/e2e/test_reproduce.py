@@ -158,6 +158,8 @@ def test_two_protocols_and_the_harness(tiny_recipe: Path, tmp_path: Path) -> Non
         ("III", (), {"seeds": [1, 1]}, r"seeds are \[1, 1\]: expected one or several different numbers"),
         ("III", ("evaluate.texts.held=null", "evaluate.texts.other=null"), {}, "evaluate.texts is empty"),
         ("III", ("teacher.cascade=1",), {}, "teacher: the experiments choose their teachers"),
+        ("III", (), {"only": ["neurons"]}, "experiment III has no methods to choose from: leave --only out"),
+        ("methods", (), {"only": ["neurons", "obd"]}, "--only has obd: expected methods among activation, .*whitened"),
     ],
 )
 def test_bad_input(
@@ -200,6 +202,15 @@ def test_methods_are_compared_at_several_reductions(tiny_recipe: Path) -> None:
     (arms,) = plan_arms("methods", load_recipe(str(tiny_recipe), (ROUNDS,)), [1], [1e-3]).values()
     assert {f"{name} {reduction}%" for name in method_names() for reduction in (30, 50)} < arms.keys()
     assert all(arm.start == arms["Dense+KD"].start for arm in arms.values())  # each is a cut of the dense model
+
+
+def test_chosen_methods_with_the_control(tiny_recipe: Path, tmp_path: Path) -> None:
+    options = {"only": ["wanda", "magnitude"], "rates": [1e-3]}
+    found = run("methods", tiny_recipe, tmp_path / "run", "compress.num_tokens=256", **options)
+    names = ["wanda 30%", "magnitude 30%", "wanda 50%", "magnitude 50%"]
+    assert list(found["arms"]) == ["Dense+KD", *names]
+    assert all(len(by_seed) == 2 for by_seed in found["arms"].values())  # both lead
+    assert {pattern["model"].split(",")[0] for pattern in found["patterns"]} == set(names)
 
 
 def test_every_method_in_one_table(tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:

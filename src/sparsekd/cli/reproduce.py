@@ -29,6 +29,9 @@ def command(
             metavar="A,B", help="Learning rates that every arm is tried with first.  [default: 3e-5,1e-4,3e-4]"
         ),
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Methods that experiment methods compares.  [default: all]")
+    ] = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/reproduce-NAME]")] = None,
     resume: Resume = False,
@@ -47,8 +50,9 @@ def command(
     recipe = options.recipe_of(target, None, set_, revision, device)
     each_seed = None if seeds is None else options.numbers("--seeds", seeds, int)
     each_rate = None if rates is None else options.numbers("--rates", rates, float)
+    methods = None if only is None else only.split(",")
     if dry_run:
-        planned = reproduce.preview(experiment, recipe, each_seed, each_rate)
+        planned = reproduce.preview(experiment, recipe, each_seed, each_rate, methods)
         if as_json:
             printing.print_json(planned.as_dict())
             return
@@ -58,7 +62,7 @@ def command(
         return
     folder = out or Path("runs") / f"reproduce-{options.name_of(target, recipe)}"
     found = reproduce.reproduce(
-        experiment, recipe, folder, seeds=each_seed, rates=each_rate, resume=resume, fresh=fresh
+        experiment, recipe, folder, seeds=each_seed, rates=each_rate, only=methods, resume=resume, fresh=fresh
     )
     if not printing.prints_results():
         return

@@ -19,7 +19,7 @@ from sparsekd import files, pipeline
 from sparsekd.console import Console
 from sparsekd.distillation import history_of
 from sparsekd.errors import UsageError
-from sparsekd.recipe import Recipe, Teacher, as_dict, check
+from sparsekd.recipe import Recipe, Teacher, as_dict, check, method_names
 from sparsekd.records import Record
 from sparsekd.report import html
 from sparsekd.reproduce import methods, speed
@@ -53,6 +53,7 @@ def reproduce(
     *,
     seeds: Sequence[int] | None = None,
     rates: Sequence[float] | None = None,
+    only: Sequence[str] | None = None,
     resume: bool = False,
     fresh: bool = False,
     console: Console | None = None,
@@ -62,12 +63,13 @@ def reproduce(
 
     The recipe gives model, corpus, training budget and the method under test; its `rounds` are the reductions, by
     default those that the paper reports. Each arm's learning rate is searched among `rates` with the first seed, and
-    used for all. The tables of speed train nothing: they have the recipe's seed and no rates. Killed and called again,
-    it goes on. Raises `UsageError` for an unknown experiment, no seed, and options that an arm cannot have, all before
-    anything starts; then what the stages raise.
+    used for all. The tables of speed train nothing: they have the recipe's seed and no rates. `only` are the methods
+    that experiment `methods` is to compare, by default all. Killed and called again, it goes on. Raises `UsageError`
+    for an unknown experiment or method, no seed, and options that an arm cannot have, all before anything starts; then
+    what the stages raise.
     """
     seeds, rates = _chosen(experiment, recipe, seeds, rates)
-    planned = plan_arms(experiment, recipe, seeds, rates)
+    planned = plan_arms(experiment, recipe, seeds, rates, only)
     with Run.open(folder, recipe, console or Console(), resume=resume, fresh=fresh) as opened:
         work = Work(opened)
         opened.keep_recipe(_settings(recipe, planned))
@@ -75,7 +77,7 @@ def reproduce(
         if experiment in speed.TABLES:
             found = speed.measure(experiment, work, planned[seeds[0]])
         else:
-            found = gather(experiment, recipe, _train(experiment, work, planned, rates)) | {"rates": list(rates)}
+            found = gather(experiment, recipe, _train(experiment, work, planned, rates, only)) | {"rates": list(rates)}
         if opened.processes.is_main:
             files.write_json(folder / f"reproduce-{experiment}.json", found)
             files.write_text(folder / f"reproduce-{experiment}.html", html.render_experiment(found))
@@ -94,14 +96,19 @@ def _chosen(
 
 
 def _train(
-    experiment: str, work: Work, planned: dict[int, dict[str, Round]], rates: Sequence[float]
+    experiment: str,
+    work: Work,
+    planned: dict[int, dict[str, Round]],
+    rates: Sequence[float],
+    only: Sequence[str] | None,
 ) -> dict[str, dict[int, Result]]:
     arms: dict[str, dict[int, Result]] = {}
     first = next(iter(planned))
     for seed, rounds in planned.items():
         names = list(rounds)
         if experiment == methods.NAME and seed != first:
-            names = methods.leading(Seed(work.recipe, seed), {name: by_seed[first] for name, by_seed in arms.items()})
+            results = {name: by_seed[first] for name, by_seed in arms.items()}
+            names = methods.leading(Seed(work.recipe, seed, only), results)
         for name in names:
             work.run.console.say(f"{name}, seed {seed}:")
             searched = None if seed == first else arms[name][first].rate
@@ -110,7 +117,11 @@ def _train(
 
 
 def plan_arms(
-    experiment: str, recipe: Recipe, seeds: Sequence[int], rates: Sequence[float]
+    experiment: str,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    only: Sequence[str] | None = None,
 ) -> dict[int, dict[str, Round]]:
     """The arms of an experiment by seed and name; raises the `UsageError`s of `reproduce`."""
     if experiment not in EXPERIMENTS:
@@ -121,8 +132,13 @@ def plan_arms(
         raise UsageError("evaluate.texts is empty: the experiments compare perplexities, so name a text in the recipe")
     if recipe.teacher != Teacher():
         raise UsageError("teacher: the experiments choose their teachers: leave the section out")
+    if only is not None and experiment != methods.NAME:
+        raise UsageError(f"experiment {experiment} has no methods to choose from: leave --only out")
+    for method in only or ():
+        if method not in method_names():
+            raise UsageError(f"--only has {method}: expected methods among {', '.join(method_names())}")
     pipeline.check_before_starting(recipe)
-    planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed)) for seed in seeds}
+    planned = {seed: EXPERIMENTS[experiment](Seed(recipe, seed, only)) for seed in seeds}
     rounds_of_model = [] if experiment == methods.NAME else recipe.rounds  # there each reduction is a cut of its own
     for round_ in (round_ for rounds in planned.values() for round_ in rounds.values()):
         for rate in rates:
@@ -146,15 +162,19 @@ class Preview:
 
 
 def preview(
-    experiment: str, recipe: Recipe, seeds: Sequence[int] | None = None, rates: Sequence[float] | None = None
+    experiment: str,
+    recipe: Recipe,
+    seeds: Sequence[int] | None = None,
+    rates: Sequence[float] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Preview:
     """Plans the arms; raises the `UsageError`s of `reproduce`."""
     seeds, rates = _chosen(experiment, recipe, seeds, rates)
-    planned = plan_arms(experiment, recipe, seeds, rates)
+    planned = plan_arms(experiment, recipe, seeds, rates, only)
     arms = planned[seeds[0]]
     num_trials = len(arms) * len(rates) if len(rates) > 1 else 0
     if experiment == methods.NAME:
-        few = methods.leading(Seed(recipe, seeds[0]))
+        few = methods.leading(Seed(recipe, seeds[0], only))
         planned = {s: arms if s == seeds[0] else {name: planned[s][name] for name in few} for s in seeds}
     rounds = [round_ for rounds in planned.values() for round_ in rounds.values()]
     silent = replace(recipe, evaluate=replace(recipe.evaluate, prompts=[]))  # arms are asked nothing
@@ -202,7 +222,10 @@ def gather(experiment: str, recipe: Recipe, arms: Arms) -> Record:
         "arms": {name: {str(seed): one.as_dict() for seed, one in by_seed.items()} for name, by_seed in arms.items()},
         "ratios": {name: ratios(found, experiment, name) for name in arms},
         "patterns": [
-            _judged(experiment, pattern, text, found) for pattern in PATTERNS[experiment](first) for text in found.texts
+            _judged(experiment, pattern, text, found)
+            for pattern in PATTERNS[experiment](first)
+            if {pattern.model.arm, pattern.reference.arm} <= {None, *arms}  # methods may have been left out
+            for text in found.texts
         ],
     }
     if experiment == "controls":

@@ -31,8 +31,10 @@ def percent(reduction: float) -> str:
 class Seed:
     """Makes the rounds of one seed."""
 
-    def __init__(self, recipe: Recipe, seed: int):
+    def __init__(self, recipe: Recipe, seed: int, methods: Sequence[str] | None = None):
         self._recipe, self._seed = recipe, seed
+        self.methods = methods or method_names()  # of experiment `methods`
+        self.has_others = methods is None  # it has those of the paper's tables too that are no method of ours
         self.reductions = recipe.rounds or list(REDUCTIONS)
         self.one_shot = recipe.rounds or list(ONE_SHOT)  # of experiment `methods`
         self.splits_corpus = recipe.split_corpus
@@ -127,19 +129,22 @@ def arm(method: str, reduction: float) -> str:
 
 
 def methods(seed: Seed) -> dict[str, Round]:
-    """The dense model distilled, each method at each reduction, a Born-Again student and the paper's mild cut.
+    """The dense model distilled, each method at each reduction, and where no methods were chosen a Born-Again student
+    and the paper's mild cut.
 
     `svd` is the paper's truncation; the others have the options of the recipe's sections. `distill.lr_scale` is for low
     rank, whose factors multiply each other's changes: the other forms train all of their weights alike.
     """
     found = {DENSE_KD: seed.dense(DENSE_KD)}
     for reduction in seed.one_shot:
-        for method in method_names():
+        for method in seed.methods:
             chosen = seed.svd if method == "svd" else seed.compress.by(method)
             made = seed.pruned(arm(method, reduction), reduction, compress=chosen)
             if method_named(method).FORM != "lowrank":
                 made = replace(made, distill=replace(made.distill, lr_scale=RateScale()))
             found[arm(method, reduction)] = made
+    if not seed.has_others:
+        return found
     found[BORN_AGAIN] = seed.dense(BORN_AGAIN, start="fresh", lr_scale=RateScale())
     return found | tiered(seed)
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from sparsekd import export, models
 from sparsekd.errors import ResourceError, UsageError
-from sparsekd.recipe import method_names
 from sparsekd.records import Record
 from sparsekd.reproduce.arms import DENSE_KD, Seed, arm
 from sparsekd.reproduce.results import Result
@@ -33,7 +32,7 @@ def leading(seed: Seed, results: Mapping[str, Result] | None = None) -> list[str
         measured = (results[arm(method, r)].models["distilled"].values() for r in seed.one_shot)
         return statistics.fmean(math.log(text["perplexity"]) for texts in measured for text in texts)
 
-    ordered = method_names() if results is None else sorted(method_names(), key=loss)
+    ordered = seed.methods if results is None else sorted(seed.methods, key=loss)
     return [DENSE_KD, *(arm(method, r) for r in seed.one_shot for method in ordered[:LEADING])]
 
 

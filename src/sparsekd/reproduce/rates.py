@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from sparsekd import distillation
 from sparsekd.errors import Diverged
-from sparsekd.run import Round, Work
+from sparsekd.run import Round, Work, trial_tokens
 from sparsekd.run.stages import distill
 
 
@@ -22,8 +22,9 @@ class Rate:
 
 
 def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> Rate:
-    """Stage `search`: of `rates`, the one whose loss on the validation blocks is lowest after a quarter of an epoch, by
-    the round's own objective. One rate needs no search. Raises `Diverged` where the training diverges at all of them.
+    """Stage `search`: of `rates`, the one whose loss on the validation blocks is lowest after a quarter of an epoch, or
+    65,536 tokens where that is less, by the round's own objective. One rate needs no search. Raises `Diverged` where
+    the training diverges at all of them.
     """
     if len(rates) == 1:
         return Rate(rates[0], {})
@@ -33,7 +34,8 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> Rate:
     if stage.summary is not None:
         return Rate(stage.summary["learning_rate"], stage.summary["losses"])
     ids = work.blocks.order(round_.seed, 0, round_.share)
-    data = distill.data_of(work, round_, lambda epoch: ids[: max(1, len(ids) // 4)])
+    num_tried = max(1, int(trial_tokens(len(ids) * work.recipe.corpus.seq_len) / work.recipe.corpus.seq_len))
+    data = distill.data_of(work, round_, lambda epoch: ids[:num_tried])
     losses: dict[str, float | None] = {}
     for rate in rates:
         name = f"rate-{rate:g}.json"

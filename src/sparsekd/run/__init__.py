@@ -1,5 +1,6 @@
 """A run on disk. In: a recipe and a folder; out: finished stages, reused when nothing they are made of has changed."""
 
+from sparsekd.run.costs import trial_tokens as trial_tokens
 from sparsekd.run.device_plan import DevicePlan as DevicePlan
 from sparsekd.run.device_plan import plan_devices as plan_devices
 from sparsekd.run.directory import Run as Run

@@ -18,6 +18,8 @@ from sparsekd.recipe import Compress, Recipe, method_named
 from sparsekd.run.rounds import Round, planned
 from sparsekd.teacher import CODECS, codec_for
 
+TRIAL_TOKENS = 65_536  # at most, of a training that tries a learning rate
+
 
 @dataclass(frozen=True)
 class CacheSize:
@@ -202,15 +204,20 @@ def _statistics(costs: Costs, visits: bool) -> int | float:
     return sizes.layers * 3 * 8 * sizes.hidden**2 + directions + gradients + kept
 
 
+def trial_tokens(epoch: float) -> float:
+    """What a learning rate is tried on, of an epoch of so many tokens."""
+    return min(epoch / 4, TRIAL_TOKENS)
+
+
 def _work(
     recipe: Recipe, rounds: Sequence[Round], num_trials: int, structure: compression.Plan, cached: int, layers: int
 ) -> Workload:
     corpus, distill, evaluate = recipe.corpus, recipe.distill, recipe.evaluate
     epoch, held_out = corpus.num_blocks * corpus.seq_len, corpus.num_validation_blocks * corpus.seq_len
-    # of all rounds; a trial is a quarter of an epoch, validated before and after
+    # of all rounds; a trial is validated before and after
     epochs = sum(one.distill.epochs / one.share.count for one in rounds)
-    in_trials = sum(1 / one.share.count for one in rounds) / len(rounds) * num_trials / 4
-    trained = epoch * (epochs + in_trials)
+    in_a_trial = sum(trial_tokens(epoch / one.share.count) for one in rounds) / len(rounds)
+    trained = epoch * epochs + num_trials * in_a_trial
     validated = held_out * ((distill.validations + 1) * len(rounds) + 2 * num_trials)
     scored = len(evaluate.texts) * (evaluate.max_tokens or 250_000) * evaluate.context / evaluate.stride
     said = len(evaluate.prompts) * continuations.NUM_TOKENS  # in batches: a token costs what it does in a text
