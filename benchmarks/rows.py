@@ -25,7 +25,8 @@ from _tables import DENSE, Row, Windows
 from sparsekd.distillation.history import METRICS
 
 STAGES = (DENSE, "compressed", "distilled")
-PARTS = ("compressed", "search", "distilled", "eval")  # an arm's folders
+PARTS = ("compressed", "search", "distilled", "eval", "facts")  # an arm's folders
+FACTS = ("parameters", "bytes", "opens_in")
 TRAINED = ("stop_reason", "best_step", "dense_ce")
 CUT = ("mlp_reduction", "mlp_parameters_after", "model_reduction", "model_parameters_after", "predicted_kl")
 VALIDATED = ("loss", "kd", "ce")
@@ -94,6 +95,8 @@ def _reproduced(folder: Path, run: str) -> dict[str, list[Row]]:
         row = key | _trained(curves, _json(start) if start.parent.name == "compressed" else None)
         tables["trained"].append(row | {"learning_rate": rate, "losses": losses} | costs | made_by)
         if is_finished:
+            tables["trained"][-1] |= {name: parts["facts"][name] for name in FACTS if "facts" in parts}
+            tables["trained"][-1] |= {"prefill": parts["eval"]["prefill"]}
             tables["measured"] += _measured(key, parts["eval"]["models"], windows, made_by)
     windows.save()
     return tables

@@ -81,6 +81,17 @@ def test_rates_are_scaled_by_group(new_student: Any, blocks: torch.Tensor, cache
     assert moved["model.embed_tokens.weight"] == 0
 
 
+def test_the_rate_rises_and_falls_as_it_is_asked_to() -> None:
+    cosine, linear = (
+        [optimization.schedule(step, 20, replace(OPTIONS, schedule=name)) for step in range(20)]
+        for name in ("cosine", "linear")
+    )
+    assert cosine[:4] == linear[:4] == [0.2, 0.4, 0.6, 0.8] and cosine[4] == linear[4] == 1.0
+    assert linear[4:] == pytest.approx([1 - step / 16 for step in range(16)])  # the next one would be zero
+    assert cosine[12] == pytest.approx(0.55) and cosine == sorted(cosine[:5]) + sorted(cosine[5:], reverse=True)
+    assert 0.1 < cosine[-1] < 0.12
+
+
 def test_compressed_trains_the_low_rank_layers_only(
     new_student: Any, teacher: Any, blocks: torch.Tensor, cache: Cache
 ) -> None:

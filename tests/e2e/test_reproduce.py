@@ -211,6 +211,7 @@ def test_chosen_methods_with_the_control(tiny_recipe: Path, tmp_path: Path) -> N
     assert list(found["arms"]) == ["Dense+KD", *names]
     assert all(len(by_seed) == 2 for by_seed in found["arms"].values())  # both lead
     assert {pattern["model"].split(",")[0] for pattern in found["patterns"]} == set(names)
+    assert "Perplexity by method" in (tmp_path / "run" / "reproduce-methods.html").read_text()
 
 
 def test_every_method_in_one_table(tiny_recipe: Path, make_model: Any, tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ _CHOICES: dict[str, list[Any]] = {
     "distill.batch_size": [2, 10**6],
     "distill.precision": ["float32", "bfloat16"],
     "distill.warmup_ratio": [0, 1],
+    "distill.schedule": ["linear"],
     "distill.weight_decay": [1],
     "distill.max_grad_norm": [1e-300, float("inf")],
     "distill.validations": [1, 10**9],

@@ -127,7 +127,7 @@ def train(
         for step in range(first, num_steps):
             start = time.monotonic()
             ids = order[step * options.batch_size : (step + 1) * options.batch_size]
-            learning_rate = options.learning_rate * schedule(step, num_steps, options.warmup_ratio)
+            learning_rate = options.learning_rate * schedule(step, num_steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate
             worker.read_ahead(order[(step + 1) * options.batch_size : (step + 2) * options.batch_size])

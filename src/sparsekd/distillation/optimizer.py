@@ -123,12 +123,15 @@ def allocate(optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Linear warm-up, then half a cosine to a tenth of the peak."""
-    warmup = round(num_steps * warmup_ratio)
+def schedule(step: int, num_steps: int, options: Distill) -> float:
+    """The rate of a step, as a part of the peak: linear warm-up, then half a cosine to a tenth, or a line that is zero
+    after the last step (Bergsma et al., arXiv 2502.15938)."""
+    warmup = round(num_steps * options.warmup_ratio)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, num_steps - warmup)
+    if options.schedule == "linear":
+        return 1 - progress
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 

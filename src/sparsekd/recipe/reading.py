@@ -65,7 +65,11 @@ def load_recipe(target: str, overrides: tuple[str, ...] = ()) -> Recipe:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {override}: expected name=value, for example --set distill.epochs=2")
-        values = merge(values, _nested(key.strip().split("."), _parse_yaml(text, f"--set {key}")))
+        changes = _nested(key.strip().split("."), _parse_yaml(text, f"--set {key}"))
+        if isinstance(changes.get("compress"), list):  # in place of what the recipe says
+            values = {**values, "compress": _steps(changes["compress"], "--set compress")}
+        else:
+            values = merge(values, changes)
     recipe = typing.cast(Recipe, _build(Recipe, values, where, ""))
     check(recipe)
     model = dataclasses.replace(recipe.model, name=model_name(recipe.model.name))

@@ -187,6 +187,7 @@ class Distill:
     # work activations out again in the backward pass: less memory, more work
     gradient_checkpointing: bool = field(default=False, metadata=PASSING)
     warmup_ratio: Annotated[float, Range("[0, 1]")] = 0.1  # part of the steps in which the learning rate rises
+    schedule: Literal["cosine", "linear"] = "cosine"  # how it falls then: to a tenth, or straight to zero
     weight_decay: Annotated[float, Range("[0, 1]")] = 0.0
     max_grad_norm: Annotated[float, Range("> 0")] = 1.0
     validations: Annotated[int, Range(">= 1")] = 4  # times the validation loss is measured, evenly over the steps

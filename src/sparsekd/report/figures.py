@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def all_figures(found: Record) -> dict[str, str]:
         made = {"The same student by two teachers": _teachers(found)} | made
     if "attribution" in found:
         made = {"What changes perplexity": _attribution(found)} | made
+    if found["experiment"] == "methods" and len(found["recipe"]["rounds"]) != 1:
+        made = {"Perplexity by method": _methods(found)} | made
     if "recovery" in found:
         made = {"Recovery": _recovery(found["recovery"])} | made
     return made
@@ -119,6 +122,31 @@ def _teachers(found: Record) -> str:
     return svg(figure)
 
 
+def _methods(found: Record) -> str:
+    """Perplexity to dense after training, mean over texts, by what each method took from the MLPs; first seed."""
+    figure, (axes,) = figures(1)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, by_seed in found["arms"].items():
+        method, _, percent = name.rpartition(" ")
+        if percent.endswith("%") and " " not in method:  # the arms at 10.32 % are no methods
+            removed = 100 * next(iter(by_seed.values()))["mlp_reduction"]
+            lines.setdefault(method, []).append((removed, _after(found, name)))
+    for number, (method, points) in enumerate(sorted(lines.items(), key=lambda line: line[1][-1][1])):
+        axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", marker="os^Dvp"[number % 6], ms=4, label=method)
+    axes.axhline(_after(found, "Dense+KD"), ls=":", color=GREY, label="Dense+KD")
+    axes.set(xlim=(0, 100), xlabel="MLP parameters removed, %", ylabel="perplexity to dense, trained", yscale="log")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.legend(**LEGEND, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return svg(figure)
+
+
+def _after(found: Record, arm: str) -> float:
+    """The geometric mean of its ratios to the dense model, over the texts."""
+    return math.exp(statistics.fmean(found["ratios"][arm][text]["after"]["nats"] for text in found["texts"]))
+
+
 def _calibration(found: Record) -> str:
     """Accuracy minus confidence against confidence, of the dense model and of the distilled arms; first seed."""
     figure, all_axes = figures(len(found["texts"]))
@@ -126,6 +154,8 @@ def _calibration(found: Record) -> str:
     shown = {"dense": (next(iter(arms.values()))["dense"], GREY)}
     names = list(arms)
     picked = [names[0], names[len(names) // 2], names[-1]]
+    if found["experiment"] == "methods":
+        picked = sorted(names, key=lambda name: _after(found, name))[:3]
     shown |= {n: (arms[n]["distilled"], c) for n, c in zip(dict.fromkeys(picked), (GREEN, BLUE, ORANGE), strict=False)}
     for axes, text in zip(all_axes, found["texts"], strict=True):
         for (name, (results, color)), marker in zip(shown.items(), "Dos^", strict=False):

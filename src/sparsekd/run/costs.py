@@ -193,18 +193,20 @@ def _statistics(costs: Costs, visits: bool) -> int | float:
     """Three hidden-size sums a layer, directions and gradients of every matrix, unless layers `visit` the device; of
     other methods the hidden states that are kept and one layer's second moments."""
     recipe, sizes = costs.recipe, costs.sizes
-    needs = method_named(recipe.compress.method).needs(recipe.compress.options)
-    seen = min(recipe.compress.num_tokens, recipe.corpus.num_blocks * recipe.corpus.seq_len)
-    streams = needs.streams * seen + sizes.layers * needs.left_out_tokens
-    kept = streams * 4 * sizes.hidden + needs.neuron_grams * 8 * sizes.neurons**2
-    if visits:
-        return kept
     directions = sum(4 * m.out_features * m.max_rank for m in costs.compression.matrices if m.rank is not None)
-    gradients = 4 * costs.compression.mlp_parameters_before if needs.weight_gradients else 0
-    return sizes.layers * 3 * 8 * sizes.hidden**2 + directions + gradients + kept
+
+    def of_step(step: Compress) -> int | float:
+        needs = method_named(step.method).needs(step.options)
+        seen = min(step.num_tokens, recipe.corpus.num_blocks * recipe.corpus.seq_len)
+        streams = needs.streams * seen + sizes.layers * needs.left_out_tokens
+        kept = streams * 4 * sizes.hidden + needs.neuron_grams * 8 * sizes.neurons**2
+        gradients = 4 * costs.compression.mlp_parameters_before if needs.weight_gradients else 0
+        return kept if visits else sizes.layers * 3 * 8 * sizes.hidden**2 + directions + gradients + kept
+
+    return max(of_step(step) for step in recipe.compress.steps)
 
 
-def trial_tokens(epoch: float) -> float:
+def trial_tokens(epoch: int | float) -> int | float:
     """What a learning rate is tried on, of an epoch of so many tokens."""
     return min(epoch / 4, TRIAL_TOKENS)
 
