@@ -31,7 +31,7 @@ from sparsekd.reproduce import SEEDS, reproduce
 from sparsekd.run import is_run
 
 ROOT = Path(__file__).parents[1]
-RATES = (5e-5, 1e-4, 2e-4)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 VALIDATIONS = 24
 NEW_TOKENS = 3_000_000  # about what the sources hold for training, where all have the same share
 SECONDS = 20  # between two looks for a new validation

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsekd.recipe import method_named
 from sparsekd.records import Record
 from sparsekd.report import speed
 from sparsekd.report.plots import BLUE, COLORS, GREEN, GREY, LEGEND, ORANGE, figures, svg
@@ -123,7 +124,8 @@ def _teachers(found: Record) -> str:
 
 
 def _methods(found: Record) -> str:
-    """Perplexity to dense after training, mean over texts, by what each method took from the MLPs; first seed."""
+    """Perplexity to dense after training, mean over texts, by what each method took from the MLPs; dashed where only
+    zeros are left, which save nothing. First seed."""
     figure, (axes,) = figures(1)
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, by_seed in found["arms"].items():
@@ -132,11 +134,14 @@ def _methods(found: Record) -> str:
             removed = 100 * next(iter(by_seed.values()))["mlp_reduction"]
             lines.setdefault(method, []).append((removed, _after(found, name)))
     for number, (method, points) in enumerate(sorted(lines.items(), key=lambda line: line[1][-1][1])):
-        axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", marker="os^Dvp"[number % 6], ms=4, label=method)
+        style = {"color": f"C{number % 10}", "marker": "os^Dvp"[number % 6], "ms": 4, "label": method}
+        axes.plot(*zip(*points, strict=True), ls="--" if method_named(method).FORM == "mask" else "-", **style)
     axes.axhline(_after(found, "Dense+KD"), ls=":", color=GREY, label="Dense+KD")
-    axes.set(xlim=(0, 100), xlabel="MLP parameters removed, %", ylabel="perplexity to dense, trained", yscale="log")
+    axes.set(xlabel="MLP parameters removed, %", ylabel="perplexity to dense, trained", yscale="log")
+    axes.set_xlim(left=0)
     low, high = axes.get_ylim()
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if low <= tick <= high]
+    axes.set_ylim(low, min(high, 30))  # what is beyond is no language model
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.legend(**LEGEND, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return svg(figure)
