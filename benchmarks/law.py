@@ -148,21 +148,30 @@ def described(arms: Sequence[Arm], of_ends: bool) -> dict[str, Any]:
         return [point for arm in chosen for point in (arm.points[-1:] if of_ends else arm.points)]
 
     law, ends = fit(points(arms)), []
-    for arm in arms:
+    others: dict[str, Law | None] = {}
+    for name in dict.fromkeys(arm.name for arm in arms):
         try:
-            without: Law | None = fit(points([other for other in arms if other.name != arm.name]))
-        except ValueError:
-            without = None
+            others[name] = fit(points([arm for arm in arms if arm.name != name]))
+        except ValueError:  # too few are left
+            others[name] = None
+    for arm in arms:
         reduction, tokens, gap = arm.points[-1]
+        without = others[arm.name]
         row = {"arm": arm.name, "seed": arm.seed, "reduction": reduction, "tokens": tokens, "gap": gap}
         predicted = without.gap(reduction, tokens) if without else None
         ends.append(row | {"fitted": law.gap(reduction, tokens), "predicted": predicted})
     errors = [abs(math.log(row["predicted"] / row["gap"])) for row in ends if row["predicted"]]
+
+    def to_control(r: float, n: float) -> list[float]:
+        """By the law, and the least and the most by the laws that were fitted without one of the arms."""
+        found = [math.exp(one.gap(r, n)) for one in (law, *others.values()) if one]
+        return [round(ratio, 4) for ratio in (found[0], min(found), max(found))]
+
     return {
         "law": asdict(law),
         "ends": ends,
         "error_left_out": math.expm1(float(np.mean(errors))) if errors else None,
-        "to_dense_kd": {f"{r:g}": {f"{n:.2g}": round(math.exp(law.gap(r, n)), 4) for n in BUDGETS} for r in REDUCTIONS},
+        "to_dense_kd": {f"{r:g}": {f"{n:.2g}": to_control(r, n) for n in BUDGETS} for r in REDUCTIONS},
         "tokens_for": {
             f"{goal:g} at {r:g}": law.tokens_for(r, math.log(goal))
             for r, goal in zip(REDUCTIONS, RECOVERED, strict=True)

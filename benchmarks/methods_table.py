@@ -2,8 +2,9 @@
 
     python benchmarks/methods_table.py RUN [--seed 42]
 
-First every method at every reduction, then for each reduction what an arm weighs, how fast it is and each text. All
-perplexities are divided by the dense model's; means over texts are geometric.
+First every method at every reduction, then for each reduction what an arm weighs, how fast it is and each text, and in
+how many texts each claim of the paper holds. All perplexities are divided by the dense model's; means over texts are
+geometric.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> None:
         print("\n".join(markdown(details([arm for arm in arms if arm.reduction == reduction], control, reduction))))
     others = [arm for arm in arms if not arm.reduction]
     print("\n".join(markdown(details(others, control, ""))))
+    print("\n".join(markdown(verdicts(given.run))))
 
 
 def arms_of(run: str, seed: int) -> list[Arm]:
@@ -122,6 +124,20 @@ def details(arms: Iterable[Arm], control: Arm, reduction: str) -> Titled:
             ]
         )
     return Titled(f"At {reduction} %" if reduction else "Nothing removed", header, rows)
+
+
+def verdicts(run: str) -> Titled:
+    """Each claim of the paper's tables V, VI and IX, and in how many of the texts it holds."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for row in _tables.read("comparisons", run=run, experiment="methods"):
+        key = row["claim"], row["model"].replace(", distilled", "").replace(", compressed", ", not trained")
+        counted = counts.setdefault(key, dict.fromkeys(("holds", "not decided", "does not hold"), 0))
+        counted[row["verdict"]] += 1
+    rows = [[claim, model, *map(str, counted.values())] for (claim, model), counted in counts.items()]
+    claims = list(dict.fromkeys(claim for claim, _ in counts))
+    rows.sort(key=lambda row: (claims.index(row[0]), row[1]))
+    kept = [row for row in rows if not row[0].startswith("distillation brings quality back")]
+    return Titled("Claims", ["claim", "model", "holds", "not decided", "does not hold"], kept)
 
 
 def shown(ratio: float | None) -> str:

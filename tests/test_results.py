@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,15 @@ def test_a_row_replaces_that_of_the_same_key(tmp_path: Path):
         assert [one["tokens"] for one in TABLES["read"]("trained")] == [0.333333333, 2]
     finally:
         there["TABLES"] = before
+
+
+def test_the_page_of_methods_has_the_tables_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    monkeypatch.setattr(sys, "argv", ["methods_table.py", "methods-trial"])
+    importlib.import_module("methods_table").main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    page = (RESULTS.parents[1] / "docs" / "experiments" / "methods.md").read_text(encoding="utf-8")
+    assert len(printed) > 40
+    assert not [line for line in printed if line not in page]
