@@ -8,8 +8,8 @@ one model size, where what depends on the size is a constant:
     gap = reduction^gamma * (E + B / tokens^beta)
 
 `gap` is the cross-entropy on the validation blocks, in nats a token, less the least that Dense+KD comes to in the same
-run with the same seed; P^2 subtracts the unpruned model's instead, which has learned nothing from the new text.
-It is fitted twice: to the ends of the trainings, where the learning rate has come to zero, and to all validations after
+run with the same seed; P^2 subtracts the unpruned model's instead, which has learned nothing from the new text. It is
+fitted twice: to the ends of the trainings, where the learning rate has come to its least, and to all validations after
 the first fifth, as P^2's authors do. The least squares of relative errors are looked for on a grid of gamma and beta; E
 and B are not negative. Arms of one run and name, which differ by their seeds, are predicted from the others: that is
 the law's error. `law.json` has all of it.

@@ -4,8 +4,7 @@
 
 DATA is the folder that the recipe, recipes/methods-smollm2.yaml, describes. RUNS is a folder outside of the checkout,
 for a run directory of `sparsekd reproduce methods` for each budget, in tokens: the first with three seeds, the others
-with one.
-Text that was not seen before comes first; a budget above NEW_TOKENS sees it several times.
+with one. Text that was not seen before comes first; a budget above NEW_TOKENS sees it several times.
 
 It can be stopped at any moment, by a signal or by cutting the power, and goes on when it is called again. An arm whose
 inputs have changed since is named, and nothing is mixed. While it runs, the rows of run `long-<budget>` in the tables

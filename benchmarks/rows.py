@@ -93,11 +93,12 @@ def _reproduced(folder: Path, run: str) -> dict[str, list[Row]]:
         start = folder / inputs["start"].get("folder", "") / "stage.json"  # it may be another arm's pruned model
         curves = parts["distilled"] if "distilled" in parts else _so_far(arm / "distilled" / METRICS)
         row = key | _trained(curves, _json(start) if start.parent.name == "compressed" else None)
-        tables["trained"].append(row | {"learning_rate": rate, "losses": losses} | costs | made_by)
+        row |= {"learning_rate": rate, "losses": losses} | costs | made_by
         if is_finished:
-            tables["trained"][-1] |= {name: parts["facts"][name] for name in FACTS if "facts" in parts}
-            tables["trained"][-1] |= {"prefill": parts["eval"]["prefill"]}
+            row |= {name: parts["facts"][name] for name in FACTS if "facts" in parts}
+            row |= {"prefill": parts["eval"]["prefill"]}
             tables["measured"] += _measured(key, parts["eval"]["models"], windows, made_by)
+        tables["trained"].append(row)
     windows.save()
     return tables
 

@@ -45,7 +45,7 @@ def _methods(found: Record) -> Titled:
                 f"{facts['parameters']:,}",
                 f"{facts['bytes'] / 1e6:.0f}",
                 f"{seconds['dense'] / seconds['distilled']:.2f} x" if seconds else "",
-                *(_mean_ratio(of_texts) for of_texts in losses),
+                *("" if mean is None else _precise(mean) for mean in map(mean_ratio, losses)),
                 ", ".join(facts["opens_in"]),
             ]
         )
@@ -53,10 +53,10 @@ def _methods(found: Record) -> Titled:
     return Titled(title, header, rows, "words")
 
 
-def _mean_ratio(comparisons: list[Record | None]) -> str:
-    """The geometric mean; nothing where nothing was removed."""
+def mean_ratio(comparisons: list[Record | None]) -> float | None:
+    """The geometric mean; None where nothing was removed."""
     known = [one["nats"] for one in comparisons if one is not None]
-    return _precise(math.exp(statistics.fmean(known))) if known else ""
+    return math.exp(statistics.fmean(known)) if known else None
 
 
 def _arms(found: Record) -> Titled:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from sparsekd.recipe import method_named
 from sparsekd.records import Record
 from sparsekd.report import speed
+from sparsekd.report.experiments import mean_ratio
 from sparsekd.report.plots import BLUE, COLORS, GREEN, GREY, LEGEND, ORANGE, figures, svg
 
 
@@ -148,8 +148,10 @@ def _methods(found: Record) -> str:
 
 
 def _after(found: Record, arm: str) -> float:
-    """The geometric mean of its ratios to the dense model, over the texts."""
-    return math.exp(statistics.fmean(found["ratios"][arm][text]["after"]["nats"] for text in found["texts"]))
+    """The mean of its ratios to the dense model, over the texts."""
+    mean = mean_ratio([found["ratios"][arm][text]["after"] for text in found["texts"]])
+    assert mean is not None
+    return mean
 
 
 def _calibration(found: Record) -> str:
@@ -158,9 +160,10 @@ def _calibration(found: Record) -> str:
     arms = {name: next(iter(by_seed.values()))["models"] for name, by_seed in found["arms"].items()}
     shown = {"dense": (next(iter(arms.values()))["dense"], GREY)}
     names = list(arms)
-    picked = [names[0], names[len(names) // 2], names[-1]]
     if found["experiment"] == "methods":
         picked = sorted(names, key=lambda name: _after(found, name))[:3]
+    else:
+        picked = [names[0], names[len(names) // 2], names[-1]]
     shown |= {n: (arms[n]["distilled"], c) for n, c in zip(dict.fromkeys(picked), (GREEN, BLUE, ORANGE), strict=False)}
     for axes, text in zip(all_axes, found["texts"], strict=True):
         for (name, (results, color)), marker in zip(shown.items(), "Dos^", strict=False):

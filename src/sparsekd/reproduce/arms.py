@@ -33,7 +33,7 @@ class Seed:
 
     def __init__(self, recipe: Recipe, seed: int, methods: Sequence[str] | None = None):
         self._recipe, self._seed = recipe, seed
-        self.methods = methods or method_names()  # of experiment `methods`
+        self.methods = method_names() if methods is None else methods  # of experiment `methods`
         self.has_others = methods is None  # it has those of the paper's tables too that are no method of ours
         self.reductions = recipe.rounds or list(REDUCTIONS)
         self.one_shot = recipe.rounds or list(ONE_SHOT)  # of experiment `methods`

@@ -34,7 +34,8 @@ def search_rate(work: Work, round_: Round, rates: Sequence[float]) -> Rate:
     if stage.summary is not None:
         return Rate(stage.summary["learning_rate"], stage.summary["losses"])
     ids = work.blocks.order(round_.seed, 0, round_.share)
-    num_tried = max(1, int(trial_tokens(len(ids) * work.recipe.corpus.seq_len) / work.recipe.corpus.seq_len))
+    length = work.recipe.corpus.seq_len
+    num_tried = max(1, int(trial_tokens(len(ids) * length) / length))
     data = distill.data_of(work, round_, lambda epoch: ids[:num_tried])
     losses: dict[str, float | None] = {}
     for rate in rates:
