@@ -5,6 +5,7 @@
     tasks.jsonl        one row for each score of the harness
     comparisons.jsonl  one row for each claim, or cause, and text: ratio, interval, verdict
     experiments.jsonl  one row for each experiment of a run: its arms, seeds, texts and resolved recipe
+    origins.jsonl      one row for each command, commit and set of packages' versions that rows of the others are from
     windows.npz        per run and text, models x windows: the losses that paired intervals need
 
 An arm is named as its folder in the run directory. The dense model is arm `dense`, of no seed.
@@ -12,6 +13,7 @@ An arm is named as its folder in the run directory. The dense model is arm `dens
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +34,9 @@ KEYS = {  # what makes a row another one
     "tasks": ("run", "arm", "seed", "stage", "task", "score"),
     "comparisons": ("run", "experiment", "claim", "cause", "model", "reference", "text"),
     "experiments": ("run", "experiment"),
+    "origins": ("origin",),
 }
+_ORIGIN = ("versions", "command", "commit")  # columns that many rows share; a row's are found by its `origin`
 _CALIBRATION = ("overconfidence", "accuracy", "brier", "entropy")
 _AGREEMENT = ("kl", "top1")
 _SAME = ("perplexity", "standard_error", "bits_per_byte", "paper_perplexity", "paper_standard_error")
@@ -43,16 +47,35 @@ Result = dict[str, Any]  # a model's measurements on a text, as an evaluation's 
 
 def read(table: str, **where: Any) -> list[Row]:
     """The rows whose columns have these values."""
-    path = TABLES / f"{table}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if all(row[name] == value for name, value in where.items())]
+    origins = {row.pop("origin"): row for row in _lines("origins")}
+    rows = [row | origins.get(row.pop("origin", None), {}) for row in _lines(table)]
+    return [row for row in rows if all(row[name] == value for name, value in where.items())]
 
 
 def add(table: str, rows: Iterable[Row]) -> None:
     """Writes the rows, each in place of the one that it has the key of; floats to nine digits."""
+    apart = [_apart(_rounded(row)) for row in rows]
+    _put("origins", (origin for _, origin in apart if origin))
+    _put(table, (row for row, _ in apart))
+
+
+def _apart(row: Row) -> tuple[Row, Row]:
+    """A row without the columns of its origin, and these; both have the number that joins them."""
+    origin = {name: row[name] for name in _ORIGIN if name in row}
+    if not origin:
+        return row, {}
+    number = {"origin": hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]}
+    return {name: value for name, value in row.items() if name not in origin} | number, number | origin
+
+
+def _lines(table: str) -> list[Row]:
+    path = TABLES / f"{table}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _put(table: str, rows: Iterable[Row]) -> None:
     names = KEYS[table]
-    held = {tuple(row[name] for name in names): row for row in read(table)}
-    held |= {tuple(row[name] for name in names): _rounded(row) for row in rows}
+    held = {tuple(row[name] for name in names): row for row in [*_lines(table), *rows]}
     TABLES.mkdir(parents=True, exist_ok=True)
     (TABLES / f"{table}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in held.values()), encoding="utf-8")
 

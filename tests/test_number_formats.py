@@ -13,7 +13,7 @@ from commands import Outcome
 from training import OPTIONS, data, state
 from transformers import PreTrainedModel
 
-from sparsekd import device, distillation
+from sparsekd import device, distillation, files
 from sparsekd.device import place, rounded_factors, trains_in_bfloat16
 from sparsekd.evaluate import measure
 from sparsekd.models import logits_of
@@ -149,6 +149,16 @@ def test_a_whole_run_in_bfloat16(
         assert a == pytest.approx(b, rel=0.01)
     again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json", *auto)
     assert again.json["evaluation"] == found.json["evaluation"]
+    monkeypatch.setattr(device, "bfloat16_gain", lambda: 0.9)  # the machine is busy
+    files.remove(tmp_path / "fast/round-01/distilled")
+    again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json", *auto)
+    assert again.code == 0, again.err
+    assert again.json["evaluation"] == found.json["evaluation"]
+    anew = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--fresh", "--json", *auto)
+    assert anew.json["evaluation"]["models"] == exact.json["evaluation"]["models"]
+    monkeypatch.setattr(device, "bfloat16_gain", lambda: 4.0)
+    again = sparsekd("run", tiny_recipe, "--out", tmp_path / "fast", "--resume", "--json", *auto)
+    assert again.json["evaluation"] == anew.json["evaluation"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ def test_a_row_replaces_that_of_the_same_key(tmp_path: Path):
         TABLES["add"]("trained", [row | {"tokens": 1}, row | {"arm": "b", "tokens": 2}])
         TABLES["add"]("trained", [row | {"tokens": 1 / 3}])
         assert [one["tokens"] for one in TABLES["read"]("trained")] == [0.333333333, 2]
+        made = {"commit": "c", "command": "x"}
+        TABLES["add"]("trained", [row | {"arm": arm, "tokens": 3} | made for arm in "ab"])
+        assert TABLES["read"]("trained", arm="b") == [row | {"arm": "b", "tokens": 3} | made]
+        assert len((tmp_path / "origins.jsonl").read_text(encoding="utf-8").splitlines()) == 1
     finally:
         there["TABLES"] = before
 

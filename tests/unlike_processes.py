@@ -35,3 +35,5 @@ refused(
 )
 newer(transformers="9.9")
 refused("process 1 has another version than process 0: transformers is 9.9 there and ")
+
+assert all_of_them.of_main(lambda: os.environ["RANK"]) == "0"  # what the main process measured holds for all

@@ -23,6 +23,7 @@ R = TypeVar("R")
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 _EXACT = ContextVar("_EXACT", default=False)
+_IS_FASTER = ContextVar[bool | None]("_IS_FASTER", default=None)  # this processor in bfloat16; None: to be measured
 _WORTHWHILE = 1.2  # times as fast, from which bfloat16 is chosen; less may be a busy moment
 
 
@@ -126,8 +127,27 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and is_faster_in_bfloat16()
+
+
+def is_faster_in_bfloat16() -> bool:
+    """The same of this processor; a measurement, unless `measured_before` has an answer."""
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # of x86; those with AMX have it too
-    return device.type == "cpu" and known is not None and known() and bfloat16_gain() > _WORTHWHILE
+    if known is None or not known():
+        return False
+    answer = _IS_FASTER.get()
+    return bfloat16_gain() > _WORTHWHILE if answer is None else answer
+
+
+@contextmanager
+def measured_before(is_faster: bool | None) -> Iterator[None]:
+    """In it `is_faster_in_bfloat16` has this answer, where the processor has the instructions: a busy moment must not
+    change what a run computes that goes on. None lets it measure."""
+    token = _IS_FASTER.set(is_faster)
+    try:
+        yield
+    finally:
+        _IS_FASTER.reset(token)
 
 
 @contextmanager

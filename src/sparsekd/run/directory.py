@@ -16,13 +16,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sparsekd import files, models, records
 from sparsekd.console import Console
-from sparsekd.device import memory_named, place, slow_kernels
+from sparsekd.device import is_faster_in_bfloat16, measured_before, memory_named, place, slow_kernels
 from sparsekd.errors import UsageError
 from sparsekd.recipe import Recipe, as_yaml
 from sparsekd.records import Record
@@ -47,6 +47,7 @@ from sparsekd.run.stage import Stage
 _WAY_OUT = (
     "lower its batch_size or corpus.seq_len; compress.offload and distill.gradient_checkpointing need less as well"
 )
+_IS_FASTER = "is_faster_in_bfloat16"  # in the manifest: what the processor's measurement said when the run began
 _OWN = re.compile(
     r"recipe\.yaml|log\.jsonl|corpus|dense|(round|generation)-\d+|arms|(report|reproduce-\w+)\.(json|html)"
 )
@@ -58,11 +59,11 @@ class Run:
     Of processes that a launcher started together, only the main one writes stages and speaks.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, console: Console, shared: bool = False):
+    def __init__(self, folder: Path, recipe: Recipe, console: Console, processes: Processes, shared: bool):
         self.folder, self.recipe, self.shared = folder, recipe, shared
         self.latest = "the beginning"  # stage that was begun
         self.placement = place(recipe.device, recipe.model.dtype)
-        self.processes = Processes(self.placement.device)
+        self.processes = processes
         self.console = console if self.processes.is_main else Console(quiet=True)
 
     @classmethod
@@ -83,36 +84,39 @@ class Run:
         processes into it that say so too, and leaves all as it is. Raises `UsageError` for a folder with other files
         or another process in it, and for processes that were started together with different recipes.
         """
-        run = cls(folder, recipe, console, shared)
-        run.processes.require_alike(recipe)
-        if not run.processes.is_main:
-            run.processes.wait()
-            with run.processes.heard(), memory_named(lambda: run.latest, _WAY_OUT):
-                yield run
-            return
-        exists = is_run(folder)
-        if not exists and folder.exists() and not is_free(folder):
+        processes = Processes(place(recipe.device, "float32").device)
+        processes.require_alike(recipe)
+        with measured_before(processes.of_main(lambda: _is_faster(folder, fresh))):
+            run = cls(folder, recipe, console, processes, shared)
+            with run._held(resume, fresh) if processes.is_main else nullcontext():
+                processes.wait()
+                with processes.heard(), memory_named(lambda: run.latest, _WAY_OUT):
+                    yield run
+
+    @contextmanager
+    def _held(self, resume: bool, fresh: bool) -> Iterator[None]:
+        """In it the folder is there and this process has it."""
+        exists = is_run(self.folder)
+        if not exists and self.folder.exists() and not is_free(self.folder):
             raise UsageError(
-                f"{folder} is not empty and holds no run, or its manifest.json is damaged: choose another --out"
+                f"{self.folder} is not empty and holds no run, or its manifest.json is damaged: choose another --out"
             )
         if resume and not exists:
-            raise UsageError(f"{folder} holds no run to resume: leave --resume out, or give the right --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        advice = slow_kernels(run.placement.device)
+            raise UsageError(f"{self.folder} holds no run to resume: leave --resume out, or give the right --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        advice = slow_kernels(self.placement.device)
         if advice is not None:
-            console.say(advice)
-        with files.lock(folder / "run.lock", str(folder), shared=shared):
-            if not shared:
-                run._settle(exists, fresh)
-            run.processes.wait()
-            with run.processes.heard(), memory_named(lambda: run.latest, _WAY_OUT):
-                yield run
+            self.console.say(advice)
+        with files.lock(self.folder / "run.lock", str(self.folder), shared=self.shared):
+            if not self.shared:
+                self._settle(exists, fresh)
+            yield
 
     def _settle(self, exists: bool, fresh: bool) -> None:
         """Removes what a killed process left, and with `fresh` the old run; writes what makes the folder ours."""
         files.remove_temporaries(self.folder, lambda name: name == "manifest.json" or bool(_OWN.fullmatch(name)))
         if fresh or not exists:  # the manifest first: from then on, killed or not, the folder is known as ours
-            made_by = {"versions": versions(), "machine": machine()}
+            made_by = {"versions": versions(), "machine": machine(), _IS_FASTER: is_faster_in_bfloat16()}
             records.write(self.folder / "manifest.json", {"kind": KIND, "format": 1, **made_by})
         if fresh:
             for path in [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]:
@@ -170,3 +174,9 @@ class Run:
     def log(self, event: str, **values: Any) -> None:
         """Appends an event to log.jsonl."""
         files.append_line(self.folder / "log.jsonl", {"time": round(time.time(), 3), "event": event, **values})
+
+
+def _is_faster(folder: Path, fresh: bool) -> bool:
+    """The processor at products in bfloat16: as a run in the folder measured when it began, else as measured now."""
+    known = read_manifest(folder).get(_IS_FASTER) if is_run(folder) and not fresh else None
+    return is_faster_in_bfloat16() if known is None else known

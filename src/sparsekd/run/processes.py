@@ -81,6 +81,13 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier(self._waiting)
 
+    def of_main(self, step: Callable[[], _T]) -> _T:
+        """What `step` returns in the main process, for all of them."""
+        found: list[Any] = [step() if self.is_main else None]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(found, group=self._waiting)
+        return found[0]
+
     def turn(self, wanted: int | None) -> int | None:
         """The highest number that any process wants; None when none wants one. All have to call."""
         value = torch.tensor(-1 if wanted is None else wanted)
