@@ -1,10 +1,11 @@
 """The arms that decide: `neurons` and `two-sided` at 15, 35 and 65 %, trained for long on new text, with Dense+KD.
 
-    python benchmarks/long.py DATA RUNS [--budgets 61440 1200128] [--only neurons,two-sided] [--set KEY=VALUE ...]
+    python benchmarks/long.py DATA RUNS [--budgets 61440 1200128] [--seeds 3 1] [--only neurons,two-sided] [--set ...]
 
 DATA is the folder that the recipe, recipes/methods-smollm2.yaml, describes. RUNS is a folder outside of the checkout,
-for a run directory of `sparsekd reproduce methods` for each budget, in tokens: the first with three seeds, the others
-with one. Text that was not seen before comes first; a budget above NEW_TOKENS sees it several times.
+for a run directory of `sparsekd reproduce methods` for each budget, in tokens, with that many seeds. The control comes
+last. Text that was not seen before comes first; a budget above NEW_TOKENS sees it several times. `--set rounds=[0.35]`
+begins with one reduction; the others join it in the same directory.
 
 It can be stopped at any moment, by a signal or by cutting the power, and goes on when it is called again. An arm whose
 inputs have changed since is named, and nothing is mixed. While it runs, the rows of run `long-<budget>` in the tables
@@ -27,7 +28,8 @@ from _record import origin
 from sparsekd.errors import SparseKDError
 from sparsekd.recipe import Recipe, load_recipe
 from sparsekd.reproduce import SEEDS, reproduce
-from sparsekd.run import is_run
+from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed, methods
+from sparsekd.run import Round, is_run
 
 ROOT = Path(__file__).parents[1]
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
@@ -41,23 +43,33 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--budgets", type=int, nargs="+", default=[61_440, 1_200_128])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 1], help="as many as budgets")
     parser.add_argument("--only", default="neurons,two-sided")
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "methods-smollm2.yaml"))
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     given = parser.parse_args()
     if given.runs.resolve().is_relative_to(ROOT):
         parser.error(f"RUNS is {given.runs}: expected a folder outside of the checkout, for it takes gigabytes")
-    for number, budget in enumerate(given.budgets):
+    if len(given.seeds) != len(given.budgets):
+        parser.error(f"--seeds has {len(given.seeds)} numbers: expected one for each of {len(given.budgets)} budgets")
+    EXPERIMENTS["methods"] = control_last
+    for budget, count in zip(given.budgets, given.seeds, strict=True):
         recipe = recipe_of(given.recipe, given.data, budget, given.overrides)
-        seeds = SEEDS if number == 0 else SEEDS[:1]
         folder = given.runs / str(budget)
         try:
             with recorded(folder, f"long-{budget}"):
                 only = given.only.split(",")
-                reproduce("methods", recipe, folder, seeds=seeds, rates=RATES, only=only, resume=is_run(folder))
+                reproduce("methods", recipe, folder, seeds=SEEDS[:count], rates=RATES, only=only, resume=is_run(folder))
         except SparseKDError as error:
             print(f"long.py: {folder}: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+
+
+def control_last(seed: Seed) -> dict[str, Round]:
+    """The arms of experiment `methods`."""
+    found = methods(seed)
+    control = found.pop(DENSE_KD)
+    return found | {DENSE_KD: control}
 
 
 def recipe_of(path: str, data: Path, budget: int, overrides: list[str]) -> Recipe:

@@ -32,7 +32,7 @@ def test_a_stopped_queue_has_its_rows_and_goes_on(
     options = ["--recipe", str(tiny_recipe), "--budgets", "384", "768", "--only", "magnitude"]
     options += ["--set", "rounds=[0.3,0.5]", "corpus.num_validation_blocks=2"]
     monkeypatch.setattr(sys, "argv", ["long.py", str(tmp_path), str(tmp_path / "runs"), *options])
-    curve = tmp_path / "runs/384/arms/magnitude-30/seed-42/distilled/metrics.jsonl"
+    curve = tmp_path / "runs/384/arms/magnitude-50/seed-42/distilled/metrics.jsonl"
 
     def stop_in_training() -> None:
         while not curve.exists() or curve.read_text().count('"validation"') < 2:
@@ -44,10 +44,10 @@ def test_a_stopped_queue_has_its_rows_and_goes_on(
         long.main()
     assert stopped.value.code == 128 + signal.SIGTERM
     rows = {row["arm"]: row for row in tables.read("trained", run="long-384")}
-    assert list(rows) == ["Dense+KD", "magnitude-30"]
-    assert rows["Dense+KD"]["stop_reason"] == "all 1 epochs are done"
-    assert rows["magnitude-30"]["stop_reason"] == "still training" and len(rows["magnitude-30"]["validations"]) > 1
-    assert {row["arm"] for row in tables.read("measured", run="long-384")} == {"dense", "Dense+KD"}
+    assert list(rows) == ["magnitude-30", "magnitude-50"]  # the control comes after them
+    assert rows["magnitude-30"]["stop_reason"] == "all 1 epochs are done"
+    assert rows["magnitude-50"]["stop_reason"] == "still training" and len(rows["magnitude-50"]["validations"]) > 1
+    assert {row["arm"] for row in tables.read("measured", run="long-384")} == {"dense", "magnitude-30"}
 
     long.main()
     rows = {(row["run"], row["arm"], row["seed"]): row for row in tables.read("trained")}
@@ -59,6 +59,27 @@ def test_a_stopped_queue_has_its_rows_and_goes_on(
     with pytest.raises(SystemExit) as refused:
         long.main()
     assert refused.value.code == 3
+
+
+def test_one_reduction_comes_first_and_others_join_it(
+    benchmark: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+):
+    long, tables = benchmark("long"), benchmark("_tables")
+    monkeypatch.setattr(long, "RATES", (1e-3,))
+    options = ["--recipe", str(tiny_recipe), "--budgets", "384", "--only", "magnitude", "--seeds"]
+    monkeypatch.setattr(
+        sys, "argv", ["long.py", str(tmp_path), str(tmp_path / "runs"), *options, "1", "--set", "rounds=[0.5]"]
+    )
+    long.main()
+    first = {row["arm"]: row for row in tables.read("measured")}
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "rounds=[0.3,0.5]"])
+    long.main()
+    rows = {row["arm"]: row for row in tables.read("measured")}
+    assert set(rows) == {"dense", "Dense+KD", "magnitude-30", "magnitude-50"}
+    assert rows["magnitude-50"]["perplexity"] == first["magnitude-50"]["perplexity"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "1", "2"])
+    with pytest.raises(SystemExit):
+        long.main()
 
 
 def test_the_queue_wants_its_runs_elsewhere(benchmark: Any, monkeypatch: Any, capsys: Any) -> None:
