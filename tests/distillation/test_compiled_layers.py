@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrowing import chosen, narrow
 from torch._dynamo.testing import CompileCounterWithBackend
 from training import OPTIONS, data
 from transformers import PreTrainedModel
@@ -53,6 +54,23 @@ def test_compiled_layers_train_alike(compiled: Callable[[Any], History], plain: 
     assert [one.loss for one in found.validations] == pytest.approx([one.loss for one in plain.validations], rel=1e-5)
 
 
+def test_every_kind_of_layer_is_compiled(
+    make_model: Any, blocks: torch.Tensor, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where neurons were taken out; torch leaves all kinds but the first few as they are."""
+    student = make_model("llama", num_hidden_layers=4)
+    narrow(student, chosen(student, 8, 8, 12, 16))
+    assert worker.num_kinds(student) == 3
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(fused, "_compiled_step", fused._plain_step)
+    monkeypatch.setattr(loop, "is_worth_compiling", lambda student, options, num_tokens: True)
+    monkeypatch.setattr(loop, "compiled", functools.partial(worker.compiled, backend=counter))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        distillation.train(student, data(blocks, cache), SETTINGS)
+    assert counter.frame_count == 3
+
+
 def test_layers_that_cannot_be_compiled_run_as_they_are(compiled: Callable[[Any], History], plain: History) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise ValueError("no compiler here")
@@ -69,6 +87,11 @@ def test_on_a_processor_long_trainings_in_bfloat16_are_compiled(
     long = worker.COMPILED_FROM_ON_CPU
     assert worker.is_worth_compiling(teacher, OPTIONS, long)
     assert not worker.is_worth_compiling(teacher, OPTIONS, long - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "num_kinds", lambda student: 3)
+        longer = long + 2 * worker.COMPILED_FROM_MORE_ON_CPU
+        assert worker.is_worth_compiling(teacher, OPTIONS, longer)
+        assert not worker.is_worth_compiling(teacher, OPTIONS, longer - 1)
     assert not worker.is_worth_compiling(teacher, replace(OPTIONS, precision="float32"), long)
     assert not worker.is_worth_compiling(teacher, replace(OPTIONS, gradient_checkpointing=True), long)
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -32,8 +32,10 @@ from sparsekd.teacher import Cache
 
 # Tokens of a training from which layers, and on a GPU the loss, are compiled. It took 26 s on an H200 and made the rest
 # 1.8 times as fast, which two and a half million tokens win back (docs/experiments/gpu.md); in bfloat16 on two cores it
-# took 31 s and made the layers of SmolLM2 1.2 times as fast, which 90,000 win back.
+# took 31 s and made the layers of SmolLM2 1.2 times as fast, which 90,000 win back. Each further kind of layer is
+# compiled by itself: 18 kinds took 100 s on another processor, where 1.04 times the speed wins them back in 870,000.
 COMPILED_FROM, COMPILED_FROM_ON_CPU = 2**22, 2**18
+COMPILED_FROM_MORE, COMPILED_FROM_MORE_ON_CPU = 2**19, 2**15  # for each further kind
 
 
 @contextmanager
@@ -68,19 +70,27 @@ def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: i
     g++ is there; and if it is long."""
     if options.gradient_checkpointing or is_split():  # with which it was not tried
         return False
+    further = num_kinds(student) - 1
     if student.device.type == "cuda":
-        return num_tokens >= COMPILED_FROM and importlib.util.find_spec("triton") is not None
+        is_long = num_tokens >= COMPILED_FROM + further * COMPILED_FROM_MORE
+        return is_long and importlib.util.find_spec("triton") is not None
     if student.device.type != "cpu" or not trains_in_bfloat16(options.precision, student.device):
         return False
-    return num_tokens >= COMPILED_FROM_ON_CPU and shutil.which("g++") is not None
+    return num_tokens >= COMPILED_FROM_ON_CPU + further * COMPILED_FROM_MORE_ON_CPU and shutil.which("g++") is not None
+
+
+def num_kinds(student: PreTrainedModel) -> int:
+    """Of decoder layers, by the shapes of their weights: layers of one kind share their compiled code. Where neurons
+    are taken out, most layers are of a kind of their own."""
+    return len({tuple(weight.shape for weight in layer.parameters()) for layer in find_layers(student)})
 
 
 @contextmanager
 def compiled(
     student: PreTrainedModel, is_wanted: bool, backend: str | Callable[..., Any] = "inductor"
 ) -> Iterator[None]:
-    """The decoder layers compiled one by one: they share their code, so that it is compiled once. They run as they are
-    where nothing is trained, and where the compiler fails, which torch then logs. Undone at the end."""
+    """The decoder layers compiled one by one: those of one kind share their code, so that it is compiled once. They run
+    as they are where nothing is trained, and where the compiler fails, which torch then logs. Undone at the end."""
     if not is_wanted:
         yield
         return
@@ -88,7 +98,9 @@ def compiled(
     for layer in layers:
         layer.compile(backend=backend)
     try:
-        with torch._dynamo.config.patch(suppress_errors=True), torch.compiler.set_stance("force_eager"):
+        limit = torch._dynamo.config.recompile_limit + num_kinds(student)  # by default the ninth runs as it is
+        settings = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=limit)
+        with settings, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for layer in layers:
