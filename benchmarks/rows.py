@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--commit", default=head())
     given = parser.parse_args()
     for table, count in add(given.source, given.name, given.command, given.commit).items():
-        print(f"{table}: {count} rows")
+        if count:
+            print(f"{table}: {count} rows")
 
 
 def add(source: Path, name: str, command: str | None, commit: str) -> dict[str, int]:
