@@ -135,12 +135,15 @@ def test_generations_and_rounds_start_from_fresh_weights_of_their_own(tiny_recip
         run(tiny_recipe, out, *settings)
 
 
-def test_inputs_from_before_students_could_start_afresh_are_read() -> None:
+@pytest.mark.parametrize(
+    ("option", "before", "other"), [("start", "weights", "fresh"), ("schedule", "cosine", "linear")]
+)
+def test_inputs_from_before_there_was_an_option_are_read(option: str, before: str, other: str) -> None:
     now = inputs_of(Distill())
-    assert now["start"] == "weights"
-    earlier = {"distill": {key: value for key, value in now.items() if key != "start"}}
+    assert now[option] == before
+    earlier = {"distill": {key: value for key, value in now.items() if key != option}}
     assert difference_of(as_now(earlier), {"distill": now}) is None
-    assert difference_of(as_now(earlier), {"distill": now | {"start": "fresh"}}) is not None
+    assert difference_of(as_now(earlier), {"distill": now | {option: other}}) is not None
 
 
 @pytest.mark.parametrize("teacher", ["cache", "online"])

@@ -73,10 +73,10 @@ def read_inputs(folder: Path) -> Inputs | None:
 
 
 def as_now(inputs: Inputs) -> Inputs:
-    """Inputs as this version words them: version 0.1 had the options of ranks beside those of zeros, and all students
-    went on from their own weights."""
+    """Inputs as this version words them: version 0.1 had the options of ranks beside those of zeros, all students went
+    on from their own weights, and all rates followed a cosine."""
     if isinstance(trained := inputs.get("distill"), dict):
-        inputs = inputs | {"distill": {"start": "weights"} | trained}
+        inputs = inputs | {"distill": {"start": "weights", "schedule": "cosine"} | trained}
     section = inputs.get("compress")
     if not (isinstance(section, dict) and section.get("format") == "mask"):
         return inputs
