@@ -109,6 +109,7 @@ class Windows:
     def __init__(self) -> None:
         self._path = TABLES / "windows.npz"
         self._arrays: dict[str, np.ndarray] = {}
+        self._is_new = False
         if self._path.exists():
             with np.load(self._path, allow_pickle=False) as archive:
                 self._arrays = dict(archive)
@@ -125,7 +126,10 @@ class Windows:
     def _set(self, place: str, what: str, model: str, values: Any) -> None:
         names = self._arrays.get(f"{place}/{what}/models", np.array([], "U1")).tolist()
         rows = dict(zip(names, self._arrays.get(f"{place}/{what}", ()), strict=True))
-        rows[model] = np.array(values, np.float32 if what == "bins" else np.float64)
+        row = np.array(values, np.float32 if what == "bins" else np.float64)
+        if np.array_equal(rows.get(model, ()), row):
+            return
+        self._is_new, rows[model] = True, row
         self._arrays[f"{place}/{what}/models"] = np.array(list(rows))
         self._arrays[f"{place}/{what}"] = np.stack(list(rows.values()))
 
@@ -149,6 +153,9 @@ class Windows:
         return self._arrays[name].tolist()
 
     def save(self) -> None:
+        """Unless nothing was put that was not there."""
+        if not self._is_new:
+            return
         TABLES.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(self._path, allow_pickle=False, **self._arrays)  # type: ignore[arg-type]
 
