@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsekd import cli, errors
+from sparsekd import __version__, cli, errors
 
 
 def test_parsing_does_not_import_torch() -> None:
@@ -46,3 +46,8 @@ def test_the_message_is_the_last_line(refused: Any, tiny_recipe: Path, tmp_path:
     text_file.write_text("")
     line = refused("run", tiny_recipe, "--out", tmp_path / "out", error=errors.DataError)
     assert "no text in it" in line
+
+
+def test_the_version_is_that_of_the_package(sparsekd: Any) -> None:
+    outcome = sparsekd("--version")
+    assert (outcome.code, outcome.out) == (0, f"sparsekd {__version__}\n")

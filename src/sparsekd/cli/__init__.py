@@ -14,9 +14,11 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+import sparsekd
 from sparsekd.errors import SparseKDError
 
 # In `--help`, in this order; a verb that is not named here comes after them.
@@ -31,6 +33,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_wanted: bool) -> bool:
+    if is_wanted:
+        print(f"sparsekd {sparsekd.__version__}")
+        raise typer.Exit
+    return False
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _verbs() -> dict[str, Callable[..., None]]:
