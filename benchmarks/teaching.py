@@ -12,7 +12,6 @@ records what came out, of which --summary prints the table of docs/experiments/l
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import _tables
 from reproduce_summary import markdown
 
-from sparsekd.recipe import load_recipe
+from sparsekd.recipe import RateScale, load_recipe
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce import patterns, reproduce
 from sparsekd.reproduce.arms import EXPERIMENTS, Seed, percent
@@ -40,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "entropy": {"weighting": "entropy"},
     "gap": {"weighting": "gap"},
     "domain": {"weighting": "domain"},
+    "embeddings frozen": {"lr_scale": RateScale(embeddings=0.0)},
 }
 
 
@@ -78,25 +78,35 @@ def main() -> None:
 
 
 def summary(run: str, ways: Iterable[str]) -> Titled:
-    """What came out, over texts, seeds and reductions."""
+    """What came out, over texts and reductions, as means over the seeds and, where there are several, their spread."""
     measured = _tables.read("measured", run=run, stage="distilled")
-    texts = list(dict.fromkeys(row["text"] for row in measured))
-    rates = {row["arm"]: row["learning_rate"] for row in _tables.read("trained", run=run)}
-    lines, plain = [], math.nan
+    texts, seeds = (list(dict.fromkeys(row[name] for row in measured)) for name in ("text", "seed"))
+    trained = _tables.read("trained", run=run)
+    lines: list[list[str]] = []
+    plain: dict[int, float] = {}
     for way in dict.fromkeys(ways):
-        name = _tables.folder_of(way)
-        rows = [row for row in measured if row["arm"].rpartition("-")[0] == name]
+        rows, made = ([row for row in table if _is_of(way, row)] for table in (measured, trained))
         if not rows:
             continue
-        by_text = [[row["to_dense"] for row in rows if row["text"] == text] for text in texts]
-        together = statistics.geometric_mean(row["to_dense"] for row in rows)
-        plain = together if way == "plain" else plain
-        ratios = [f"{statistics.geometric_mean(ratios):.3f}" for ratios in by_text]
-        tried = sorted({rates[row["arm"]] for row in rows})
-        row = [way, *ratios, f"{together:.3f}", f"{together / plain - 1:+.1%}"]
-        lines.append([*row, f"{statistics.fmean(row['kl'] for row in rows):.3f}", ", ".join(f"{r:g}" for r in tried)])
-    header = ["way", *texts, "all texts", "to plain", "KL", "rate"]
+        by_text = [_mean(row["to_dense"] for row in rows if row["text"] == text) for text in texts]
+        by_seed = {seed: _mean(row["to_dense"] for row in rows if row["seed"] == seed) for seed in seeds}
+        plain = plain or by_seed
+        differences = [by_seed[seed] / plain[seed] - 1 for seed in seeds]
+        spread = f" ± {statistics.stdev(differences):.1%}" if len(seeds) > 1 else ""
+        line = [way, *(f"{ratio:.3f}" for ratio in (*by_text, _mean(by_seed.values())))]
+        line += [f"{statistics.fmean(differences):+.1%}{spread}", f"{statistics.fmean(row['kl'] for row in rows):.3f}"]
+        line += [", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in made}))]
+        lines.append([*line, f"{statistics.fmean(row['seconds']['distilled'] for row in made):.0f}"])
+    header = ["way", *texts, "all texts", "to plain", "KL", "rate", "seconds"]
     return Titled("perplexity to the dense model after training", header, lines)
+
+
+def _is_of(way: str, row: _tables.Row) -> bool:
+    return row["arm"].rpartition("-")[0] == _tables.folder_of(way)
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    return statistics.geometric_mean(list(ratios))
 
 
 if __name__ == "__main__":
