@@ -34,7 +34,6 @@ KEYS = {  # what makes a row another one
     "tasks": ("run", "arm", "seed", "stage", "task", "score"),
     "comparisons": ("run", "experiment", "claim", "cause", "model", "reference", "text"),
     "experiments": ("run", "experiment"),
-    "origins": ("origin",),
 }
 _ORIGIN = ("versions", "command", "commit")  # columns that many rows share; a row's are found by its `origin`
 _CALIBRATION = ("overconfidence", "accuracy", "brier", "entropy")
@@ -55,8 +54,8 @@ def read(table: str, **where: Any) -> list[Row]:
 def add(table: str, rows: Iterable[Row]) -> None:
     """Writes the rows, each in place of the one that it has the key of; floats to nine digits."""
     apart = [_apart(_rounded(row)) for row in rows]
-    _put("origins", (origin for _, origin in apart if origin))
-    _put(table, (row for row, _ in apart))
+    _put("origins", ("origin",), (origin for _, origin in apart if origin))
+    _put(table, KEYS[table], (row for row, _ in apart))
 
 
 def _apart(row: Row) -> tuple[Row, Row]:
@@ -73,8 +72,7 @@ def _lines(table: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _put(table: str, rows: Iterable[Row]) -> None:
-    names = KEYS[table]
+def _put(table: str, names: tuple[str, ...], rows: Iterable[Row]) -> None:
     held = {tuple(row[name] for name in names): row for row in [*_lines(table), *rows]}
     TABLES.mkdir(parents=True, exist_ok=True)
     (TABLES / f"{table}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in held.values()), encoding="utf-8")

@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument("--commit", default=head())
     given = parser.parse_args()
     for table, count in add(given.source, given.name, given.command, given.commit).items():
-        if count:
-            print(f"{table}: {count} rows")
+        print(f"{table}: {count} rows")
 
 
 def add(source: Path, name: str, command: str | None, commit: str) -> dict[str, int]:

@@ -6,15 +6,15 @@
 DATA is the folder that recipes/methods-smollm2.yaml describes, RUNS a folder outside of the checkout for the run
 directory, which goes on where it was stopped. Each way changes one setting of `distill`; `plain` changes none. Whatever
 the way's own loss is, perplexity on five texts and KL to the dense model decide. `python benchmarks/rows.py RUNS NAME`
-records what came out, of which --summary prints the table of docs/experiments/losses.md.
+records what came out, of which --summary prints the table of docs/experiments/teaching.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 import _tables
@@ -79,24 +79,27 @@ def main() -> None:
 
 def summary(run: str, ways: Iterable[str]) -> Titled:
     """What came out, over texts and reductions, as means over the seeds and, where there are several, their spread."""
-    measured = _tables.read("measured", run=run, stage="distilled")
-    texts, seeds = (list(dict.fromkeys(row[name] for row in measured)) for name in ("text", "seed"))
-    trained = _tables.read("trained", run=run)
-    lines: list[list[str]] = []
+    measured, trained = _tables.read("measured", run=run), _tables.read("trained", run=run)
+    texts = list(dict.fromkeys(row["text"] for row in measured))
+    before = [row for row in measured if row["stage"] == "compressed" and _is_of("plain", row)]
+    lines = [["before training", *_ratios(before, texts), "", _kl(before), "", ""]]
     plain: dict[int, float] = {}
     for way in dict.fromkeys(ways):
-        rows, made = ([row for row in table if _is_of(way, row)] for table in (measured, trained))
+        rows = [row for row in measured if row["stage"] == "distilled" and _is_of(way, row)]
+        made = [row for row in trained if _is_of(way, row)]
         if not rows:
             continue
-        by_text = [_mean(row["to_dense"] for row in rows if row["text"] == text) for text in texts]
-        by_seed = {seed: _mean(row["to_dense"] for row in rows if row["seed"] == seed) for seed in seeds}
+        by_seed = {
+            seed: geometric_mean(row["to_dense"] for row in rows if row["seed"] == seed)
+            for seed in dict.fromkeys(row["seed"] for row in rows)
+        }
         plain = plain or by_seed
-        differences = [by_seed[seed] / plain[seed] - 1 for seed in seeds]
-        spread = f" ± {statistics.stdev(differences):.1%}" if len(seeds) > 1 else ""
-        line = [way, *(f"{ratio:.3f}" for ratio in (*by_text, _mean(by_seed.values())))]
-        line += [f"{statistics.fmean(differences):+.1%}{spread}", f"{statistics.fmean(row['kl'] for row in rows):.3f}"]
-        line += [", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in made}))]
-        lines.append([*line, f"{statistics.fmean(row['seconds']['distilled'] for row in made):.0f}"])
+        differences = [ratio / plain[seed] - 1 for seed, ratio in by_seed.items()]
+        spread = f" ± {stdev(differences):.1%}" if len(differences) > 1 else ""
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in made}))
+        seconds = fmean(row["seconds"]["distilled"] for row in made)
+        to_plain = f"{fmean(differences):+.1%}{spread}"
+        lines.append([way, *_ratios(rows, texts), to_plain, _kl(rows), rates, f"{seconds:.0f}"])
     header = ["way", *texts, "all texts", "to plain", "KL", "rate", "seconds"]
     return Titled("perplexity to the dense model after training", header, lines)
 
@@ -105,8 +108,14 @@ def _is_of(way: str, row: _tables.Row) -> bool:
     return row["arm"].rpartition("-")[0] == _tables.folder_of(way)
 
 
-def _mean(ratios: Iterable[float]) -> float:
-    return statistics.geometric_mean(list(ratios))
+def _ratios(rows: Sequence[_tables.Row], texts: Sequence[str]) -> list[str]:
+    """Of each text, and of all together."""
+    groups = [[row for row in rows if row["text"] == text] for text in texts]
+    return [f"{geometric_mean(row['to_dense'] for row in group):.3f}" for group in (*groups, rows)]
+
+
+def _kl(rows: Sequence[_tables.Row]) -> str:
+    return f"{fmean(row['kl'] for row in rows):.3f}"
 
 
 if __name__ == "__main__":

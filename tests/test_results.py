@@ -45,13 +45,26 @@ def test_a_row_replaces_that_of_the_same_key(tmp_path: Path):
         there["TABLES"] = before
 
 
-def test_the_page_of_methods_has_the_tables_of_the_rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("script", "arguments", "page_name", "least"),
+    [
+        ("methods_table", ["methods-trial"], "methods", 41),
+        ("teaching", ["--summary", "teaching"], "teaching", 14),
+        ("teaching", ["--summary", "teaching-61440"], "teaching", 5),
+    ],
+)
+def test_a_page_has_the_tables_of_its_rows(
+    script: str,
+    arguments: list[str],
+    page_name: str,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.syspath_prepend(str(RESULTS.parent))
-    monkeypatch.setattr(sys, "argv", ["methods_table.py", "methods-trial"])
-    importlib.import_module("methods_table").main()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    importlib.import_module(script).main()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    page = (RESULTS.parents[1] / "docs" / "experiments" / "methods.md").read_text(encoding="utf-8")
-    assert len(printed) > 40
+    page = (RESULTS.parents[1] / "docs" / "experiments" / f"{page_name}.md").read_text(encoding="utf-8")
+    assert len(printed) >= least
     assert not [line for line in printed if line not in page]

@@ -140,9 +140,9 @@ def is_faster_in_bfloat16() -> bool:
 
 
 @contextmanager
-def measured_before(is_faster: bool | None) -> Iterator[None]:
+def measured_before(is_faster: bool) -> Iterator[None]:
     """In it `is_faster_in_bfloat16` has this answer, where the processor has the instructions: a busy moment must not
-    change what a run computes that goes on. None lets it measure."""
+    change what a run computes that goes on."""
     token = _IS_FASTER.set(is_faster)
     try:
         yield

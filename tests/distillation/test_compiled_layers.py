@@ -29,10 +29,10 @@ def compiled(teacher: PreTrainedModel, blocks: torch.Tensor, cache: Cache, monke
     monkeypatch.setattr(fused, "_compiled_step", fused._plain_step)  # the compiler cannot read the tests' checks
     monkeypatch.setattr(loop, "is_worth_compiling", lambda student, options, num_tokens: True)
 
-    def train(backend: Any) -> History:
+    def train(backend: Any, model: PreTrainedModel = teacher) -> History:
         monkeypatch.setattr(loop, "compiled", functools.partial(worker.compiled, backend=backend))
         torch._dynamo.reset()
-        student = copy.deepcopy(teacher)
+        student = copy.deepcopy(model)
         history = distillation.train(student, data(blocks, cache), SETTINGS)
         assert all(layer._compiled_call_impl is None for layer in find_layers(student))
         return history
@@ -54,20 +54,14 @@ def test_compiled_layers_train_alike(compiled: Callable[[Any], History], plain: 
     assert [one.loss for one in found.validations] == pytest.approx([one.loss for one in plain.validations], rel=1e-5)
 
 
-def test_every_kind_of_layer_is_compiled(
-    make_model: Any, blocks: torch.Tensor, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_layer_is_compiled(compiled: Callable[..., History], make_model: Any) -> None:
     """As where neurons were taken out; torch leaves all kinds but the first few as they are."""
     student = make_model("llama", num_hidden_layers=4)
     narrow(student, chosen(student, 8, 8, 12, 16))
     assert worker.num_kinds(student) == 3
     counter: Any = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(fused, "_compiled_step", fused._plain_step)
-    monkeypatch.setattr(loop, "is_worth_compiling", lambda student, options, num_tokens: True)
-    monkeypatch.setattr(loop, "compiled", functools.partial(worker.compiled, backend=counter))
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
-        distillation.train(student, data(blocks, cache), SETTINGS)
+        compiled(counter, student)
     assert counter.frame_count == 3
 
 

@@ -33,7 +33,8 @@ from sparsekd.teacher import Cache
 # Tokens of a training from which layers, and on a GPU the loss, are compiled. It took 26 s on an H200 and made the rest
 # 1.8 times as fast, which two and a half million tokens win back (docs/experiments/gpu.md); in bfloat16 on two cores it
 # took 31 s and made the layers of SmolLM2 1.2 times as fast, which 90,000 win back. Each further kind of layer is
-# compiled by itself: 18 kinds took 100 s on another processor, where 1.04 times the speed wins them back in 870,000.
+# compiled by itself: 18 kinds took 100 s on another processor, where 1.04 times the speed wins them back in 870,000 (a
+# lone trial). What a further kind takes on a GPU is a guess.
 COMPILED_FROM, COMPILED_FROM_ON_CPU = 2**22, 2**18
 COMPILED_FROM_MORE, COMPILED_FROM_MORE_ON_CPU = 2**19, 2**15  # for each further kind
 
