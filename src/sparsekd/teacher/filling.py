@@ -82,9 +82,10 @@ def fill(
     which `merge_shares` completes.
 
     `vocab_size` leaves out the padding of the embeddings; `seed` matters to `sampled` only. Killed at any moment and
-    called again, it continues after the last whole shard. `on_tokens` hears of progress, `say` of a `batch_size` that
-    was halved for memory. Raises `ResourceError` when disk or memory are too small, `DataError` when the model's output
-    is not finite or a block is longer than the model's context, `UsageError` when another process is at it.
+    called again, it continues after the last whole shard. `on_tokens` hears how many were there before, then of each
+    pass; `say` of a `batch_size` that was halved for memory. Raises `ResourceError` when disk or memory are too small,
+    `DataError` when the model's output is not finite or a block is longer than the model's context, `UsageError` when
+    another process is at it.
     """
     chosen = codec_for(codec, top_k, vocab_size or int(model.config.get_text_config().vocab_size))
     _require_context(model, blocks)
@@ -92,8 +93,11 @@ def fill(
     order = sorted(blocks, key=lambda block_id: (len(blocks[block_id]), block_id))
     shards = [order[start : start + blocks_per_shard] for start in range(0, len(order), blocks_per_shard)]
     with Writer.open(folder, made_of, share) as writer:
-        missing = {n: ids for n, ids in enumerate(shards) if owns(share, n) and not writer.has(n, ids)}
+        owned = {n: ids for n, ids in enumerate(shards) if owns(share, n)}
+        missing = {n: ids for n, ids in owned.items() if not writer.has(n, ids)}
         num_tokens = sum(len(blocks[block_id]) for ids in missing.values() for block_id in ids)
+        if cached := sum(len(blocks[block_id]) for ids in owned.values() for block_id in ids) - num_tokens:
+            on_tokens(cached)
         files.require_space(folder, num_tokens * chosen.bytes_per_token, "the teacher cache")
         batches = Batches(batch_size, "cache.batch_size", "corpus.seq_len", say)
 
