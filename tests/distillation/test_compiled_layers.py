@@ -78,12 +78,13 @@ def test_on_a_processor_long_trainings_in_bfloat16_are_compiled(
     teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    long = worker.COMPILED_FROM_ON_CPU
+    long = worker.compiled_from("cpu", 1)
     assert worker.is_worth_compiling(teacher, OPTIONS, long)
     assert not worker.is_worth_compiling(teacher, OPTIONS, long - 1)
     with monkeypatch.context() as patch:
         patch.setattr(worker, "num_kinds", lambda student: 3)
-        longer = long + 2 * worker.COMPILED_FROM_MORE_ON_CPU
+        longer = worker.compiled_from("cpu", 3)
+        assert longer > long
         assert worker.is_worth_compiling(teacher, OPTIONS, longer)
         assert not worker.is_worth_compiling(teacher, OPTIONS, longer - 1)
     assert not worker.is_worth_compiling(teacher, replace(OPTIONS, precision="float32"), long)

@@ -92,6 +92,16 @@ def test_training_as_it_was_measured(loop: str, at_once: int, blocks: str, plann
     }
 
 
+def test_layers_of_widths_of_their_own_are_compiled_only_in_a_longer_training(planned: Any) -> None:
+    def speed(blocks: int, *changes: str) -> float:
+        found = planned("0.6B", "1xH200", f"corpus.num_blocks={blocks}", *changes)
+        return found["stages"]["distill"]["tokens_per_second"]
+
+    own_widths = "compress.neurons.allocation=global"
+    assert speed(20_000) == pytest.approx(speed(60_000, own_widths))
+    assert speed(20_000, own_widths) == pytest.approx(speed(60))
+
+
 def test_the_other_stages_as_they_were_measured(planned: Any) -> None:
     large = planned("0.6B", "1xH200", "cache.batch_size=16", "compress.num_tokens=32768", "compress.batch_size=4", LONG)
     passes, structural = rows("passes", **{"at once": 16}), rows("structural")

@@ -35,8 +35,8 @@ from sparsekd.teacher import Cache
 # took 31 s and made the layers of SmolLM2 1.2 times as fast, which 90,000 win back. Each further kind of layer is
 # compiled by itself: 18 kinds took 100 s on another processor, where 1.04 times the speed wins them back in 870,000 (a
 # lone trial). What a further kind takes on a GPU is a guess.
-COMPILED_FROM, COMPILED_FROM_ON_CPU = 2**22, 2**18
-COMPILED_FROM_MORE, COMPILED_FROM_MORE_ON_CPU = 2**19, 2**15  # for each further kind
+_FIRST_KIND = {"cuda": 2**22, "cpu": 2**18}
+_FURTHER_KIND = {"cuda": 2**19, "cpu": 2**15}
 
 
 @contextmanager
@@ -71,13 +71,17 @@ def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: i
     g++ is there; and if it is long."""
     if options.gradient_checkpointing or is_split():  # with which it was not tried
         return False
-    further = num_kinds(student) - 1
-    if student.device.type == "cuda":
-        is_long = num_tokens >= COMPILED_FROM + further * COMPILED_FROM_MORE
-        return is_long and importlib.util.find_spec("triton") is not None
-    if student.device.type != "cpu" or not trains_in_bfloat16(options.precision, student.device):
+    device = student.device
+    if device.type not in _FIRST_KIND or num_tokens < compiled_from(device.type, num_kinds(student)):
         return False
-    return num_tokens >= COMPILED_FROM_ON_CPU + further * COMPILED_FROM_MORE_ON_CPU and shutil.which("g++") is not None
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return trains_in_bfloat16(options.precision, device) and shutil.which("g++") is not None
+
+
+def compiled_from(device_type: str, num_kinds: int) -> int:
+    """Tokens from which a training is long enough for the compiler, with so many kinds of layers."""
+    return _FIRST_KIND[device_type] + (num_kinds - 1) * _FURTHER_KIND[device_type]
 
 
 def num_kinds(student: PreTrainedModel) -> int:
