@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,18 +127,6 @@ def encoded(array: Float[np.ndarray, ...], weights: str) -> tuple[np.ndarray, GG
     elif array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = gguf.GGMLQuantizationType.F16
     return gguf.quantize(array, kind), kind
-
-
-def reader(file: Path) -> GGUFReader:
-    """A GGUF file; of its numbers it makes plain arrays, where the package makes slices of a mapped file, for which a
-    vocabulary takes it seconds."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            return np.frombuffer(self.data, dtype, int(count), int(offset))
-
-    return Reader(file)
 
 
 def field(reader: GGUFReader, key: str) -> Any:

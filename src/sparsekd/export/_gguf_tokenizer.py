@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekd import corpus
 from sparsekd.errors import UsageError
-from sparsekd.export._gguf_tensors import reader
+from sparsekd.models import gguf_reader
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -31,7 +31,7 @@ _GENERAL = ("general.name", "general.license", "general.languages", "general.tag
 
 def copy_metadata(writer: GGUFWriter, base: Path) -> None:
     """The tokenizer of another file, and what it says of itself that holds for a model made from it."""
-    for key, field in reader(base).fields.items():
+    for key, field in gguf_reader(base).fields.items():
         if key.startswith(("tokenizer.", *_GENERAL)):
             inner = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)

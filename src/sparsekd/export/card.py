@@ -15,7 +15,6 @@ from transformers.utils.hub import cached_file
 
 from sparsekd import files, models
 from sparsekd.export._gguf_tensors import field as field_of
-from sparsekd.export._gguf_tensors import reader
 from sparsekd.export.source import Source
 from sparsekd.records import Record
 from sparsekd.run import planned, read_recipe, read_summary
@@ -83,7 +82,7 @@ def licence_of(name: str, revision: str | None = None) -> Licence:
     """What a model says of its own licence, in its card, its GGUF metadata, or a file; nothing is guessed."""
     place = models.locate(name)
     if place.gguf:
-        found = field_of(reader(Path(place.source) / place.options["gguf_file"]), "general.license")
+        found = field_of(models.gguf_reader(Path(place.source) / place.options["gguf_file"]), "general.license")
         return Licence({} if found is None else {"license": str(found)})
     get = functools.partial(cached_file, place.source, revision=revision, _raise_exceptions_for_missing_entries=False)
     texts = [Path(path) for path in map(get, _LICENCES) if path is not None]

@@ -27,7 +27,7 @@ from sparsekd.export import _gguf_tokenizer as _tokenizer
 from sparsekd.export import llama_cpp
 from sparsekd.export.checking import Runtime, Tolerance
 from sparsekd.export.source import Source
-from sparsekd.models import forms, locate, num_parameters
+from sparsekd.models import forms, gguf_reader, locate, num_parameters
 from sparsekd.records import Record
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _quantize(
 def open(folder: Path) -> Runtime:
     """The file as transformers reads it; what it does not read is put in: the stretched frequencies of Llama 3, and all
     of a model with a width for each layer."""
-    reader = _tensors.reader(folder / FILE)
+    reader = gguf_reader(folder / FILE)
     config = _tensors.config_of(reader)
     model: Any
     if _tensors.field(reader, "general.architecture") == _tensors.PER_LAYER:
@@ -211,6 +211,6 @@ def _notes(model: PreTrainedModel, ordinary: PreTrainedModel, folder: Path, weig
     elif written > before:
         yield f"low rank is multiplied out: {written / before - 1:.0%} more parameters than in the exported model"
     if weights == "q8_0":
-        kinds = [tensor.tensor_type.name for tensor in _tensors.reader(folder / FILE).tensors]
+        kinds = [tensor.tensor_type.name for tensor in gguf_reader(folder / FILE).tensors]
         if kinds.count("F16"):
             yield f"{kinds.count('F16')} matrices are float16, for their rows are no multiple of 32"

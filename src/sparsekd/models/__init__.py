@@ -18,6 +18,7 @@ from sparsekd.models.copying import twin as twin
 from sparsekd.models.documents import document_inputs as document_inputs
 from sparsekd.models.documents import document_positions as document_positions
 from sparsekd.models.forms.lowrank import convert as convert
+from sparsekd.models.gguf_files import gguf_reader as gguf_reader
 from sparsekd.models.identity import config_hash as config_hash
 from sparsekd.models.identity import source_hash as source_hash
 from sparsekd.models.identity import tokenizer_hash as tokenizer_hash

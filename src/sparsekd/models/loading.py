@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from sparsekd.errors import DataError
 from sparsekd.models import admission, forms
 from sparsekd.models.anatomy import num_parameters
+from sparsekd.models.gguf_files import parsed_once
 from sparsekd.models.locating import Location, explaining, locate, raw_config, weight_files
 from sparsekd.models.saving import require_whole
 from sparsekd.models.vocabulary import check_tokenizer
@@ -53,7 +54,7 @@ def load(
     if not place.gguf:
         require_whole(Path(place.source))
     options = _options(place, revision, trust_remote_code)
-    with explaining(name):
+    with explaining(name), parsed_once(place):
         config, model_class = _config_and_class(name, place, options)
         weights = weight_files(name, place, revision)
         if not place.gguf and not hasattr(config, "quantization_config"):  # which packs several weights in a number
@@ -88,7 +89,7 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
     """The model's modules on the meta device: all shapes, no weights read. For plans and estimates."""
     place = locate(name)
     options = _options(place, revision, trust_remote_code)
-    with explaining(name):
+    with explaining(name), parsed_once(place):
         return _modules(*_config_and_class(name, place, options), trust_remote_code)
 
 
@@ -98,7 +99,7 @@ def load_tokenizer(
     """A model's tokenizer without its weights. Raises as `load`."""
     place = locate(name)
     options = _options(place, revision, trust_remote_code)
-    with explaining(name):
+    with explaining(name), parsed_once(place):
         config, _ = _config_and_class(name, place, options)
         return AutoTokenizer.from_pretrained(place.source, config=config, **options)
 
