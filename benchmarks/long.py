@@ -1,11 +1,13 @@
 """The arms that decide: `neurons` and `two-sided` at 15, 35 and 65 %, trained for long on new text, with Dense+KD.
 
-    python benchmarks/long.py DATA RUNS [--budgets 61440 1200128] [--seeds 3 1] [--only neurons,two-sided] [--set ...]
+    python benchmarks/long.py DATA RUNS [--budgets 61440 1200128] [--seeds 3 1] [--only neurons,two-sided] [--frozen]
+                              [--set KEY=VALUE ...]
 
 DATA is the folder that the recipe, recipes/methods-smollm2.yaml, describes. RUNS is a folder outside of the checkout,
 for a run directory of `sparsekd reproduce methods` for each budget, in tokens, with that many seeds. The control comes
 last. Text that was not seen before comes first; a budget above NEW_TOKENS sees it several times. `--set rounds=[0.35]`
-begins with one reduction; the others join it in the same directory.
+begins with one reduction; the others join it in the same directory. `--frozen` puts beside each arm one that does not
+train the embeddings.
 
 It can be stopped at any moment, by a signal or by cutting the power, and goes on when it is called again. An arm whose
 inputs have changed since is named, and nothing is mixed. While it runs, the rows of run `long-<budget>` in the tables
@@ -15,11 +17,13 @@ of benchmarks/results/models are written again after every validation; `benchmar
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import rows
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[61_440, 1_200_128])
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 1], help="as many as budgets")
     parser.add_argument("--only", default="neurons,two-sided")
+    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "methods-smollm2.yaml"))
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     given = parser.parse_args()
@@ -52,7 +57,7 @@ def main() -> None:
         parser.error(f"RUNS is {given.runs}: expected a folder outside of the checkout, for it takes gigabytes")
     if len(given.seeds) != len(given.budgets):
         parser.error(f"--seeds has {len(given.seeds)} numbers: expected one for each of {len(given.budgets)} budgets")
-    EXPERIMENTS["methods"] = control_last
+    EXPERIMENTS["methods"] = functools.partial(arms, with_frozen=given.frozen)
     for budget, count in zip(given.budgets, given.seeds, strict=True):
         recipe = recipe_of(given.recipe, given.data, budget, given.overrides)
         folder = given.runs / str(budget)
@@ -65,11 +70,16 @@ def main() -> None:
             sys.exit(error.exit_code)
 
 
-def control_last(seed: Seed) -> dict[str, Round]:
-    """The arms of experiment `methods`."""
-    found = methods(seed)
-    control = found.pop(DENSE_KD)
-    return found | {DENSE_KD: control}
+def arms(seed: Seed, with_frozen: bool) -> dict[str, Round]:
+    """The arms of experiment `methods`, the control last; beside each, one whose embeddings stay as they are."""
+    found, planned = methods(seed), {}
+    found[DENSE_KD] = found.pop(DENSE_KD)
+    for name, trained in found.items():
+        planned[name] = trained
+        if with_frozen:
+            scale = replace(trained.distill.lr_scale, embeddings=0.0)
+            planned[f"{name} frozen"] = seed.trained(f"{name} frozen", trained, lr_scale=scale)
+    return planned
 
 
 def recipe_of(path: str, data: Path, budget: int, overrides: list[str]) -> Recipe:

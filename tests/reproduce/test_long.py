@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import sparsekd
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -80,6 +83,29 @@ def test_one_reduction_comes_first_and_others_join_it(
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "1", "2"])
     with pytest.raises(SystemExit):
         long.main()
+
+
+def test_beside_each_arm_one_whose_embeddings_stay(
+    benchmark: Any, tiny_recipe: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    long, tables = benchmark("long"), benchmark("_tables")
+    monkeypatch.setattr(long, "RATES", (1e-3,))
+    options = ["--recipe", str(tiny_recipe), "--budgets", "384", "--only", "magnitude", "--seeds", "1", "--frozen"]
+    monkeypatch.setattr(
+        sys, "argv", ["long.py", str(tmp_path), str(tmp_path / "runs"), *options, "--set", "rounds=[0.5]"]
+    )
+    long.main()
+    arms = ["magnitude-50", "magnitude-50-frozen", "Dense+KD", "Dense+KD-frozen"]
+    assert {row["arm"] for row in tables.read("trained")} == set(arms)
+
+    def embeddings(arm: str, stage: str = "distilled") -> torch.Tensor:
+        folder = tmp_path / "runs" / "384" / "arms" / arm / "seed-42" / stage / "model"
+        return sparsekd.load(str(folder))[0].get_parameter("model.embed_tokens.weight")
+
+    before = embeddings("magnitude-50", "compressed")
+    assert torch.equal(embeddings("magnitude-50-frozen"), before)
+    assert torch.equal(embeddings("Dense+KD-frozen"), before)
+    assert not torch.equal(embeddings("magnitude-50"), before)
 
 
 def test_the_queue_wants_its_runs_elsewhere(benchmark: Any, monkeypatch: Any, capsys: Any) -> None:
