@@ -1,10 +1,11 @@
 """Does a token teach more? One cut, trained in several ways that take the same time, each with its own learning rate.
 
-    python benchmarks/teaching.py DATA RUNS [--ways linear ...] [--seeds 42 123 456] [--set KEY=VALUE ...]
+    python benchmarks/teaching.py DATA RUNS [--ways linear ...] [--seeds 42 123 456] [--dense] [--set KEY=VALUE ...]
     python benchmarks/teaching.py --summary NAME [--ways linear ...]
 
 DATA is the folder that recipes/methods-smollm2.yaml describes, RUNS a folder outside of the checkout for the run
-directory, which goes on where it was stopped. Each way changes one setting of `distill`; `plain` changes none. Whatever
+directory, which goes on where it was stopped. Each way changes one setting of `distill`; `plain` changes none. --dense
+trains the dense model in these ways too, as the control. Whatever
 the way's own loss is, perplexity on five texts and KL to the dense model decide. `python benchmarks/rows.py RUNS NAME`
 records what came out, of which --summary prints the table of docs/experiments/teaching.md.
 """
@@ -12,7 +13,8 @@ records what came out, of which --summary prints the table of docs/experiments/t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import _tables
 from reproduce_summary import markdown
 
-from sparsekd.recipe import RateScale, load_recipe
+from sparsekd.recipe import load_recipe
 from sparsekd.report.tables import Titled
 from sparsekd.reproduce import patterns, reproduce
 from sparsekd.reproduce.arms import EXPERIMENTS, Seed, percent
@@ -39,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "entropy": {"weighting": "entropy"},
     "gap": {"weighting": "gap"},
     "domain": {"weighting": "domain"},
-    "embeddings frozen": {"lr_scale": RateScale(embeddings=0.0)},
+    "embeddings frozen": {"lr_scale": {"embeddings": 0.0}},  # of the recipe's scales, the others stay
 }
 
 
@@ -51,23 +53,29 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--method", default="neurons")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.35])
+    parser.add_argument("--dense", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 123, 456])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     given = parser.parse_args()
     if given.summary is not None:
-        print("\n".join(markdown(summary(given.summary, ["plain", *given.ways]))))
+        for table in summaries(given.summary, ["plain", *given.ways]):
+            print("\n".join(markdown(table)))
         return
     if given.runs is None:
         parser.error("expected DATA and RUNS, or --summary")
 
     def arms(seed: Seed) -> dict[str, Round]:
+        plain = {percent(r): seed.pruned(f"plain {percent(r)}", r) for r in seed.one_shot}
+        if given.dense:
+            plain["dense"] = seed.dense("plain dense")
         found: dict[str, Round] = {}
-        for reduction in seed.one_shot:
-            plain = seed.pruned(f"plain {percent(reduction)}", reduction)
+        for target, start in plain.items():
             for way in dict.fromkeys(["plain", *given.ways]):
-                name = f"{way} {percent(reduction)}"
-                found[name] = seed.trained(name, plain, **WAYS[way])
+                changes = dict(WAYS[way])
+                if "lr_scale" in changes:
+                    changes["lr_scale"] = replace(start.distill.lr_scale, **changes["lr_scale"])
+                found[f"{way} {target}"] = seed.trained(f"{way} {target}", start, **changes)
         return found
 
     EXPERIMENTS[NAME], patterns.PATTERNS[NAME] = arms, lambda _: []
@@ -77,16 +85,25 @@ def main() -> None:
     reproduce(NAME, recipe, given.runs, seeds=given.seeds, rates=given.rates, resume=is_run(given.runs))
 
 
-def summary(run: str, ways: Iterable[str]) -> Titled:
-    """What came out, over texts and reductions, as means over the seeds and, where there are several, their spread."""
+def summaries(run: str, ways: Sequence[str]) -> Iterator[Titled]:
+    """What came out of each model that was trained: means over the seeds and, where there are several, their spread."""
     measured, trained = _tables.read("measured", run=run), _tables.read("trained", run=run)
+    prefix = _tables.folder_of("plain ")
+    found = (row["arm"].removeprefix(prefix) for row in trained if row["arm"].startswith(prefix))
+    for target in dict.fromkeys(found):
+        arms = {_tables.folder_of(f"{way} {target}"): way for way in ways}
+        own = [[row | {"way": arms[row["arm"]]} for row in rows if row["arm"] in arms] for rows in (measured, trained)]
+        yield summary(target, ways, *own)
+
+
+def summary(target: str, ways: Sequence[str], measured: list[_tables.Row], trained: list[_tables.Row]) -> Titled:
     texts = list(dict.fromkeys(row["text"] for row in measured))
-    before = [row for row in measured if row["stage"] == "compressed" and _is_of("plain", row)]
-    lines = [["before training", *_ratios(before, texts), "", _kl(before), "", ""]]
+    before = [row for row in measured if row["stage"] == "compressed"]
+    lines = [["before training", *_ratios(before, texts), "", _kl(before), "", ""]] if before else []
     plain: dict[int, float] = {}
     for way in dict.fromkeys(ways):
-        rows = [row for row in measured if row["stage"] == "distilled" and _is_of(way, row)]
-        made = [row for row in trained if _is_of(way, row)]
+        rows = [row for row in measured if row["stage"] == "distilled" and row["way"] == way]
+        made = [row for row in trained if row["way"] == way]
         if not rows:
             continue
         by_seed = {
@@ -101,11 +118,7 @@ def summary(run: str, ways: Iterable[str]) -> Titled:
         to_plain = f"{fmean(differences):+.1%}{spread}"
         lines.append([way, *_ratios(rows, texts), to_plain, _kl(rows), rates, f"{seconds:.0f}"])
     header = ["way", *texts, "all texts", "to plain", "KL", "rate", "seconds"]
-    return Titled("perplexity to the dense model after training", header, lines)
-
-
-def _is_of(way: str, row: _tables.Row) -> bool:
-    return row["arm"].rpartition("-")[0] == _tables.folder_of(way)
+    return Titled(f"{target}: perplexity to the dense model after training", header, lines)
 
 
 def _ratios(rows: Sequence[_tables.Row], texts: Sequence[str]) -> list[str]:
