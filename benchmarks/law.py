@@ -1,18 +1,19 @@
 """One law for the loss after pruning and training, fitted to all recorded arms of a method together.
 
-    python benchmarks/law.py METHOD=RUN/ARM ...       e.g. two-sided=long/one-shot-35 neurons=long-1200128/neurons-15
+    python benchmarks/law.py METHOD=RUN/ARM[/CONTROL] ...      e.g. neurons=teaching-61440/plain-35/plain-dense
 
-The arms are rows of benchmarks/results/models/trained.jsonl, of all their seeds. The law is P^2 (arXiv 2411.10272), of
+The arms are rows of benchmarks/results/models/trained.jsonl, of all their seeds; CONTROL is the run's arm that trains
+the dense model, by default Dense+KD. The law is P^2 (arXiv 2411.10272), of
 one model size, where what depends on the size is a constant:
 
     gap = reduction^gamma * (E + B / tokens^beta)
 
-`gap` is the cross-entropy on the validation blocks, in nats a token, less the least that Dense+KD comes to in the same
-run with the same seed; P^2 subtracts the unpruned model's instead, which has learned nothing from the new text. It is
-fitted twice: to the ends of the trainings, where the learning rate has come to its least, and to all validations after
-the first fifth, as P^2's authors do. The least squares of relative errors are looked for on a grid of gamma and beta; E
-and B are not negative. Arms of one run and name, which differ by their seeds, are predicted from the others: that is
-the law's error. `law.json` has all of it.
+`gap` is the cross-entropy on the validation blocks, in nats a token, less the least that the control comes to in the
+same run with the same seed; P^2 subtracts the unpruned model's instead, which has learned nothing from the new text. It
+is fitted twice: to the ends of the trainings, where the learning rate has come to its least, and to all validations
+after the first fifth, as P^2's authors do. The least squares of relative errors are looked for on a grid of gamma and
+beta; E and B are not negative. Arms of one run and name, which differ by their seeds, are predicted from the others:
+that is the law's error. `law.json` has all of it.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ class Arm:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="+", metavar="METHOD=RUN/ARM")
+    parser.add_argument("arms", nargs="+", metavar="METHOD=RUN/ARM[/CONTROL]")
     given = parser.parse_args()
     by_method: dict[str, list[Arm]] = {}
     try:
         for word in given.arms:
             method, _, place = word.partition("=")
-            run, _, arm = place.partition("/")
-            by_method.setdefault(method, []).extend(arms_of(run, arm))
+            by_method.setdefault(method, []).extend(arms_of(*place.split("/", 2)))
         laws = {
             method: {"ends": described(arms, True), "validations": described(arms, False)}
             for method, arms in by_method.items()
@@ -84,12 +84,11 @@ def main() -> None:
     record("law", {"laws": laws})
 
 
-def arms_of(run: str, arm: str) -> list[Arm]:
+def arms_of(run: str, arm: str = "", control: str = DENSE_KD) -> list[Arm]:
     """Of all seeds that have a control; raises `ValueError` where there are none."""
-    folder = _tables.folder_of(DENSE_KD)
     goals = {
         row["seed"]: min(one["ce"] for one in row["validations"])
-        for row in _tables.read("trained", run=run, arm=folder)
+        for row in _tables.read("trained", run=run, arm=_tables.folder_of(control))
     }
     found = []
     for row in _tables.read("trained", run=run, arm=arm):
@@ -102,7 +101,7 @@ def arms_of(run: str, arm: str) -> list[Arm]:
             ]
             found.append(Arm(f"{run}/{arm}", row["seed"], points))
     if not found:
-        raise ValueError(f"{run}/{arm}: no training with a {DENSE_KD} of its seed in results/models/trained.jsonl")
+        raise ValueError(f"{run}/{arm}: no training with a {control} of its seed in results/models/trained.jsonl")
     return found
 
 
