@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,14 @@ def test_methods_are_compared_at_several_reductions(tiny_recipe: Path) -> None:
     (arms,) = plan_arms("methods", load_recipe(str(tiny_recipe), (ROUNDS,)), [1], [1e-3]).values()
     assert {f"{name} {reduction}%" for name in method_names() for reduction in (30, 50)} < arms.keys()
     assert all(arm.start == arms["Dense+KD"].start for arm in arms.values())  # each is a cut of the dense model
+
+
+def test_other_forms_than_low_rank_train_alike_what_the_recipe_does_not_freeze(tiny_recipe: Path) -> None:
+    scales = ("distill.lr_scale.attention=5", "distill.lr_scale.embeddings=0")
+    (arms,) = plan_arms("methods", load_recipe(str(tiny_recipe), (*scales, ROUNDS)), [1], [1e-3]).values()
+    assert asdict(arms["two-sided 30%"].distill.lr_scale) == {"attention": 5, "norms": 1, "embeddings": 0}
+    assert asdict(arms["neurons 30%"].distill.lr_scale) == {"attention": 1, "norms": 1, "embeddings": 0}
+    assert asdict(arms["Born-Again"].distill.lr_scale) == {"attention": 1, "norms": 1, "embeddings": 1}
 
 
 def test_chosen_methods_with_the_control(tiny_recipe: Path, tmp_path: Path) -> None:

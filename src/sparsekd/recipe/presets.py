@@ -17,7 +17,12 @@ DEMO: dict[str, Any] = {
         "overlap": "drop",
     },
     "compress": {"method": "neurons", "reduction": 0.35, "num_tokens": 15_360, "batch_size": 16},
-    "distill": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 2e-4},
+    "distill": {
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "learning_rate": 2e-4,
+        "lr_scale": {"embeddings": 0},  # better after so short a training, and quicker: docs/experiments/teaching.md
+    },
     "evaluate": {
         "texts": {"wikipedia": {"holdout_of": "wikipedia"}, "python": {"holdout_of": "python"}},
         "max_tokens": 4096,

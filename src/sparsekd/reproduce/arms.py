@@ -7,7 +7,7 @@ cache, a pruned model) is made once and named by all of them, whatever experimen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Seed:
         self.one_shot = recipe.rounds or list(ONE_SHOT)  # of experiment `methods`
         self.splits_corpus = recipe.split_corpus
         self.epochs = recipe.distill.epochs
+        self.lr_scale = recipe.distill.lr_scale
         self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
 
     def dense(self, name: str, **distill: Any) -> Round:
@@ -133,15 +134,17 @@ def methods(seed: Seed) -> dict[str, Round]:
     and the paper's mild cut.
 
     `svd` is the paper's truncation; the others have the options of the recipe's sections. `distill.lr_scale` is for low
-    rank, whose factors multiply each other's changes: the other forms train all of their weights alike.
+    rank, whose factors multiply each other's changes: the other forms train their weights alike, but for those that the
+    recipe freezes.
     """
+    alike = RateScale(**{part: float(scale > 0) for part, scale in asdict(seed.lr_scale).items()})
     found = {DENSE_KD: seed.dense(DENSE_KD)}
     for reduction in seed.one_shot:
         for method in seed.methods:
             chosen = seed.svd if method == "svd" else seed.compress.by(method)
             made = seed.pruned(arm(method, reduction), reduction, compress=chosen)
             if method_named(method).FORM != "lowrank":
-                made = replace(made, distill=replace(made.distill, lr_scale=RateScale()))
+                made = replace(made, distill=replace(made.distill, lr_scale=alike))
             found[arm(method, reduction)] = made
     if not seed.has_others:
         return found
