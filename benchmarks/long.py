@@ -2,6 +2,7 @@
 
     python benchmarks/long.py DATA RUNS [--budgets 61440 1200128] [--seeds 3 1] [--only neurons,two-sided] [--frozen]
                               [--set KEY=VALUE ...]
+    python benchmarks/long.py --summary NAME        e.g. long-1200128: prints a table for each model that was trained
 
 DATA is the folder that the recipe, recipes/methods-smollm2.yaml, describes. RUNS is a folder outside of the checkout,
 for a run directory of `sparsekd reproduce methods` for each budget, in tokens, with that many seeds. The control comes
@@ -26,11 +27,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import _tables
 import rows
+import teaching
 from _record import origin
+from reproduce_summary import markdown
 
 from sparsekd.errors import SparseKDError
 from sparsekd.recipe import Recipe, load_recipe
+from sparsekd.report.tables import Titled
 from sparsekd.reproduce import SEEDS, reproduce
 from sparsekd.reproduce.arms import DENSE_KD, EXPERIMENTS, Seed, methods
 from sparsekd.run import Round, is_run
@@ -44,8 +49,9 @@ SECONDS = 20  # between two looks for a new validation
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("runs", type=Path, nargs="?")
+    parser.add_argument("--summary", metavar="NAME")
     parser.add_argument("--budgets", type=int, nargs="+", default=[61_440, 1_200_128])
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 1], help="as many as budgets")
     parser.add_argument("--only", default="neurons,two-sided")
@@ -53,6 +59,12 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "methods-smollm2.yaml"))
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     given = parser.parse_args()
+    if given.summary is not None:
+        for table in summaries(given.summary):
+            print("\n".join(markdown(table)))
+        return
+    if given.runs is None:
+        parser.error("expected DATA and RUNS, or --summary")
     if given.runs.resolve().is_relative_to(ROOT):
         parser.error(f"RUNS is {given.runs}: expected a folder outside of the checkout, for it takes gigabytes")
     if len(given.seeds) != len(given.budgets):
@@ -80,6 +92,14 @@ def arms(seed: Seed, with_frozen: bool) -> dict[str, Round]:
             scale = replace(trained.distill.lr_scale, embeddings=0.0)
             planned[f"{name} frozen"] = seed.trained(f"{name} frozen", trained, lr_scale=scale)
     return planned
+
+
+def summaries(run: str) -> Iterator[Titled]:
+    """What came out of each model, with its embeddings trained and as they were."""
+    measured, trained = _tables.read("measured", run=run), _tables.read("trained", run=run)
+    for name in dict.fromkeys(row["arm"].removesuffix("-frozen") for row in trained):
+        ways = {name: "all trained", f"{name}-frozen": "embeddings frozen"}
+        yield teaching.summary(name, ways, measured, trained)
 
 
 def recipe_of(path: str, data: Path, budget: int, overrides: list[str]) -> Recipe:

@@ -92,18 +92,19 @@ def summaries(run: str, ways: Sequence[str]) -> Iterator[Titled]:
     found = (row["arm"].removeprefix(prefix) for row in trained if row["arm"].startswith(prefix))
     for target in dict.fromkeys(found):
         arms = {_tables.folder_of(f"{way} {target}"): way for way in ways}
-        own = [[row | {"way": arms[row["arm"]]} for row in rows if row["arm"] in arms] for rows in (measured, trained)]
-        yield summary(target, ways, *own)
+        yield summary(target, arms, measured, trained)
 
 
-def summary(target: str, ways: Sequence[str], measured: list[_tables.Row], trained: list[_tables.Row]) -> Titled:
+def summary(target: str, ways: dict[str, str], measured: list[_tables.Row], trained: list[_tables.Row]) -> Titled:
+    """`ways` by the folders of their arms; the first is what the others are compared with."""
+    measured, trained = ([row for row in rows if row["arm"] in ways] for rows in (measured, trained))
     texts = list(dict.fromkeys(row["text"] for row in measured))
     before = [row for row in measured if row["stage"] == "compressed"]
     lines = [["before training", *_ratios(before, texts), "", _kl(before), "", ""]] if before else []
     plain: dict[int, float] = {}
-    for way in dict.fromkeys(ways):
-        rows = [row for row in measured if row["stage"] == "distilled" and row["way"] == way]
-        made = [row for row in trained if row["way"] == way]
+    for arm, way in ways.items():
+        rows = [row for row in measured if row["stage"] == "distilled" and row["arm"] == arm]
+        made = [row for row in trained if row["arm"] == arm]
         if not rows:
             continue
         by_seed = {
