@@ -3,8 +3,8 @@
     python benchmarks/law.py METHOD=RUN/ARM[/CONTROL] ...      e.g. neurons=teaching-61440/plain-35/plain-dense
 
 The arms are rows of benchmarks/results/models/trained.jsonl, of all their seeds; CONTROL is the run's arm that trains
-the dense model, by default Dense+KD. The law is P^2 (arXiv 2411.10272), of
-one model size, where what depends on the size is a constant:
+the dense model, by default Dense+KD. The law is P^2 (arXiv 2411.10272), of one model size, where what depends on the
+size is a constant:
 
     gap = reduction^gamma * (E + B / tokens^beta)
 

@@ -5,9 +5,9 @@
 
 DATA is the folder that recipes/methods-smollm2.yaml describes, RUNS a folder outside of the checkout for the run
 directory, which goes on where it was stopped. Each way changes one setting of `distill`; `plain` changes none. --dense
-trains the dense model in these ways too, as the control. Whatever
-the way's own loss is, perplexity on five texts and KL to the dense model decide. `python benchmarks/rows.py RUNS NAME`
-records what came out, of which --summary prints the table of docs/experiments/teaching.md.
+trains the dense model in these ways too, as the control. Whatever the way's own loss is, perplexity on five texts and
+KL to the dense model decide. `python benchmarks/rows.py RUNS NAME` records what came out, of which --summary prints the
+tables of docs/experiments/teaching.md.
 """
 
 from __future__ import annotations
