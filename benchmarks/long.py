@@ -24,7 +24,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import _tables
@@ -43,6 +42,7 @@ from sparsekd.run import Round, is_run
 ROOT = Path(__file__).parents[1]
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 VALIDATIONS = 24
+FROZEN = "embeddings frozen"  # of teaching.py's ways
 NEW_TOKENS = 3_000_000  # about what the sources hold for training, where all have the same share
 SECONDS = 20  # between two looks for a new validation
 
@@ -86,20 +86,18 @@ def arms(seed: Seed, with_frozen: bool) -> dict[str, Round]:
     """The arms of experiment `methods`, the control last; beside each, one whose embeddings stay as they are."""
     found, planned = methods(seed), {}
     found[DENSE_KD] = found.pop(DENSE_KD)
-    for name, trained in found.items():
-        planned[name] = trained
+    for name, made in found.items():
+        planned[name] = made
         if with_frozen:
-            scale = replace(trained.distill.lr_scale, embeddings=0.0)
-            planned[f"{name} frozen"] = seed.trained(f"{name} frozen", trained, lr_scale=scale)
+            planned[f"{name} frozen"] = teaching.trained(seed, f"{name} frozen", made, FROZEN)
     return planned
 
 
 def summaries(run: str) -> Iterator[Titled]:
     """What came out of each model, with its embeddings trained and as they were."""
-    measured, trained = _tables.read("measured", run=run), _tables.read("trained", run=run)
-    for name in dict.fromkeys(row["arm"].removesuffix("-frozen") for row in trained):
-        ways = {name: "all trained", f"{name}-frozen": "embeddings frozen"}
-        yield teaching.summary(name, ways, measured, trained)
+    arms = [row["arm"] for row in _tables.read("trained", run=run)]
+    for name in dict.fromkeys(arm.removesuffix("-frozen") for arm in arms):
+        yield teaching.summary(run, name, {name: "all trained", f"{name}-frozen": FROZEN})
 
 
 def recipe_of(path: str, data: Path, budget: int, overrides: list[str]) -> Recipe:

@@ -72,10 +72,7 @@ def main() -> None:
         found: dict[str, Round] = {}
         for target, start in plain.items():
             for way in dict.fromkeys(["plain", *given.ways]):
-                changes = dict(WAYS[way])
-                if "lr_scale" in changes:
-                    changes["lr_scale"] = replace(start.distill.lr_scale, **changes["lr_scale"])
-                found[f"{way} {target}"] = seed.trained(f"{way} {target}", start, **changes)
+                found[f"{way} {target}"] = trained(seed, f"{way} {target}", start, way)
         return found
 
     EXPERIMENTS[NAME], patterns.PATTERNS[NAME] = arms, lambda _: []
@@ -85,28 +82,34 @@ def main() -> None:
     reproduce(NAME, recipe, given.runs, seeds=given.seeds, rates=given.rates, resume=is_run(given.runs))
 
 
+def trained(seed: Seed, name: str, like: Round, way: str) -> Round:
+    """The same model, trained in one of `WAYS`."""
+    changes = dict(WAYS[way])
+    if "lr_scale" in changes:
+        changes["lr_scale"] = replace(like.distill.lr_scale, **changes["lr_scale"])
+    return seed.trained(name, like, **changes)
+
+
 def summaries(run: str, ways: Sequence[str]) -> Iterator[Titled]:
     """What came out of each model that was trained: means over the seeds and, where there are several, their spread."""
-    measured, trained = _tables.read("measured", run=run), _tables.read("trained", run=run)
     prefix = _tables.folder_of("plain ")
-    found = (row["arm"].removeprefix(prefix) for row in trained if row["arm"].startswith(prefix))
-    for target in dict.fromkeys(found):
-        arms = {_tables.folder_of(f"{way} {target}"): way for way in ways}
-        yield summary(target, arms, measured, trained)
+    arms = [row["arm"] for row in _tables.read("trained", run=run)]
+    for target in dict.fromkeys(arm.removeprefix(prefix) for arm in arms if arm.startswith(prefix)):
+        yield summary(run, target, {_tables.folder_of(f"{way} {target}"): way for way in ways})
 
 
-def summary(target: str, ways: dict[str, str], measured: list[_tables.Row], trained: list[_tables.Row]) -> Titled:
+def summary(run: str, target: str, ways: dict[str, str]) -> Titled:
     """`ways` by the folders of their arms; the first is what the others are compared with."""
-    measured, trained = ([row for row in rows if row["arm"] in ways] for rows in (measured, trained))
+    measured, made = ([r for r in _tables.read(t, run=run) if r["arm"] in ways] for t in ("measured", "trained"))
     texts = list(dict.fromkeys(row["text"] for row in measured))
     before = [row for row in measured if row["stage"] == "compressed"]
     lines = [["before training", *_ratios(before, texts), "", _kl(before), "", ""]] if before else []
     plain: dict[int, float] = {}
     for arm, way in ways.items():
         rows = [row for row in measured if row["stage"] == "distilled" and row["arm"] == arm]
-        made = [row for row in trained if row["arm"] == arm]
         if not rows:
             continue
+        own = [row for row in made if row["arm"] == arm]
         by_seed = {
             seed: geometric_mean(row["to_dense"] for row in rows if row["seed"] == seed)
             for seed in dict.fromkeys(row["seed"] for row in rows)
@@ -114,8 +117,8 @@ def summary(target: str, ways: dict[str, str], measured: list[_tables.Row], trai
         plain = plain or by_seed
         differences = [ratio / plain[seed] - 1 for seed, ratio in by_seed.items()]
         spread = f" ± {stdev(differences):.1%}" if len(differences) > 1 else ""
-        rates = ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in made}))
-        seconds = fmean(row["seconds"]["distilled"] for row in made)
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in own}))
+        seconds = fmean(row["seconds"]["distilled"] for row in own)
         to_plain = f"{fmean(differences):+.1%}{spread}"
         lines.append([way, *_ratios(rows, texts), to_plain, _kl(rows), rates, f"{seconds:.0f}"])
     header = ["way", *texts, "all texts", "to plain", "KL", "rate", "seconds"]

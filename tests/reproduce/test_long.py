@@ -13,14 +13,17 @@ import pytest
 import torch
 
 import sparsekd
+from sparsekd.reproduce.arms import EXPERIMENTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Imports a script of `benchmarks/`; the tables are in a folder of the test."""
+    """Imports a script of `benchmarks/`; the tables are in a folder of the test, and the experiments stay what they
+    are."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setitem(EXPERIMENTS, "methods", EXPERIMENTS["methods"])
     tables = importlib.import_module("_tables")
     monkeypatch.setattr(tables, "TABLES", tmp_path / "tables")
     return importlib.import_module

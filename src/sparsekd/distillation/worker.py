@@ -79,9 +79,9 @@ def is_worth_compiling(student: PreTrainedModel, options: Distill, num_tokens: i
     return trains_in_bfloat16(options.precision, device) and shutil.which("g++") is not None
 
 
-def compiled_from(device_type: str, num_kinds: int) -> int:
+def compiled_from(device_type: str, kinds: int) -> int:
     """Tokens from which a training is long enough for the compiler, with so many kinds of layers."""
-    return _FIRST_KIND[device_type] + (num_kinds - 1) * _FURTHER_KIND[device_type]
+    return _FIRST_KIND[device_type] + (kinds - 1) * _FURTHER_KIND[device_type]
 
 
 def num_kinds(student: PreTrainedModel) -> int:

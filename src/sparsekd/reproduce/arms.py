@@ -39,7 +39,6 @@ class Seed:
         self.one_shot = recipe.rounds or list(ONE_SHOT)  # of experiment `methods`
         self.splits_corpus = recipe.split_corpus
         self.epochs = recipe.distill.epochs
-        self.lr_scale = recipe.distill.lr_scale
         self.control_reduction = min(self.reductions, key=lambda reduction: abs(reduction - 0.35))
 
     def dense(self, name: str, **distill: Any) -> Round:
@@ -137,8 +136,9 @@ def methods(seed: Seed) -> dict[str, Round]:
     rank, whose factors multiply each other's changes: the other forms train their weights alike, but for those that the
     recipe freezes.
     """
-    alike = RateScale(**{part: float(scale > 0) for part, scale in asdict(seed.lr_scale).items()})
     found = {DENSE_KD: seed.dense(DENSE_KD)}
+    scales = asdict(found[DENSE_KD].distill.lr_scale)  # the recipe's
+    alike = RateScale(**{part: float(scale > 0) for part, scale in scales.items()})
     for reduction in seed.one_shot:
         for method in seed.methods:
             chosen = seed.svd if method == "svd" else seed.compress.by(method)

@@ -98,8 +98,9 @@ class Speed:
         """The same of the smaller model, forward and back."""
         costs, distill = self._costs, self._costs.recipe.distill
         num_tokens = distill.epochs * costs.recipe.corpus.num_blocks * costs.recipe.corpus.seq_len
-        allocation = getattr(costs.recipe.compress.options, "allocation", "uniform")
-        kinds = 1 if allocation == "uniform" else costs.sizes.layers  # of own widths or ranks, each compiled by itself
+        allocations = {getattr(step.options, "allocation", "uniform") for step in costs.recipe.compress.steps}
+        # layers of their own widths or ranks are compiled each by itself
+        kinds = 1 if allocations == {"uniform"} else costs.sizes.layers
         compiled = num_tokens >= worker.compiled_from("cuda", kinds) and not distill.gradient_checkpointing
         used, launches = (COMPILED, _LAUNCHES_COMPILED) if compiled else (NOT_COMPILED, _LAUNCHES)
         passes = 4 / 3 if distill.gradient_checkpointing else 1.0  # forward again
