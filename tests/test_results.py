@@ -51,7 +51,7 @@ def test_a_row_replaces_that_of_the_same_key(tmp_path: Path):
         ("methods_table", ["methods-trial"], "methods", 41),
         ("teaching", ["--summary", "teaching"], "teaching", 14),
         ("teaching", ["--summary", "teaching-61440"], "teaching", 5),
-        ("long", ["--summary", "long-1200128"], "recovery", 4),
+        ("long", ["--summary", "long-1200128"], "recovery", 5),
     ],
 )
 def test_a_page_has_the_tables_of_its_rows(
